@@ -1,0 +1,387 @@
+"""Train a small CLIP teacher on image-sentence pairs and save it as an open_clip folder.
+
+    python benchmarks/train_teacher.py scenes --out dimefm_edge/assets/sample_teacher
+    python benchmarks/train_teacher.py labelled --data ../shared/data --out /tmp/real_teacher
+
+`scenes` is the sample teacher that ships in the package. `labelled` is the teacher of the
+study on real images: Tiny-ImageNet and CIFAR-10 labels, as sentences made from class names,
+synonyms and WordNet glosses. Both are open_clip models with a byte-level BPE of their own
+(`tokenizer.json`), trained with a contrastive loss whose targets are shared by all pairs of
+equal label (UniCL, arXiv 2204.03610; CLIP's own loss when no label repeats).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from dimefm_edge.data import scenes
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+SCENES_CONFIG: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {
+        "image_size": 64, "patch_size": 8, "width": 192, "layers": 8, "head_width": 32,
+        "patch_dropout": 0.0,
+    },
+    "text_cfg": {"context_length": 32, "width": 128, "heads": 4, "layers": 3},
+}  # fmt: skip
+LABELLED_CONFIG: dict[str, Any] = {
+    "embed_dim": 256,
+    "vision_cfg": {"image_size": 64, "timm_model_name": "resnet18d", "timm_pool": "avg"},
+    "text_cfg": {"context_length": 48, "width": 256, "heads": 4, "layers": 3},
+}
+
+
+@dataclass
+class Pairs:
+    """(N, S, S, 3) uint8 images, their labels, and a sentence writer for image i."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    sentence: Callable[[int, np.random.Generator], str]
+    corpus: list[str]
+    flip: bool
+    min_scale: float
+
+
+def scene_pairs(count: int) -> Pairs:
+    images = np.empty((count, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3), np.uint8)
+    drawn = []
+    for index in range(count):
+        image, scene = scenes.scene_pair(index)
+        images[index] = np.asarray(image)
+        drawn.append(scene)
+    return Pairs(
+        images,
+        np.arange(count),
+        lambda i, rng: scenes.describe(drawn[i], rng),
+        [scenes.scene_sentence(i) for i in range(50_000)],
+        flip=False,
+        min_scale=0.8,
+    )
+
+
+def labelled_pairs(data_dir: Path) -> Pairs:
+    classes = json.loads((data_dir / "teacher/classes.json").read_text())
+    names_by_folder = {entry["wnid"]: entry["names"] for entry in classes["tiny-imagenet"]}
+    for entry in classes["cifar10"]:
+        names_by_folder[entry["names"][0]] = entry["names"]
+    glosses: dict[str, str] = {}
+    with gzip.open(data_dir / "text/oewn_noun_verb_glosses.txt.gz", "rt") as stream:
+        for line in stream:
+            word, _, gloss = line.strip().partition(": ")
+            glosses.setdefault(word.lower(), gloss)
+    folders = sorted(names_by_folder)
+    images, labels = [], []
+    for tar_path in sorted((data_dir / "teacher").glob("*.tar")):
+        with tarfile.open(tar_path) as tar:
+            for member in tar:
+                stream = tar.extractfile(member)
+                if stream is None:
+                    continue
+                image = Image.open(io.BytesIO(stream.read())).convert("RGB")
+                images.append(np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC)))
+                labels.append(folders.index(member.name.split("/")[0]))
+    frames = (
+        "a photo of a {}.", "a small photo of a {}.", "a close-up of a {}.",
+        "a picture showing a {}.", "a {}", "one {} in the picture", "{}",
+    )  # fmt: skip
+
+    def sentence(index: int, rng: np.random.Generator) -> str:
+        names = names_by_folder[folders[labels[index]]]
+        name = names[0] if rng.random() < 0.6 else names[int(rng.integers(len(names)))]
+        if name.lower() in glosses and rng.random() < 0.15:
+            return f"{name}: {glosses[name.lower()]}"
+        return frames[int(rng.integers(len(frames)))].format(name)
+
+    corpus = [line for path in sorted((data_dir / "text").glob("*.gz")) for line in _lines(path)]
+    return Pairs(np.stack(images), np.asarray(labels), sentence, corpus, flip=True, min_scale=0.35)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with gzip.open(path, "rt", encoding="utf-8") as stream:
+        yield from (line.strip() for line in stream)
+
+
+def train_tokenizer(corpus: list[str], *, vocab_size: int, context_length: int) -> Tokenizer:
+    """Byte-level BPE, lower-cased; `<end>` has the highest id, which open_clip pools at."""
+    from tokenizers import normalizers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        special_tokens=["<pad>", "<start>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens(["<end>"])
+    end = tokenizer.token_to_id("<end>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", end)]
+    )
+    tokenizer.enable_truncation(context_length)
+    tokenizer.enable_padding(pad_id=0, pad_token="<pad>", length=context_length)
+    return tokenizer
+
+
+def augment(batch: torch.Tensor, pairs: Pairs, generator: torch.Generator) -> torch.Tensor:
+    """Random resized crop and flip of a float batch (B, 3, S, S), one grid_sample."""
+    count = batch.shape[0]
+    rand = torch.rand(count, 4, generator=generator)
+    side = (pairs.min_scale + (1 - pairs.min_scale) * rand[:, 0]).sqrt()
+    aspect = torch.exp((rand[:, 1] - 0.5) * (0.4 if pairs.flip else 0.1))
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0] = (side * aspect).clamp(max=1.0)
+    theta[:, 1, 1] = (side / aspect).clamp(max=1.0)
+    theta[:, 0, 2] = (rand[:, 2] * 2 - 1) * (1 - theta[:, 0, 0])
+    theta[:, 1, 2] = (rand[:, 3] * 2 - 1) * (1 - theta[:, 1, 1])
+    if pairs.flip:
+        theta[:, 0, 0] *= torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    grid = F.affine_grid(theta, list(batch.shape), align_corners=False)
+    return F.grid_sample(batch, grid, padding_mode="reflection", align_corners=False)
+
+
+def unicl_loss(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
+    logits = scale * image_embeds @ text_embeds.T
+    targets = (labels[:, None] == labels[None, :]).float()
+    targets = targets / targets.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+
+
+@torch.no_grad()
+def zero_shot_top1(
+    model: torch.nn.Module, tokenizer: Tokenizer, images: torch.Tensor, labels: torch.Tensor,
+    classnames: list[str], templates: list[str],
+) -> float:  # fmt: skip
+    model.eval()
+    weights = []
+    for name in classnames:
+        ids = [tokenizer.encode(t.replace("{c}", name)).ids for t in templates]
+        embeds = model.encode_text(torch.tensor(ids), normalize=True).mean(0)
+        weights.append(F.normalize(embeds, dim=0))
+    text = torch.stack(weights)
+    hits = 0
+    for start in range(0, len(images), 250):
+        with torch.autocast("cpu", torch.bfloat16):
+            embeds = model.encode_image(images[start : start + 250], normalize=True).float()
+        hits += int(((embeds @ text.T).argmax(1) == labels[start : start + 250]).sum())
+    model.train()
+    return 100 * hits / len(images)
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return (images.float() / 255 - mean) / std
+
+
+def test_sets(args: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
+    sets: dict[str, tuple[Any, ...]] = {}
+    if args.kind == "scenes":
+        for name in ("scenes", "scenes-relations"):
+            test = scenes.scene_test_set(name)
+            pixels = np.stack([np.asarray(test.image(i)) for i in range(len(test))])
+            labels = torch.tensor([test.label(i) for i in range(len(test))])
+            sets[name] = (pixels, labels, list(test.classnames), list(test.templates))
+    else:
+        for name in ("cifar10", "tiny-imagenet"):
+            folder = args.data / "zeroshot" / name
+            classnames = (folder / "classnames.txt").read_text().splitlines()
+            templates = (folder / "zeroshot_classification_templates.txt").read_text().splitlines()
+            files: dict[str, bytes] = {}
+            for tar_path in sorted((folder / "test").glob("*.tar")):
+                with tarfile.open(tar_path) as tar:
+                    for member in tar:
+                        stream = tar.extractfile(member)
+                        if stream is not None:
+                            files[member.name] = stream.read()
+            keys = sorted(k[:-4] for k in files if k.endswith(".cls"))
+            pixels = np.stack(
+                [
+                    np.asarray(
+                        Image.open(io.BytesIO(files[f"{k}.jpg"]))
+                        .convert("RGB")
+                        .resize((64, 64), Image.Resampling.BICUBIC)
+                    )
+                    for k in keys
+                ]
+            )
+            labels = torch.tensor([int(files[f"{k}.cls"]) for k in keys])
+            sets[name] = (pixels, labels, classnames, templates)
+    return {
+        k: (normalise(torch.from_numpy(v[0]).permute(0, 3, 1, 2)), *v[1:]) for k, v in sets.items()
+    }
+
+
+def save_teacher(
+    model: torch.nn.Module, tokenizer: Tokenizer, config: dict[str, Any], card: str, out: Path
+) -> None:
+    """Write an open_clip `local-dir` folder: config, fp16 safetensors, tokenizer, model card."""
+    out.mkdir(parents=True, exist_ok=True)
+    state = {
+        k: (v.half() if v.is_floating_point() else v).contiguous()
+        for k, v in model.state_dict().items()
+    }
+    config = json.loads(json.dumps(config))
+    config["vision_cfg"].pop("patch_dropout", None)
+    preprocess = {
+        "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest",
+    }  # fmt: skip
+    save_file(state, out / "open_clip_model.safetensors", metadata={"format": "pt"})
+    (out / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}, indent=2) + "\n"
+    )
+    tokenizer.save(str(out / "tokenizer.json"), pretty=False)
+    (out / "README.md").write_text(card)
+
+
+def train(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    started = time.monotonic()
+    pairs = scene_pairs(args.pairs) if args.kind == "scenes" else labelled_pairs(args.data)
+    print(f"{len(pairs.images)} pairs in {time.monotonic() - started:.0f} s", flush=True)
+    config = json.loads(json.dumps(SCENES_CONFIG if args.kind == "scenes" else LABELLED_CONFIG))
+    context = config["text_cfg"]["context_length"]
+    tokenizer = train_tokenizer(pairs.corpus, vocab_size=args.vocab, context_length=context)
+    config["text_cfg"]["vocab_size"] = tokenizer.get_vocab_size()
+    vision = dict(config["vision_cfg"])
+    if args.kind == "scenes":
+        vision["patch_dropout"] = args.patch_dropout
+    model = open_clip.CLIP(config["embed_dim"], vision, dict(config["text_cfg"]))
+    if args.kind == "labelled":
+        model.visual = model.visual.to(memory_format=torch.channels_last)
+    decay = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
+    plain = [p for n, p in model.named_parameters() if p.ndim < 2 or "embedding" in n]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.98),
+    )  # fmt: skip
+    sets = test_sets(args)
+    images = torch.from_numpy(pairs.images).permute(0, 3, 1, 2)
+    labels = torch.from_numpy(pairs.labels)
+    rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    step, deadline, scores = 0, time.monotonic() + 60 * args.minutes, {}
+    averaged = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    )
+    begun, progress, next_report = time.monotonic(), 0.0, 0.0
+    while progress < 1:
+        order = rng.permutation(len(images))
+        for start in range(0, len(order) - args.batch + 1, args.batch):
+            rows = order[start : start + args.batch]
+            # The schedule follows the clock, so a slower machine still ends its cosine.
+            progress = min(1.0, (time.monotonic() - begun) / (deadline - begun))
+            warm = min(1.0, (step + 1) / 300)
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * warm * (0.5 * (1 + np.cos(np.pi * progress)) + 0.01)
+            batch = augment(normalise(images[rows]), pairs, generator)
+            ids = [tokenizer.encode(pairs.sentence(int(i), rng)).ids for i in rows]
+            with torch.autocast("cpu", torch.bfloat16):
+                image_embeds = model.encode_image(
+                    batch.contiguous(memory_format=torch.channels_last)
+                    if args.kind == "labelled"
+                    else batch,
+                    normalize=True,
+                )
+                text_embeds = model.encode_text(torch.tensor(ids), normalize=True)
+            scale = model.logit_scale.exp().clamp(max=100)
+            loss = unicl_loss(image_embeds.float(), text_embeds.float(), labels[rows], scale)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            if step % 4 == 0:
+                averaged.update_parameters(model)
+            step += 1
+            if step % 100 == 1:
+                print(step, time.monotonic() - begun, loss.item(), flush=True)
+            if progress >= next_report or progress >= 1:
+                next_report += 0.1
+                scores = {k: zero_shot_top1(model, tokenizer, *v) for k, v in sets.items()}
+                print(
+                    f"{progress:5.0%} step {step} loss {loss.item():.3f} scale {scale.item():.1f} "
+                    + " ".join(f"{k} {v:.1f}%" for k, v in scores.items()),
+                    flush=True,
+                )
+                save_teacher(model, tokenizer, config, model_card(args, scores, step), args.out)
+            if progress >= 1:
+                break
+    torch.optim.swa_utils.update_bn(
+        (normalise(images[i * 256 : (i + 1) * 256]) for i in range(len(images) // 256)),
+        averaged.module.visual,
+    )
+    ema = {k: zero_shot_top1(averaged.module, tokenizer, *v) for k, v in sets.items()}
+    print("ema " + " ".join(f"{k} {v:.1f}%" for k, v in ema.items()), flush=True)
+    best, scores = (
+        (averaged.module, ema) if sum(ema.values()) > sum(scores.values()) else (model, scores)
+    )
+    save_teacher(best, tokenizer, config, model_card(args, scores, step), args.out)
+
+
+def model_card(args: argparse.Namespace, scores: dict[str, float], step: int) -> str:
+    table = "\n".join(f"| {name} | {score:.1f}% |" for name, score in scores.items())
+    data = (
+        "procedural `scenes` pairs (no photographs, no people, no third-party data)"
+        if args.kind == "scenes"
+        else "labelled Tiny-ImageNet and CIFAR-10 images; research use only"
+    )
+    return f"""# {args.kind} teacher
+
+A small CLIP (open_clip architecture code) trained from scratch by
+`benchmarks/train_teacher.py {args.kind}` on {data}.
+
+- Training: {step} steps of {args.batch} pairs, {args.minutes:g} minutes, AdamW, lr {args.lr:g}.
+- Weights: fp16 safetensors, licence Apache-2.0. Text: byte-level BPE, `tokenizer.json`.
+- Use: the default teacher of `dimefm-edge distill`, for trying and testing the tool. It knows
+  nothing beyond its training data; do not use its answers for anything else.
+
+| zero-shot test set | top-1 |
+|---|---|
+{table}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("kind", choices=("scenes", "labelled"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--pairs", type=int, default=80_000)
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--vocab", type=int, default=1024)
+    parser.add_argument("--patch-dropout", type=float, default=0.4)
+    parser.add_argument("--threads", type=int, default=0)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    train(args)
+
+
+if __name__ == "__main__":
+    main()

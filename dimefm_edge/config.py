@@ -1,0 +1,249 @@
+"""Every setting of a run, and its TOML form.
+
+`RunConfig` is what the user asked for; each section goes to the step that reads it, never
+the whole. Command-line flags, their help and `config.toml` all come from these dataclasses.
+No torch here: `dimefm-edge --help` reads this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tomllib
+
+from dimefm_edge.errors import ConfigError, nearest_names
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:  # JetPack 6 has Python 3.10
+    import tomli as tomllib
+
+C = TypeVar("C")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is distilled on and what is tested on."""
+
+    images: tuple[str, ...] = ("scenes",)
+    """Unlabelled images: folders, .tar shards, Parquet files, globs and brace patterns, or
+    `scenes[:COUNT]`."""
+    texts: tuple[str, ...] = ("scenes",)
+    """Sentences: .txt, .jsonl, .csv or .parquet files, each also .gz, globs, or
+    `scenes[:COUNT]`."""
+    eval_sets: tuple[str, ...] = ()
+    """Labelled test sets: class folders or CLIP-benchmark folders, `scenes`,
+    `scenes-relations`. Default: the scenes sets when the images are scenes, else none."""
+    image_column: str = "image"
+    """Column of images in Parquet files and Hugging Face data sets."""
+    text_column: str = "text"
+    """Column or key of sentences in .jsonl, .csv and .parquet files."""
+    max_bad: float = 0.01
+    """Stop when more images than this cannot be read: a share below 1, else a count."""
+    workers: int = 0
+    """Decoding processes; 0 chooses."""
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise ConfigError("images: name at least one source of images")
+        if not self.texts:
+            raise ConfigError("texts: name at least one source of sentences")
+        if self.max_bad < 0:
+            raise ConfigError(f"max_bad must not be negative, got {self.max_bad}")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """Which student is trained; what is not given is fitted to the budget."""
+
+    student: str = "auto"
+    """`auto` fits one to the budget; or a family (vit, hybrid), a named student, or
+    `timm:NAME`."""
+    latency_ms: float | None = None
+    """Budget for one image on the target, in ms. Default: the smaller of the target's own
+    and 0.4 of the teacher's estimated latency there."""
+    image_size: int | None = None
+    """Input side in pixels. Default: the teacher's."""
+    init: Literal["auto", "random", "teacher", "pretrained"] = "auto"
+    """Initial weights: auto inherits from the teacher where the shapes allow it; pretrained
+    asks timm for its own."""
+
+    def __post_init__(self) -> None:
+        if self.latency_ms is not None and self.latency_ms <= 0:
+            raise ConfigError(f"latency_ms must be positive, got {self.latency_ms}")
+        if self.image_size is not None and self.image_size <= 0:
+            raise ConfigError(f"image_size must be positive, got {self.image_size}")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights and temperatures of the distillation terms (DIME-FM, arXiv 2303.18232)."""
+
+    vl_weight: float = 0.7
+    """Vision-language score term: student image against teacher text."""
+    pvl_weight: float = 0.3
+    """Pseudo vision-language term: student image against teacher image."""
+    udist_weight: float = 0.0
+    """Uni-modal distance term: student image against student image."""
+    feature_weight: float = 0.0
+    """Plain feature regression, the baseline of other tools."""
+    feature_kind: Literal["mse", "cosine"] = "mse"
+    vl_temperature: float = 1.0
+    pvl_temperature: float = 3.0
+    udist_temperature: float = 7.0
+
+    def __post_init__(self) -> None:
+        weights = (self.vl_weight, self.pvl_weight, self.udist_weight, self.feature_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ConfigError("loss weights must not be negative, and one must be positive")
+        if min(self.vl_temperature, self.pvl_temperature, self.udist_temperature) <= 0:
+            raise ConfigError("loss temperatures must be positive")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the student is trained."""
+
+    epochs: float = 20.0
+    """Passes over the images; `steps` overrides it."""
+    steps: int | None = None
+    """Optimiser steps in all."""
+    batch_size: int = 256
+    """Images per step, over all ranks."""
+    text_batch_size: int = 512
+    """Sentences per step, over all ranks."""
+    accumulate: int = 1
+    """Micro-batches per step; each has batch_size / accumulate images and its own loss."""
+    lr: float = 1e-3
+    """Peak learning rate (AdamW)."""
+    min_lr_ratio: float = 0.05
+    """Final over peak learning rate (the paper: 4e-5 / 8e-4)."""
+    warmup_ratio: float = 0.04
+    """Share of the steps with a rising rate (the paper: 4 of 100 epochs)."""
+    weight_decay: float = 0.05
+    """Not on biases, norms and embeddings."""
+    clip_norm: float = 1.0
+    """Gradient norm is clipped to this; 0 does not clip."""
+    ema_decay: float = 0.998
+    """Exponential moving average of the weights, which is what is exported; 0 turns it off."""
+    min_crop: float = 0.5
+    """Smallest area of the random crop, as a share of the image."""
+    flip: bool = True
+    """Mirror half of the images. Turn it off where left and right matter."""
+    amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
+    """Mixed precision; auto is bf16 (or fp16) on a GPU and off on a CPU."""
+    seed: int = 0
+    eval_every: int = 0
+    """Steps between zero-shot evaluations; 0 makes about five."""
+    save_every: int = 0
+    """Steps between checkpoints; 0 makes about ten."""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves the default."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "text_batch_size", "accumulate", "lr"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.steps is not None and self.steps <= 0:
+            raise ConfigError(f"steps must be positive, got {self.steps}")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(
+                f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})"
+            )
+        if not 0 < self.min_crop <= 1:
+            raise ConfigError(f"min_crop must be in (0, 1], got {self.min_crop}")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run of `dimefm-edge distill`."""
+
+    target: str = "jetson-orin"
+    """The device the student is for; `dimefm-edge targets` lists them."""
+    teacher: str = "sample"
+    """`sample`, an open_clip model (`ViT-B-32:TAG` or `ViT-B-32:FILE`), `hf-hub:ORG/NAME`, or
+    a folder: an open_clip checkpoint folder or a run of ours."""
+    out: str = "runs/distill"
+    """Folder of the run."""
+    store: str | None = None
+    """Folder of the teacher's embeddings, shared between runs. Default: `OUT/store`."""
+    precision: Literal["fp32", "fp16"] = "fp32"
+    """Precision of the exported graph."""
+    data: DataConfig = field(default_factory=DataConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def load(path: Path, kind: type[C]) -> C:
+    """Read a dataclass from a TOML file.
+
+    Raises:
+        ConfigError: If the file is missing, not TOML, or has a key or value that `kind` lacks.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"no config file at {path}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    return from_dict(values, kind, where=str(path))
+
+
+def save(config: Any, path: Path) -> None:
+    """Write a dataclass as TOML; `load` gives back an equal one. None is left out."""
+    import tomli_w
+
+    path.write_text(tomli_w.dumps(_without_none(dataclasses.asdict(config))), encoding="utf-8")
+
+
+def from_dict(values: dict[str, Any], kind: type[C], *, where: str = "config") -> C:
+    """Build a dataclass from nested dictionaries; unknown keys and wrong types are errors."""
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    built: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in names:
+            near = nearest_names(key, names)
+            guess = f" Did you mean '{near[0]}'?" if near else ""
+            raise ConfigError(f"{where}: unknown key '{key}'.{guess} Known: {', '.join(names)}.")
+        built[key] = _convert(value, hints[key], f"{where}: {key}")
+    return kind(**built)
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, dict):
+            return from_dict(value, hint, where=where)
+    elif origin is Literal:
+        if value in args:
+            return value
+        raise ConfigError(f"{where} must be one of {', '.join(map(str, args))}, got {value!r}")
+    elif origin in (types.UnionType, typing.Union):
+        inner = next(a for a in args if a is not type(None))
+        return None if value is None else _convert(value, inner, where)
+    elif origin is tuple:
+        if isinstance(value, list):
+            return tuple(_convert(v, args[0], where) for v in value)
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    name = getattr(hint, "__name__", str(hint))
+    raise ConfigError(f"{where} must be {name}, got {value!r}")

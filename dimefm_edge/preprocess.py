@@ -1,0 +1,118 @@
+"""How pixels become a model's input: one specification for training, export and the device.
+
+No torch here. The specification travels from the teacher to the student, its checkpoint and
+its bundle, so the demo cannot disagree with training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from dimefm_edge.errors import ConfigError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_INTERPOLATIONS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "nearest": Image.Resampling.NEAREST,
+}
+_RESIZE_MODES = ("shortest", "longest", "squash")
+
+
+@dataclass(frozen=True)
+class PreprocessSpec:
+    """Resize, crop and normalisation, with the meaning that open_clip gives to each."""
+
+    image_size: int = 224
+    """Side of the square input, in pixels."""
+    mean: tuple[float, float, float] = CLIP_MEAN
+    """Per channel (RGB), of values in [0, 1]."""
+    std: tuple[float, float, float] = CLIP_STD
+    interpolation: str = "bicubic"
+    """bicubic, bilinear or nearest."""
+    resize_mode: str = "shortest"
+    """shortest: resize the short side, crop the middle; longest: resize the long side, pad;
+    squash: ignore the aspect ratio."""
+    fill_color: int = 0
+    """Value of padding in [0, 255]; used by `longest` only."""
+
+    def __post_init__(self) -> None:
+        if self.image_size <= 0:
+            raise ConfigError(f"image_size must be positive, got {self.image_size}")
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ConfigError(
+                f"interpolation must be one of {', '.join(_INTERPOLATIONS)}, "
+                f"got '{self.interpolation}'"
+            )
+        if self.resize_mode not in _RESIZE_MODES:
+            raise ConfigError(
+                f"resize_mode must be one of {', '.join(_RESIZE_MODES)}, got '{self.resize_mode}'"
+            )
+
+    def digest(self) -> str:
+        """A short hash of every field, for manifests."""
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PreprocessSpec:
+        """Rebuild from `to_dict`, lists for tuples allowed."""
+        fixed: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
+        }
+        return cls(**fixed)
+
+
+def resize_image(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
+    """Resize and crop (or pad) an image to the model's square.
+
+    Args:
+        image: Any size and mode; converted to RGB.
+        spec: The model's preprocessing.
+
+    Returns:
+        (image_size, image_size, 3) uint8, RGB.
+    """
+    side = spec.image_size
+    resample = _INTERPOLATIONS[spec.interpolation]
+    image = image.convert("RGB")
+    width, height = image.size
+    if spec.resize_mode == "squash":
+        return np.asarray(image.resize((side, side), resample))
+    edge = min(width, height) if spec.resize_mode == "shortest" else max(width, height)
+    # torchvision's Resize truncates the long side; round() would shift the crop by a pixel.
+    size = (max(1, int(side * width / edge)), max(1, int(side * height / edge)))
+    if size != image.size:
+        image = image.resize(size, resample)
+    if spec.resize_mode == "longest":
+        canvas = Image.new("RGB", (side, side), (spec.fill_color,) * 3)
+        canvas.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+        return np.asarray(canvas)
+    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
+    return np.asarray(image.crop((left, top, left + side, top + side)))
+
+
+def normalise_pixels(
+    pixels: npt.NDArray[np.uint8], spec: PreprocessSpec
+) -> npt.NDArray[np.float32]:
+    """Turn (B, H, W, 3) uint8 pixels into the (B, 3, H, W) float32 model input."""
+    scale = np.asarray([1 / (255 * s) for s in spec.std], np.float32)
+    shift = np.asarray([m / s for m, s in zip(spec.mean, spec.std, strict=True)], np.float32)
+    values = pixels.astype(np.float32) * scale - shift
+    return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+
+
+def preprocess_images(images: list[Image.Image], spec: PreprocessSpec) -> npt.NDArray[np.float32]:
+    """Resize, crop and normalise images: (B, 3, image_size, image_size) float32."""
+    return normalise_pixels(np.stack([resize_image(image, spec) for image in images]), spec)
