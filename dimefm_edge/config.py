@@ -8,13 +8,12 @@ No torch here: `dimefm-edge --help` reads this file.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-
-import tomllib
 
 from dimefm_edge.errors import ConfigError, nearest_names
 
