@@ -1,0 +1,183 @@
+"""Distillation losses: pure functions of tensors, no modules, devices or files.
+
+Used by distill.py. The terms are DIME-FM's (arXiv 2303.18232, ICCV 2023): vl (student image
+against teacher text), pvl (student image against teacher image, standing in for text) and
+udist (student image against student image). `feature` is the plain regression on embeddings
+that other tools use, for comparison. As in the authors' code there is no T**2 factor, and
+pvl and udist are doubled so that they weigh as the two directions of vl.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dimefm_edge.config import LossConfig
+
+
+def vl_loss(
+    student_image_embeds: Tensor,
+    teacher_image_embeds: Tensor,
+    teacher_text_embeds: Tensor,
+    *,
+    logit_scale: float,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Match how student images and teacher sentences rank each other.
+
+    Args:
+        student_image_embeds: (B, E), L2-normalised, receives gradients.
+        teacher_image_embeds: (B, E), L2-normalised, same order of images.
+        teacher_text_embeds: (T, E), L2-normalised, not paired with the images.
+        logit_scale: Multiplies cosines before the softmax; CLIP uses about 100.
+        temperature: Softmax temperature, > 0.
+
+    Returns:
+        Scalar in nats: KL over rows (image to text), averaged over B, plus KL over columns
+        (text to image), averaged over T. Zero when student equals teacher.
+
+    Raises:
+        ValueError: If shapes differ or temperature is not positive.
+    """
+    _check(student_image_embeds, teacher_image_embeds, temperature)
+    student_logits = logit_scale * student_image_embeds @ teacher_text_embeds.T
+    teacher_logits = logit_scale * teacher_image_embeds @ teacher_text_embeds.T
+    return _row_kl(student_logits, teacher_logits, temperature) + _row_kl(
+        student_logits.T, teacher_logits.T, temperature
+    )
+
+
+def pvl_loss(
+    student_image_embeds: Tensor,
+    teacher_image_embeds: Tensor,
+    *,
+    logit_scale: float,
+    temperature: float = 3.0,
+) -> Tensor:
+    """Match how student images rank the teacher's images.
+
+    Args:
+        student_image_embeds: (B, E), L2-normalised, receives gradients.
+        teacher_image_embeds: (B, E), L2-normalised, same order of images.
+        logit_scale: Multiplies cosines before the softmax.
+        temperature: Softmax temperature, > 0.
+
+    Returns:
+        Scalar in nats: twice the KL over rows, averaged over B. Zero when student equals
+        teacher.
+
+    Raises:
+        ValueError: If shapes differ or temperature is not positive.
+    """
+    _check(student_image_embeds, teacher_image_embeds, temperature)
+    return 2 * _row_kl(
+        logit_scale * student_image_embeds @ teacher_image_embeds.T,
+        logit_scale * teacher_image_embeds @ teacher_image_embeds.T,
+        temperature,
+    )
+
+
+def udist_loss(
+    student_image_embeds: Tensor,
+    teacher_image_embeds: Tensor,
+    *,
+    logit_scale: float,
+    temperature: float = 7.0,
+) -> Tensor:
+    """Match the distances among the student's own images to those among the teacher's.
+
+    Args:
+        student_image_embeds: (B, E), L2-normalised, receives gradients on both sides.
+        teacher_image_embeds: (B, E), L2-normalised, same order of images.
+        logit_scale: Multiplies cosines before the softmax.
+        temperature: Softmax temperature, > 0.
+
+    Returns:
+        Scalar in nats: twice the KL over rows, averaged over B. Zero when student equals
+        teacher, or a rotation of it.
+
+    Raises:
+        ValueError: If shapes differ or temperature is not positive.
+    """
+    _check(student_image_embeds, teacher_image_embeds, temperature)
+    return 2 * _row_kl(
+        logit_scale * student_image_embeds @ student_image_embeds.T,
+        logit_scale * teacher_image_embeds @ teacher_image_embeds.T,
+        temperature,
+    )
+
+
+def feature_loss(
+    student_image_embeds: Tensor, teacher_image_embeds: Tensor, *, kind: str = "mse"
+) -> Tensor:
+    """Regress the teacher's embedding.
+
+    Args:
+        student_image_embeds: (B, E), L2-normalised, receives gradients.
+        teacher_image_embeds: (B, E), L2-normalised, same order of images.
+        kind: `mse`, squared distance averaged over B and summed over E (so it does not shrink
+            with E), in [0, 4]; or `cosine`, 1 - cosine averaged over B, in [0, 2].
+
+    Raises:
+        ValueError: If shapes differ or kind is neither.
+    """
+    _check(student_image_embeds, teacher_image_embeds, 1.0)
+    if kind == "mse":
+        return (student_image_embeds - teacher_image_embeds).square().sum(1).mean()
+    if kind == "cosine":
+        return (1 - (student_image_embeds * teacher_image_embeds).sum(1)).mean()
+    raise ValueError(f"feature loss kind must be mse or cosine, got {kind!r}")
+
+
+def distillation_loss(
+    student_image_embeds: Tensor,
+    teacher_image_embeds: Tensor,
+    teacher_text_embeds: Tensor,
+    *,
+    config: LossConfig,
+    logit_scale: float,
+) -> dict[str, Tensor]:
+    """All terms with a positive weight, unweighted by name, and `loss`, their weighted sum."""
+    student, teacher = student_image_embeds, teacher_image_embeds
+    terms: dict[str, Tensor] = {}
+    if config.vl_weight:
+        terms["vl"] = vl_loss(
+            student,
+            teacher,
+            teacher_text_embeds,
+            logit_scale=logit_scale,
+            temperature=config.vl_temperature,
+        )
+    if config.pvl_weight:
+        terms["pvl"] = pvl_loss(
+            student, teacher, logit_scale=logit_scale, temperature=config.pvl_temperature
+        )
+    if config.udist_weight:
+        terms["udist"] = udist_loss(
+            student, teacher, logit_scale=logit_scale, temperature=config.udist_temperature
+        )
+    if config.feature_weight:
+        terms["feature"] = feature_loss(student, teacher, kind=config.feature_kind)
+    weighted = [getattr(config, f"{name}_weight") * value for name, value in terms.items()]
+    terms["loss"] = sum(weighted[1:], start=weighted[0])
+    return terms
+
+
+def _row_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """KL(teacher || student) of row softmaxes, averaged over rows ("batchmean")."""
+    return F.kl_div(
+        F.log_softmax(student_logits / temperature, dim=1),
+        F.log_softmax(teacher_logits / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
+    if student.shape != teacher.shape or student.ndim != 2:
+        raise ValueError(
+            "student and teacher image embeddings must both be (B, E), got "
+            f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        )
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")

@@ -1,0 +1,294 @@
+"""Teachers: any open_clip model, a run of ours, or the sample that ships in the package.
+
+A teacher brings its own preprocessing, tokenizer and logit scale. It is frozen and only ever
+answers in L2-normalised embeddings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import pickle
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dimefm_edge.errors import CheckpointError, DimeFMError, UnknownNameError, lookup
+from dimefm_edge.preprocess import PreprocessSpec
+
+logger = logging.getLogger(__name__)
+
+SAMPLE_DIR = Path(__file__).parent / "assets" / "sample_teacher"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+RUN_CHECKPOINT = "checkpoint.safetensors"
+TEXT_TEACHER_KEY = "teacher"
+"""Metadata key of a run's checkpoint: the teacher whose text side the student answers to."""
+
+Tokenize = Callable[[Sequence[str]], Tensor]
+
+
+class Teacher:
+    """A frozen image and text encoder with everything needed to ask it.
+
+    Attributes:
+        name: What the user typed.
+        weights_hash: 16 hex digits over all weights.
+        preprocess: Its own image preprocessing.
+        embed_dim: Size E of its embeddings.
+        logit_scale: Exponentiated; logits are logit_scale * cosine.
+        device: Where it runs.
+        image_tower: (B, 3, S, S) float, preprocessed -> (B, E), not normalised.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        image_tower: nn.Module,
+        encode_text: Callable[[Tensor], Tensor],
+        tokenize: Tokenize,
+        preprocess: PreprocessSpec,
+        embed_dim: int,
+        logit_scale: float,
+        weights_hash: str,
+        device: torch.device,
+    ) -> None:
+        self.name = name
+        self.weights_hash = weights_hash
+        self.preprocess = preprocess
+        self.embed_dim = embed_dim
+        self.logit_scale = logit_scale
+        self.device = device
+        self.image_tower = image_tower
+        self.encode_text_tokens = encode_text
+        self.tokenize = tokenize
+        self._mean = torch.tensor(preprocess.mean, device=device).view(1, 3, 1, 1) * 255
+        self._std = torch.tensor(preprocess.std, device=device).view(1, 3, 1, 1) * 255
+
+    @torch.inference_mode()
+    def encode_images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Embed (B, S, S, 3) uint8 pixels, already resized: (B, E) float32, L2-normalised."""
+        # The copy is for torch, which warns of read-only arrays such as memory maps.
+        batch = torch.from_numpy(np.array(pixels)).to(self.device, non_blocking=True)
+        images = (batch.permute(0, 3, 1, 2).float() - self._mean) / self._std
+        with self._autocast():
+            embeds = self.image_tower(images)
+        return _normalised(embeds)
+
+    @torch.inference_mode()
+    def encode_texts(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+        """Embed sentences: (B, E) float32, L2-normalised."""
+        tokens = self.tokenize(list(sentences)).to(self.device)
+        with self._autocast():
+            embeds = self.encode_text_tokens(tokens)
+        return _normalised(embeds)
+
+    def _autocast(self) -> torch.autocast:
+        is_gpu = self.device.type == "cuda"
+        return torch.autocast(self.device.type, torch.float16, enabled=is_gpu)
+
+
+def load_teacher(name: str, *, device: str | None = None) -> Teacher:
+    """Load and freeze a teacher.
+
+    Args:
+        name: `sample`; an open_clip architecture with a pretrained tag or a checkpoint file
+            after a colon (`ViT-B-32:laion2b_s34b_b79k`, `ViT-B-32:clip.pt`; `:random` for
+            random weights); `hf-hub:ORG/NAME`; a folder with `open_clip_config.json`; or a
+            run folder of ours, whose student then teaches.
+        device: Such as `cuda`; default: a GPU where there is one.
+
+    Raises:
+        UnknownNameError: If the architecture or the tag is not known to open_clip.
+        CheckpointError: If a file or folder is missing, damaged or of another architecture.
+        DimeFMError: If weights cannot be downloaded.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    path = Path(name).expanduser()
+    if name == "sample":
+        return _load_folder(SAMPLE_DIR, name=name, device=where)
+    if name.startswith("hf-hub:"):
+        return _from_open_clip(name, None, name=name, device=where)
+    if path.is_dir():
+        if (path / RUN_CHECKPOINT).is_file():
+            return _load_run(path, name=name, device=where)
+        return _load_folder(path, name=name, device=where)
+    architecture, _, weights = name.partition(":")
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") and not weights:
+        found = "is there, but" if path.is_file() else "does not exist, and"
+        raise CheckpointError(
+            f"teacher file {name} {found} a file alone does not say its architecture",
+            hint=f"--teacher ARCHITECTURE:{name}, for example ViT-B-32:{name}",
+        )
+    if "/" in architecture or name.startswith((".", "~")):
+        raise CheckpointError(
+            f"no teacher folder at {name}",
+            hint="name a folder with open_clip_config.json, a run, or an open_clip model",
+        )
+    return _load_named(architecture, weights, name=name, device=where)
+
+
+def _load_named(architecture: str, weights: str, *, name: str, device: torch.device) -> Teacher:
+    import open_clip
+
+    models = [m for m in open_clip.list_models() if ":" not in m]
+    lookup(dict.fromkeys([*models, "sample"]), architecture, kind="teacher")
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    is_file = bool(weights) and Path(weights).expanduser().is_file()
+    if not weights:
+        raise UnknownNameError(
+            f"teacher {architecture} needs weights: a tag ({', '.join(tags) or 'none known'}) "
+            "or a checkpoint file",
+            hint=f"--teacher {architecture}:{tags[0] if tags else 'FILE'}",
+        )
+    if not is_file and weights not in tags and weights != "random":
+        if "/" in weights or "." in weights:
+            raise CheckpointError(f"no checkpoint file at {weights}", hint="check the path")
+        lookup(dict.fromkeys([*tags, "random"]), weights, kind=f"tag of {architecture}")
+    pretrained = None if weights == "random" else str(Path(weights).expanduser())
+    return _from_open_clip(architecture, pretrained, name=name, device=device)
+
+
+def _load_folder(folder: Path, *, name: str, device: torch.device) -> Teacher:
+    if not (folder / OPEN_CLIP_CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder} is not a teacher: it has neither {OPEN_CLIP_CONFIG} nor {RUN_CHECKPOINT}",
+            hint="dimefm-edge distill --help  (what --teacher takes)",
+        )
+    tokenizer_path = folder / "tokenizer.json"
+    tokenize = _json_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
+    return _from_open_clip(f"local-dir:{folder}", None, name=name, device=device, tokenize=tokenize)
+
+
+def _load_run(folder: Path, *, name: str, device: torch.device) -> Teacher:
+    """A student as a teacher: its own image tower beside the text side that it was taught by."""
+    from dimefm_edge.students import load_student
+
+    loaded = load_student(folder)
+    text_teacher = load_teacher(loaded.metadata[TEXT_TEACHER_KEY], device=str(device))
+    tower = _frozen(loaded.student, device)
+    return Teacher(
+        name,
+        image_tower=tower,
+        encode_text=text_teacher.encode_text_tokens,
+        tokenize=text_teacher.tokenize,
+        preprocess=loaded.preprocess,
+        embed_dim=text_teacher.embed_dim,
+        logit_scale=text_teacher.logit_scale,
+        weights_hash=_hash_weights(tower, salt=text_teacher.weights_hash),
+        device=device,
+    )
+
+
+def _from_open_clip(
+    model_name: str,
+    pretrained: str | None,
+    *,
+    name: str,
+    device: torch.device,
+    tokenize: Tokenize | None = None,
+) -> Teacher:
+    import open_clip
+    from safetensors import SafetensorError
+
+    if device.type == "cpu":
+        torch.set_flush_denormal(True)
+    try:
+        with redirect_stdout(io.StringIO()):
+            model: Any = open_clip.create_model(model_name, pretrained=pretrained, precision="fp32")
+        tokenize = tokenize or open_clip.get_tokenizer(model_name)
+    except (SafetensorError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        raise CheckpointError(
+            f"teacher {name}: the weights cannot be read: {_first_line(error)}",
+            hint="the file is truncated or not a checkpoint; copy or download it again",
+        ) from error
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"teacher {name}: the weights do not fit the architecture or the file is damaged: "
+            f"{_first_line(error)}",
+            hint="name the architecture that the checkpoint was trained with",
+        ) from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"teacher {name}: {_first_line(error)}") from error
+    except (OSError, ValueError) as error:
+        raise DimeFMError(
+            f"teacher {name} cannot be loaded: {_first_line(error)}",
+            hint="check the name and the network, or give a local checkpoint: ARCHITECTURE:FILE",
+        ) from error
+    tower = _frozen(model, device)
+    preprocess = _preprocess_spec(model.visual.preprocess_cfg)
+    teacher = Teacher(
+        name,
+        image_tower=tower.visual,
+        encode_text=tower.encode_text,
+        tokenize=tokenize,
+        preprocess=preprocess,
+        embed_dim=0,
+        logit_scale=float(model.logit_scale.detach().exp()),
+        weights_hash=_hash_weights(tower),
+        device=device,
+    )
+    side = preprocess.image_size
+    teacher.embed_dim = teacher.encode_images(np.zeros((1, side, side, 3), np.uint8)).shape[1]
+    logger.info("teacher %s: E=%d, %d px", name, teacher.embed_dim, side)
+    return teacher
+
+
+def _frozen(module: nn.Module, device: torch.device) -> Any:
+    return module.eval().requires_grad_(False).to(device)
+
+
+def _json_tokenizer(path: Path) -> Tokenize:
+    from tokenizers import Tokenizer
+
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise CheckpointError(f"{path} is not a tokenizer file: {_first_line(error)}") from error
+
+    def tokenize(sentences: Sequence[str]) -> Tensor:
+        return torch.tensor([e.ids for e in tokenizer.encode_batch(list(sentences))])
+
+    return tokenize
+
+
+def _preprocess_spec(cfg: dict[str, Any]) -> PreprocessSpec:
+    size = cfg["size"]
+    if not isinstance(size, int):
+        if size[0] != size[1]:
+            raise CheckpointError(f"teachers with oblong images are not supported: {tuple(size)}")
+        size = size[0]
+    fill = cfg.get("fill_color", 0)
+    return PreprocessSpec(
+        image_size=int(size),
+        mean=tuple(cfg["mean"]),
+        std=tuple(cfg["std"]),
+        interpolation="bicubic" if cfg["interpolation"] == "random" else cfg["interpolation"],
+        resize_mode=cfg["resize_mode"],
+        fill_color=int(fill if isinstance(fill, int | float) else fill[0]),
+    )
+
+
+def _hash_weights(module: nn.Module, *, salt: str = "") -> str:
+    digest = hashlib.sha256(salt.encode())
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _normalised(embeds: Tensor) -> npt.NDArray[np.float32]:
+    array: npt.NDArray[np.float32] = F.normalize(embeds.float(), dim=-1).cpu().numpy()
+    return array
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
