@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from dimefm_edge.data import scenes
+from dimefm_edge.data.scene_drawing import IMAGE_SIZE
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -64,7 +65,7 @@ class Pairs:
 
 
 def scene_pairs(count: int) -> Pairs:
-    images = np.empty((count, scenes.IMAGE_SIZE, scenes.IMAGE_SIZE, 3), np.uint8)
+    images = np.empty((count, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     drawn = []
     for index in range(count):
         image, scene = scenes.scene_pair(index)

@@ -1,0 +1,143 @@
+"""Batches of a distillation step: which rows, which crops, and their stored embeddings.
+
+Everything is a pure function of (seed, step), so resuming needs no generator state and ranks
+agree on the global batch without talking. Used by distill.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dimefm_edge.config import TrainConfig
+from dimefm_edge.data.augment import random_crops, seeded_generator
+from dimefm_edge.data.store import EmbeddingStore
+from dimefm_edge.distributed import Ranks
+from dimefm_edge.preprocess import PreprocessSpec
+
+Rows = npt.NDArray[np.int64]
+PixelSource = Callable[[Iterable[Rows]], Iterator[npt.NDArray[np.uint8]]]
+"""Turns batches of rows into their (B, S, S, 3) uint8 pixels, in order."""
+
+_IMAGES, _TEXTS, _CROPS = range(3)  # one stream of random numbers each
+_PREFETCH_BATCHES = 3
+
+
+@dataclass(frozen=True)
+class DistillData:
+    """What a student is distilled on: pixels, and the teacher's embeddings by row."""
+
+    images: EmbeddingStore
+    texts: EmbeddingStore
+    pixels: PixelSource
+    preprocess: PreprocessSpec
+    logit_scale: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's data on this rank; embeddings are of the global batch."""
+
+    pixels: npt.NDArray[np.uint8]
+    crops: Tensor
+    image_rows: Rows
+    text_rows: Rows
+    image_embeds: Tensor
+    text_embeds: Tensor
+
+
+class BatchPlan:
+    """Which rows and crops belong to a step: pure functions of (seed, step)."""
+
+    def __init__(self, data: DistillData, train: TrainConfig, ranks: Ranks) -> None:
+        self._data, self._train, self._ranks = data, train, ranks
+        self._valid_rows = data.images.valid_rows()
+        self._epoch: tuple[int, Rows] = (-1, self._valid_rows)
+
+    def image_rows(self, step: int) -> Rows:
+        """(batch_size,) rows of the global batch: consecutive pieces of shuffled epochs."""
+        count, start = self._train.batch_size, step * self._train.batch_size
+        pieces: list[Rows] = []
+        while count:
+            epoch, offset = divmod(start, len(self._valid_rows))
+            piece = self._order(epoch)[offset : offset + count]
+            pieces.append(piece)
+            start, count = start + len(piece), count - len(piece)
+        return np.concatenate(pieces)
+
+    def local_rows(self, step: int) -> Rows:
+        """This rank's part of `image_rows`."""
+        return self.image_rows(step)[self._ranks.slice(self._train.batch_size)]
+
+    def batch(self, step: int, pixels: npt.NDArray[np.uint8]) -> Batch:
+        """Complete a step's batch, given this rank's pixels."""
+        train, data = self._train, self._data
+        image_rows = self.image_rows(step)
+        rng = np.random.default_rng([train.seed, _TEXTS, step])
+        text_rows = np.sort(rng.integers(0, len(data.texts), train.text_batch_size))
+        crops = random_crops(
+            train.batch_size,
+            min_crop=train.min_crop,
+            flip=train.flip,
+            generator=seeded_generator(train.seed, _CROPS, step),
+        )
+        return Batch(
+            pixels=pixels,
+            crops=crops[self._ranks.slice(train.batch_size)],
+            image_rows=image_rows,
+            text_rows=text_rows,
+            image_embeds=torch.from_numpy(data.images.gather(image_rows)).float(),
+            text_embeds=torch.from_numpy(data.texts.gather(text_rows)).float(),
+        )
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps [start, stop), in order."""
+        pixels = self._data.pixels(self.local_rows(step) for step in range(start, stop))
+        for step, batch_pixels in zip(range(start, stop), pixels, strict=True):
+            yield self.batch(step, batch_pixels)
+
+    def _order(self, epoch: int) -> Rows:
+        if self._epoch[0] != epoch:
+            rng = np.random.default_rng([self._train.seed, _IMAGES, epoch])
+            self._epoch = (epoch, rng.permutation(self._valid_rows))
+        return self._epoch[1]
+
+
+def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Prepare batches in a thread; its errors are raised here."""
+    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_PREFETCH_BATCHES)
+    stopped = threading.Event()
+
+    def offer(item: Batch | BaseException | None) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(item, timeout=0.1)
+
+    def fill() -> None:
+        try:
+            for batch in batches:
+                offer(batch)
+                if stopped.is_set():
+                    return
+            offer(None)
+        except BaseException as error:
+            offer(error)
+
+    thread = threading.Thread(target=fill, name="dimefm-prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

@@ -1,0 +1,401 @@
+"""The training loop: a student learns to answer as the teacher's stored embeddings do.
+
+Every random number of a step is a function of (seed, step): resuming needs no generator
+state, and two ranks draw what one process of the double batch would.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from timm.utils.model_ema import ModelEmaV3
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dimefm_edge.batches import Batch, BatchPlan, DistillData, prefetch
+from dimefm_edge.config import LossConfig, TrainConfig
+from dimefm_edge.data.augment import crop_batch, seeded_generator
+from dimefm_edge.distributed import Ranks
+from dimefm_edge.errors import CheckpointError, ConfigError, TrainingError
+from dimefm_edge.losses import distillation_loss
+from dimefm_edge.run_log import (
+    STATE_FILE,
+    RunLog,
+    StopSignal,
+    load_state,
+    save_state,
+    training_progress,
+)
+
+logger = logging.getLogger(__name__)
+
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+_DROP_STREAM = 3  # of random numbers; batches.py has 0 to 2
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What a training run did; rates are of this process's part of it, after resuming."""
+
+    steps: int
+    epochs: float
+    seconds: float
+    images_per_s: float
+    data_wait_pct: float
+    final_loss: float
+    best: dict[str, float]
+
+
+def distill(
+    student: nn.Module,
+    data: DistillData,
+    *,
+    loss: LossConfig,
+    train: TrainConfig,
+    run_dir: Path,
+    save_weights: Callable[[Path, nn.Module], None],
+    evaluate: Evaluate | None = None,
+    resume: bool = False,
+    ranks: Ranks | None = None,
+    device: torch.device | None = None,
+) -> DistillReport:
+    """Train `student` in place; its averaged weights end up in `checkpoint.safetensors`.
+
+    Args:
+        student: (B, 3, S, S) -> (B, E), L2-normalised.
+        data: Stores and pixels; rows of the image store and of the pixels agree.
+        loss: Weights and temperatures.
+        train: Schedule, batch, optimiser.
+        run_dir: Existing folder for checkpoints, metrics and state.
+        save_weights: Writes a module as a checkpoint file, atomically.
+        evaluate: Zero-shot scores by name, higher is better; picks `best.safetensors`.
+        resume: Go on from `training_state.pt` where there is one.
+        ranks: This process among those of the run.
+        device: Default: a GPU where there is one.
+
+    Raises:
+        TrainingError: On a loss that is not finite; the batch is saved beside the run.
+        CheckpointError: If the state to resume from is damaged or of another run.
+        KeyboardInterrupt: On Ctrl-C, after the state of the last whole step is saved.
+    """
+    loop = _Loop(student, data, loss, train, run_dir, save_weights, evaluate, ranks, device)
+    if resume and (run_dir / STATE_FILE).is_file():
+        loop.restore()
+    return loop.run()
+
+
+def count_steps(train: TrainConfig, num_images: int) -> int:
+    """Optimiser steps of a run over `num_images` images."""
+    return train.steps or max(1, round(train.epochs * num_images / train.batch_size))
+
+
+def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:
+    """Linear warm-up from lr / 200, then cosine to lr * min_lr_ratio (the paper's schedule)."""
+    warmup = max(1, round(train.warmup_ratio * total_steps))
+    if step < warmup:
+        return train.lr * (1 / 200 + (1 - 1 / 200) * step / warmup)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    floor = train.lr * train.min_lr_ratio
+    return floor + (train.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def build_optimizer(student: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
+    """AdamW; biases, norms, position and class embeddings are not decayed."""
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in student.named_parameters():
+        is_plain = parameter.ndim < 2 or name.endswith(("pos_embed", "cls_token", "embedding"))
+        (plain if is_plain else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": train.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.999))
+
+
+class _Loop:
+    """The mutable state of one training run."""
+
+    def __init__(
+        self,
+        student: nn.Module,
+        data: DistillData,
+        loss: LossConfig,
+        train: TrainConfig,
+        run_dir: Path,
+        save_weights: Callable[[Path, nn.Module], None],
+        evaluate: Evaluate | None,
+        ranks: Ranks | None,
+        device: torch.device | None,
+    ) -> None:
+        self.ranks = ranks or Ranks()
+        if train.batch_size % (self.ranks.world_size * train.accumulate):
+            raise ConfigError(
+                f"batch_size {train.batch_size} cannot be split over {self.ranks.world_size} "
+                f"ranks x {train.accumulate} micro-batches"
+            )
+        if train.threads:
+            torch.set_num_threads(train.threads)
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            torch.set_flush_denormal(True)
+        self.data, self.loss, self.train, self.run_dir = data, loss, train, run_dir
+        self.save_weights, self.evaluate = save_weights, evaluate
+        self.student = student.to(self.device).train()
+        self.net: nn.Module = self.student
+        if self.ranks.world_size > 1:
+            self.net = nn.parallel.DistributedDataParallel(self.student)
+        self.optimizer = build_optimizer(self.student, train)
+        self.ema = None
+        if train.ema_decay:
+            self.ema = ModelEmaV3(self.student, decay=train.ema_decay, use_warmup=True)
+        self.amp_dtype = _amp_dtype(train.amp, self.device)
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.amp_dtype is torch.float16
+        )
+        self.num_images = len(data.images.valid_rows())
+        self.total = count_steps(train, self.num_images)
+        self.eval_every = train.eval_every or max(1, math.ceil(self.total / 5))
+        self.save_every = train.save_every or max(1, math.ceil(self.total / 10))
+        self.step = 0
+        self.best: dict[str, float] = {}
+        self.last_loss = math.nan
+        self.mean = torch.tensor(data.preprocess.mean, device=self.device).view(1, 3, 1, 1) * 255
+        self.std = torch.tensor(data.preprocess.std, device=self.device).view(1, 3, 1, 1) * 255
+
+    # ------------------------------------------------------------------ one step
+
+    def forward_backward(self, batch: Batch) -> dict[str, float]:
+        """Gradients of one global batch; returns the unweighted terms and `loss`."""
+        train, ranks = self.train, self.ranks
+        torch.manual_seed(
+            seeded_generator(train.seed, _DROP_STREAM, self.step, ranks.rank).initial_seed()
+        )
+        image_embeds = batch.image_embeds.to(self.device)
+        text_embeds = batch.text_embeds.to(self.device)
+        pixels = torch.from_numpy(batch.pixels).to(self.device, non_blocking=True)
+        images = crop_batch(
+            (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std, batch.crops
+        )
+        per_rank = image_embeds.view(ranks.world_size, -1, image_embeds.shape[1])
+        terms: dict[str, float] = {}
+        for index in range(train.accumulate):
+            piece = _piece(index, train.accumulate, len(images))
+            is_last = index == train.accumulate - 1
+            with self._no_sync(is_last), self._precision():
+                student_embeds = self.net(images[piece]).float()
+            values = distillation_loss(
+                ranks.gather_with_grad(student_embeds),
+                per_rank[:, piece].flatten(0, 1),
+                text_embeds,
+                config=self.loss,
+                logit_scale=self.data.logit_scale,
+            )
+            with self._no_sync(is_last), self._precision():
+                scaled = values["loss"] * ranks.world_size / train.accumulate
+                self.scaler.scale(scaled).backward()  # type: ignore[no-untyped-call]
+            for name, value in values.items():
+                terms[name] = terms.get(name, 0.0) + value.item() / train.accumulate
+        if not math.isfinite(terms["loss"]):
+            self._stop_on_nan(batch, terms)
+        return terms
+
+    def optimise(self) -> float:
+        """Clip, step, average; returns the gradient norm before clipping."""
+        rate = learning_rate(self.step, self.total, self.train)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.student.parameters(), self.train.clip_norm or math.inf
+        )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.student, step=self.step)
+        return float(norm)
+
+    def _no_sync(self, is_last: bool) -> contextlib.AbstractContextManager[Any]:
+        if isinstance(self.net, nn.parallel.DistributedDataParallel) and not is_last:
+            return self.net.no_sync()
+        return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.device.type == "cpu":
+                # At a vision student's 17 to 257 tokens, torch's CPU flash kernel takes twice
+                # the time of plain matrix products in the backward pass.
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self.amp_dtype is not None:
+                stack.enter_context(torch.autocast(self.device.type, self.amp_dtype))
+            yield
+
+    def _stop_on_nan(self, batch: Batch, terms: dict[str, float]) -> None:
+        path = self.run_dir / f"nan_batch_rank{self.ranks.rank}.safetensors"
+        save_file(
+            {
+                "pixels": torch.from_numpy(batch.pixels).contiguous(),
+                "crops": batch.crops.contiguous(),
+                "image_rows": torch.from_numpy(batch.image_rows),
+                "text_rows": torch.from_numpy(batch.text_rows),
+                "image_embeds": batch.image_embeds,
+                "text_embeds": batch.text_embeds,
+            },
+            path,
+        )
+        found = ", ".join(f"{name} {value:g}" for name, value in terms.items())
+        raise TrainingError(
+            f"the loss is not finite at step {self.step} ({found}); the batch is in {path}, "
+            f"the last good state in {self.run_dir / STATE_FILE}",
+            hint=f"a lower rate: --lr {self.train.lr / 2:g}, in a new --out",
+        )
+
+    # ------------------------------------------------------------------ the run
+
+    def run(self) -> DistillReport:
+        """Train to the last step, saving and evaluating on the way."""
+        plan = BatchPlan(self.data, self.train, self.ranks)
+        first, started, waited = self.step, time.perf_counter(), 0.0
+        with (
+            RunLog(self.run_dir, start_step=self.step)
+            if self.ranks.is_main
+            else contextlib.nullcontext() as log,
+            training_progress(self.total, self.step, show=self.ranks.is_main) as advance,
+            StopSignal() as stop,
+        ):
+            batches = prefetch(plan.batches(self.step, self.total))
+            while self.step < self.total:
+                begun = time.perf_counter()
+                batch = next(batches)
+                got = time.perf_counter()
+                terms = self.forward_backward(batch)
+                norm = self.optimise()
+                self.step += 1
+                self.last_loss = terms["loss"]
+                waited += got - begun
+                rate = self.train.batch_size / (time.perf_counter() - begun)
+                advance(rate, terms["loss"])
+                values = {
+                    **terms,
+                    "lr": float(self.optimizer.param_groups[0]["lr"]),
+                    "grad_norm": norm,
+                    "images_per_s": rate,
+                    "data_wait_ms": 1000 * (got - begun),
+                }
+                if log is not None:
+                    log.write(self.step - 1, values)
+                self._save_and_evaluate(log, is_stopping=stop.is_set)
+                if stop.is_set:
+                    batches.close()  # type: ignore[attr-defined]
+                    raise KeyboardInterrupt
+        seconds = time.perf_counter() - started
+        done = self.step - first
+        return DistillReport(
+            steps=self.total,
+            epochs=self.total * self.train.batch_size / self.num_images,
+            seconds=seconds,
+            images_per_s=done * self.train.batch_size / seconds if done else 0.0,
+            data_wait_pct=100 * waited / seconds if done else 0.0,
+            final_loss=self.last_loss,
+            best=self.best,
+        )
+
+    def deployed(self) -> nn.Module:
+        """The weights that are exported: the moving average where there is one."""
+        return self.ema.module if self.ema is not None else self.student
+
+    def _save_and_evaluate(self, log: RunLog | None, *, is_stopping: bool) -> None:
+        is_end = self.step == self.total
+        if self.ranks.is_main and self.evaluate and (is_end or self.step % self.eval_every == 0):
+            model = self.deployed().eval()
+            scores = self.evaluate(model)
+            self.student.train()
+            if log is not None:
+                log.write(self.step - 1, {f"eval/{k}": v for k, v in scores.items()})
+            if not self.best or sum(scores.values()) > sum(
+                v for k, v in self.best.items() if k != "step"
+            ):
+                self.best = {"step": float(self.step), **scores}
+                self.save_weights(self.run_dir / "best.safetensors", model)
+        if self.ranks.is_main and (is_end or is_stopping or self.step % self.save_every == 0):
+            self.save()
+
+    def save(self) -> None:
+        """Write the state to resume from and the deployable checkpoint."""
+        save_state(
+            self.run_dir,
+            {
+                "step": self.step,
+                "plan": self._identity(),
+                "student": self.student.state_dict(),
+                "ema": None if self.ema is None else self.ema.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "best": self.best,
+                "loss": self.last_loss,
+            },
+        )
+        self.save_weights(self.run_dir / "checkpoint.safetensors", self.deployed())
+
+    def restore(self) -> None:
+        """Go on from the saved state.
+
+        Raises:
+            CheckpointError: If it is damaged, or its settings or data are not this run's.
+        """
+        state = load_state(self.run_dir)
+        wanted, found = self._identity(), state["plan"]
+        changed = [key for key in wanted if wanted[key] != found.get(key)]
+        if changed:
+            pairs = ", ".join(f"{k} was {found.get(k)} and is {wanted[k]}" for k in changed)
+            raise CheckpointError(
+                f"cannot resume {self.run_dir}: {pairs}",
+                hint="give the same flags, or another --out",
+            )
+        self.student.load_state_dict(state["student"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.best, self.last_loss = state["step"], state["best"], state["loss"]
+        logger.info("resuming at step %d of %d", self.step, self.total)
+
+    def _identity(self) -> dict[str, Any]:
+        free = {"eval_every", "save_every", "threads"}
+        settings = {**dataclasses.asdict(self.loss), **dataclasses.asdict(self.train)}
+        manifests = (self.data.images.manifest, self.data.texts.manifest)
+        return {
+            **{k: v for k, v in settings.items() if k not in free},
+            "images": manifests[0].source,
+            "texts": manifests[1].source,
+            "teacher": manifests[0].weights_hash,
+            "num_parameters": sum(p.numel() for p in self.student.parameters()),
+        }
+
+
+def _piece(index: int, count: int, size: int) -> slice:
+    return slice(index * size // count, (index + 1) * size // count)
+
+
+def _amp_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    if amp == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        has_bf16 = hasattr(torch.cpu, "get_capabilities") and torch.cpu.get_capabilities().get(
+            "avx512_bf16", False
+        )
+        return torch.bfloat16 if has_bf16 else None
+    return {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
