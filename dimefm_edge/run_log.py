@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
+from zipfile import BadZipFile
 
 import torch
 from rich.console import Console
