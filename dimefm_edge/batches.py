@@ -86,7 +86,7 @@ class BatchPlan:
         crops = random_crops(
             train.batch_size,
             min_crop=train.min_crop,
-            flip=train.flip,
+            flip=train.flip is not False,
             generator=seeded_generator(train.seed, _CROPS, step),
         )
         return Batch(

@@ -132,10 +132,12 @@ class TrainConfig:
     """Exponential moving average of the weights, which is what is exported; 0 turns it off."""
     min_crop: float = 0.5
     """Smallest area of the random crop, as a share of the image."""
-    flip: bool = True
-    """Mirror half of the images. Turn it off where left and right matter."""
+    flip: bool | None = None
+    """Mirror half of the images. Default: on, but off for scenes, where left and right
+    matter."""
     amp: Literal["auto", "off", "bf16", "fp16"] = "auto"
-    """Mixed precision; auto is bf16 (or fp16) on a GPU and off on a CPU."""
+    """Mixed precision; auto is bf16 where the hardware has it, else fp16 on a GPU and off on
+    a CPU."""
     seed: int = 0
     eval_every: int = 0
     """Steps between zero-shot evaluations; 0 makes about five."""

@@ -1,0 +1,360 @@
+"""The whole walk on one page: target and data in, bundle and report out.
+
+    target + budget -> fit -> StudentSpec
+    images, sentences -> teacher -> embedding store
+    StudentSpec + store -> distill -> checkpoint
+    checkpoint -> export -> bundle -> measured, reported
+
+Read `run` first; every step below it is also a command of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from dimefm_edge import config as config_file
+from dimefm_edge.batches import DistillData, PixelSource, Rows
+from dimefm_edge.config import RunConfig, StudentConfig
+from dimefm_edge.data.images import (
+    ImagePool,
+    LabelledSet,
+    PixelCache,
+    decode_batches,
+    open_images,
+    open_labelled,
+)
+from dimefm_edge.data.sentences import open_sentences
+from dimefm_edge.data.store import EmbeddingStore
+from dimefm_edge.distill import DistillReport, distill
+from dimefm_edge.distributed import Ranks, join_ranks
+from dimefm_edge.embed import embed_images, embed_texts
+from dimefm_edge.encoders import EncodePixels, module_encoder
+from dimefm_edge.errors import CheckpointError, ConfigError, DataError
+from dimefm_edge.evaluate.zero_shot import ZeroShotReport, evaluate_zero_shot
+from dimefm_edge.export import export_student
+from dimefm_edge.export.onnx import export_onnx
+from dimefm_edge.fit import FitReport, fit_student, plot_fit
+from dimefm_edge.labels import LabelBank, build_label_bank
+from dimefm_edge.latency.estimate import estimate_latency, trace_ops
+from dimefm_edge.latency.measure import LatencyReport, machine_info, measure_interleaved
+from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
+from dimefm_edge.report import AccuracyRow, ModelRow, RunReport
+from dimefm_edge.run_log import RunLog, atomic_file
+from dimefm_edge.runtime import load_bundle, load_engine
+from dimefm_edge.students import (
+    StudentSpec,
+    build_student,
+    load_student,
+    save_student,
+)
+from dimefm_edge.students.vit import inherit_from_teacher, vit_geometry
+from dimefm_edge.targets import Target, load_target
+from dimefm_edge.teacher import RUN_CHECKPOINT, TEXT_TEACHER_KEY, Teacher, load_teacher
+
+logger = logging.getLogger(__name__)
+
+_PIXEL_CACHE_BYTES = 4 * 2**30
+_NUM_PARITY_IMAGES = 32
+_SCENES = "scenes"
+
+
+def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
+    """Distil, export and measure a student.
+
+    Args:
+        config: What the user asked for.
+        resume: Go on in an existing run folder.
+
+    Returns:
+        The report, also written to the run folder; None on ranks other than 0.
+
+    Raises:
+        DimeFMError: With the message and the mend, for anything a user can put right.
+    """
+    ranks, clock = join_ranks(), _Clock()
+    config = resolve(config)
+    target = load_target(config.target)
+    teacher = load_teacher(config.teacher)
+    pool = open_images(config.data.images, column=config.data.image_column)
+    sentences = open_sentences(config.data.texts, column=config.data.text_column)
+    eval_sets = [open_labelled(source) for source in config.data.eval_sets]
+    run_dir = _open_run(config, resume=resume, ranks=ranks)
+    with clock("fit"):
+        fit = _fit(config.student, target, teacher, precision=config.precision)
+    preprocess = dataclasses.replace(teacher.preprocess, image_size=fit.chosen.image_size)
+    with clock("embed"):
+        store_dir = Path(config.store) if config.store else run_dir / "store"
+        if ranks.is_main:
+            _embed(config, teacher, pool, sentences, preprocess, store_dir)
+        ranks.barrier()
+        data = _open_data(config, teacher, pool, preprocess, store_dir)
+        banks = [
+            build_label_bank(s.name, s.classnames, s.templates, teacher.encode_texts)
+            for s in eval_sets
+        ]
+    student, inherited = _initial_student(
+        config.student, fit.chosen, teacher, seed=config.train.seed
+    )
+    with clock("train"):
+        trained = distill(
+            student,
+            data,
+            loss=config.loss,
+            train=config.train,
+            run_dir=run_dir,
+            save_weights=_Saver(fit.chosen, preprocess, _metadata(config, teacher)),
+            evaluate=_Scorer(eval_sets, banks, preprocess) if eval_sets else None,
+            resume=resume,
+            ranks=ranks,
+        )
+    if not ranks.is_main:
+        return None
+    with clock("export"):
+        bundle_dir = run_dir / "bundle"
+        export_student(
+            load_student(run_dir),
+            bundle_dir,
+            fmt="onnx",
+            precision=config.precision,
+            label_banks=banks,
+            parity_images=_parity_images(pool, data, preprocess),
+            logit_scale=teacher.logit_scale,
+            extra={"target": target.name, "teacher": teacher.name, "budget_ms": fit.budget_ms},
+        )
+    with clock("evaluate"):
+        accuracy = _accuracy(eval_sets, banks, teacher, bundle_dir)
+    with clock("measure"):
+        latencies = _measure(teacher, bundle_dir)
+    report = _report(
+        config, run_dir, target, teacher, fit, inherited, trained, data, accuracy, latencies, clock
+    )
+    with atomic_file(run_dir / "report.json") as stream:
+        stream.write((json.dumps(report.to_dict(), indent=2) + "\n").encode())
+    with atomic_file(run_dir / "report.md") as stream:
+        stream.write(report.to_markdown().encode())
+    return report
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Fill in the defaults that depend on the data, so that the saved config says them."""
+    is_scenes = all(source.partition(":")[0] == _SCENES for source in config.data.images)
+    eval_sets = config.data.eval_sets or ((_SCENES, "scenes-relations") if is_scenes else ())
+    flip = not is_scenes if config.train.flip is None else config.train.flip
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, eval_sets=eval_sets),
+        train=dataclasses.replace(config.train, flip=flip),
+    )
+
+
+# --------------------------------------------------------------------------- the steps
+
+
+def _open_run(config: RunConfig, *, resume: bool, ranks: Ranks) -> Path:
+    """Make the run folder, or go on in one; another run is never overwritten."""
+    run_dir = Path(config.out)
+    saved = run_dir / "config.toml"
+    if ranks.is_main:
+        if saved.is_file() and not resume:
+            raise ConfigError(
+                f"{run_dir} already holds a run", hint="--resume to go on with it, or another --out"
+            )
+        if run_dir.exists() and not run_dir.is_dir():
+            raise ConfigError(f"{run_dir} is a file", hint="another --out")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        config_file.save(config, saved)
+    ranks.barrier()
+    return run_dir
+
+
+def _fit(student: StudentConfig, target: Target, teacher: Teacher, *, precision: str) -> FitReport:
+    side = teacher.preprocess.image_size
+    return fit_student(
+        target,
+        latency_ms=student.latency_ms,
+        image_size=student.image_size or side,
+        embed_dim=teacher.embed_dim,
+        precision=precision,
+        student=student.student,
+        teacher_geometry=vit_geometry(teacher.image_tower),
+        teacher_ops=trace_ops(teacher.image_tower, side, 1),
+    )
+
+
+def _embed(
+    config: RunConfig,
+    teacher: Teacher,
+    pool: ImagePool,
+    sentences: Any,
+    preprocess: PreprocessSpec,
+    store_dir: Path,
+) -> None:
+    """Fill the stores; small pools also keep their decoded pixels, in the same pass."""
+    cache = None
+    if _cache_bytes(pool, preprocess) <= _PIXEL_CACHE_BYTES and preprocess == teacher.preprocess:
+        cache = PixelCache.create(
+            _cache_path(store_dir, preprocess), len(pool), preprocess, pool.fingerprint
+        )
+    embed_images(
+        teacher,
+        pool,
+        store_dir / "images",
+        max_bad=config.data.max_bad,
+        workers=config.data.workers,
+        cache=cache,
+    )
+    embed_texts(teacher, sentences, store_dir / "texts")
+
+
+def _cache_path(store_dir: Path, preprocess: PreprocessSpec) -> Path:
+    return store_dir / f"pixels-{preprocess.digest()}.u8"
+
+
+def _cache_bytes(pool: ImagePool, preprocess: PreprocessSpec) -> int:
+    return len(pool) * preprocess.image_size**2 * 3
+
+
+def _open_data(
+    config: RunConfig,
+    teacher: Teacher,
+    pool: ImagePool,
+    preprocess: PreprocessSpec,
+    store_dir: Path,
+) -> DistillData:
+    images = EmbeddingStore.open(store_dir / "images")
+    texts = EmbeddingStore.open(store_dir / "texts")
+    if not len(images.valid_rows()):
+        raise DataError("no image of the pool could be read", hint="check --images")
+    cache_path = _cache_path(store_dir, preprocess)
+    pixels: PixelSource
+    if cache_path.is_file():
+        cache = PixelCache.open(cache_path, len(pool), preprocess, pool.fingerprint)
+        pixels = _CachedPixels(cache)
+    else:
+        pixels = _DecodedPixels(pool, preprocess, config.data.workers)
+    return DistillData(images, texts, pixels, preprocess, teacher.logit_scale)
+
+
+@dataclass(frozen=True)
+class _CachedPixels:
+    cache: PixelCache
+
+    def __call__(self, batches: Iterable[Rows]) -> Iterator[npt.NDArray[np.uint8]]:
+        return (self.cache.gather(rows) for rows in batches)
+
+
+@dataclass(frozen=True)
+class _DecodedPixels:
+    pool: ImagePool
+    preprocess: PreprocessSpec
+    workers: int
+
+    def __call__(self, batches: Iterable[Rows]) -> Iterator[npt.NDArray[np.uint8]]:
+        for batch in decode_batches(self.pool, batches, self.preprocess, workers=self.workers):
+            if batch.bad_rows:
+                row, reason = batch.bad_rows[0]
+                raise DataError(
+                    f"image {self.pool.name(row)} could be read when it was embedded and "
+                    f"cannot now: {reason}",
+                    hint="bring the file back and run again with --resume",
+                )
+            yield batch.pixels
+
+
+def _initial_student(
+    student: StudentConfig, spec: StudentSpec, teacher: Teacher, *, seed: int
+) -> tuple[nn.Module, tuple[str, ...]]:
+    torch.manual_seed(seed)
+    module = build_student(spec, pretrained=student.init == "pretrained")
+    if student.init in ("random", "pretrained"):
+        return module, ()
+    if spec.family == "vit" and vit_geometry(teacher.image_tower) is not None:
+        inherited = tuple(inherit_from_teacher(module, teacher.image_tower))
+        if inherited or student.init == "auto":
+            return module, inherited
+    if student.init == "teacher":
+        raise ConfigError(
+            f"student {spec.name} cannot inherit from teacher {teacher.name}: their shapes differ",
+            hint="--init auto",
+        )
+    return module, ()
+
+
+def _metadata(config: RunConfig, teacher: Teacher) -> dict[str, str]:
+    path = Path(config.teacher).expanduser()
+    return {
+        # A path is kept absolute: the run may be opened from elsewhere.
+        TEXT_TEACHER_KEY: str(path.resolve()) if path.is_dir() else config.teacher,
+        "teacher_weights_hash": teacher.weights_hash,
+        "logit_scale": repr(teacher.logit_scale),
+        "target": config.target,
+    }
+
+
+@dataclass(frozen=True)
+class _Saver:
+    spec: StudentSpec
+    preprocess: PreprocessSpec
+    metadata: dict[str, str]
+
+    def __call__(self, path: Path, module: nn.Module) -> None:
+        save_student(path, module, self.spec, self.preprocess, self.metadata)
+
+
+@dataclass(frozen=True)
+class _Scorer:
+    """Zero-shot top-1 of a module on every test set, in percent, by name."""
+
+    eval_sets: Sequence[LabelledSet]
+    banks: Sequence[LabelBank]
+    preprocess: PreprocessSpec
+
+    def __call__(self, module: nn.Module) -> dict[str, float]:
+        encode = module_encoder(module, self.preprocess)
+        reports = _score(encode, self.preprocess, self.eval_sets, self.banks)
+        return {f"{r.name}_top1_pct": r.top1_pct for r in reports}
+
+
+def _score(
+    encode: EncodePixels,
+    preprocess: PreprocessSpec,
+    eval_sets: Sequence[LabelledSet],
+    banks: Sequence[LabelBank],
+) -> list[ZeroShotReport]:
+    return [
+        evaluate_zero_shot(encode, preprocess, labelled, bank)
+        for labelled, bank in zip(eval_sets, banks, strict=True)
+    ]
+
+
+def _parity_images(
+    pool: ImagePool, data: DistillData, preprocess: PreprocessSpec
+) -> npt.NDArray[np.float32]:
+    rows = data.images.valid_rows()[:_NUM_PARITY_IMAGES]
+    return preprocess_images([pool.load(int(row)) for row in rows], preprocess)
+
+
+def _accuracy(
+    eval_sets: Sequence[LabelledSet], banks: Sequence[LabelBank], teacher: Teacher, bundle_dir: Path
+) -> tuple[AccuracyRow, ...]:
+    """The student's accuracy is that of the exported graph, not of the torch module."""
+    bundle = load_bundle(bundle_dir)
+    engine = load_engine(bundle)
+    teacher_reports = _score(teacher.encode_images, teacher.preprocess, eval_sets, banks)
+    student_reports = _score(engine.encode_pixels, bundle.preprocess, eval_sets, banks)
+    return tuple(AccuracyRow(t, s) for t, s in zip(teacher_reports, student_reports, strict=True))

@@ -1,0 +1,136 @@
+"""What a run is worth, in one page: `report.json` for scripts, `report.md` for people."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from dimefm_edge.evaluate.zero_shot import ZeroShotReport
+
+
+@dataclass(frozen=True)
+class AccuracyRow:
+    """Zero-shot accuracy of teacher and student on one test set."""
+
+    teacher: ZeroShotReport
+    student: ZeroShotReport
+
+    @property
+    def retention_pct(self) -> float:
+        """The student's top-1 as a share of the teacher's."""
+        return 100 * self.student.top1_pct / max(self.teacher.top1_pct, 1e-9)
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """Size and speed of one image tower, here and on the target."""
+
+    name: str
+    params_m: float
+    gmacs: float
+    target_ms: float
+    target_low_ms: float
+    target_high_ms: float
+    here_p50_ms: float
+    here_p90_ms: float
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The outcome of `dimefm-edge distill`.
+
+    Latencies are of one image; `here_*` were measured on this machine with ONNX Runtime,
+    teacher and student in turn; `target_*` are estimated, with an interval.
+    """
+
+    run_dir: str
+    bundle: str
+    target: str
+    budget_ms: float
+    precision: str
+    teacher: ModelRow
+    student: ModelRow
+    student_spec: dict[str, Any]
+    inherited: tuple[str, ...]
+    accuracy: tuple[AccuracyRow, ...]
+    parity: dict[str, Any]
+    training: dict[str, Any]
+    data: dict[str, Any]
+    seconds: dict[str, float]
+    machine: dict[str, Any]
+
+    @property
+    def fits_budget(self) -> bool:
+        return self.student.target_ms <= self.budget_ms
+
+    @property
+    def latency_ratio(self) -> float:
+        """The student's latency here as a share of the teacher's."""
+        return self.student.here_p50_ms / self.teacher.here_p50_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, with the derived figures, ready for JSON."""
+        values = dataclasses.asdict(self)
+        values["accuracy"] = [
+            {**dataclasses.asdict(row), "retention_pct": row.retention_pct} for row in self.accuracy
+        ]
+        values["fits_budget"] = self.fits_budget
+        values["latency_ratio"] = self.latency_ratio
+        return values
+
+    def to_markdown(self) -> str:
+        """The page that is printed at the end of a run."""
+        lines = [
+            f"# {self.student.name} for {self.target}",
+            "",
+            f"Distilled from `{self.teacher.name}`; budget {self.budget_ms:.3g} ms on "
+            f"{self.target} ({self.precision}), estimated {self.student.target_ms:.3g} ms: "
+            + ("met." if self.fits_budget else "NOT MET."),
+            "",
+            "| zero-shot top-1 | classes | chance | teacher | student | retention |",
+            "|---|---:|---:|---:|---:|---:|",
+        ]
+        for row in self.accuracy:
+            lines.append(
+                f"| {row.teacher.name} | {row.teacher.num_classes} | {row.teacher.chance_pct:.1f}% "
+                f"| {row.teacher.top1_pct:.1f}% | {row.student.top1_pct:.1f}% "
+                f"| {row.retention_pct:.1f}% |"
+            )
+        if not self.accuracy:
+            lines.append("| none given (`--eval-sets`) | | | | | |")
+        lines += [
+            "",
+            "| image tower | parameters | GMACs | here p50 / p90 | estimate on the target |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        for model in (self.teacher, self.student):
+            lines.append(
+                f"| {model.name} | {model.params_m:.2f} M | {model.gmacs:.3f} "
+                f"| {model.here_p50_ms:.2f} / {model.here_p90_ms:.2f} ms "
+                f"| {model.target_ms:.3g} ms ({model.target_low_ms:.2g} to "
+                f"{model.target_high_ms:.2g}) |"
+            )
+        parity = self.parity
+        lines += [
+            "",
+            f"Here = one image, ONNX Runtime on {self.machine.get('cpu', 'this CPU')}, teacher and "
+            f"student in turn: the student takes {self.latency_ratio:.2f} of the teacher's time.",
+            "",
+            f"- Parity of the exported graph with PyTorch on {parity.get('num_images')} images: "
+            f"max abs difference {parity.get('max_abs_diff', float('nan')):.1e}, "
+            f"least cosine {parity.get('min_cosine', float('nan')):.6f}.",
+            f"- Training: {self.training['steps']} steps, {self.training['images_per_s']:.0f} "
+            f"images/s, data wait {self.training['data_wait_pct']:.1f}%; "
+            f"{self.data['num_images']} images ({self.data['num_bad']} unreadable), "
+            f"{self.data['num_texts']} sentences.",
+            f"- Initial weights: {len(self.inherited)} tensors from the teacher."
+            if self.inherited
+            else "- Initial weights: random.",
+            "- Time: "
+            + ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
+            + ".",
+            f"- Bundle: `{self.bundle}`",
+            "",
+        ]
+        return "\n".join(lines)

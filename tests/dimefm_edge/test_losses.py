@@ -1,0 +1,123 @@
+"""The losses against a float64 computation written from the formulas of design.md part 1."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dimefm_edge.config import LossConfig
+from dimefm_edge.losses import distillation_loss, feature_loss, pvl_loss, udist_loss, vl_loss
+
+
+def unit_rows(seed: int, count: int, dim: int = 16) -> np.ndarray:
+    rows = np.random.default_rng(seed).normal(size=(count, dim))
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return shifted / shifted.sum(axis=1, keepdims=True)
+
+
+def row_kl(teacher_logits: np.ndarray, student_logits: np.ndarray, temperature: float) -> float:
+    """sum_ij p_ij (log p_ij - log q_ij) / number of rows."""
+    p, q = softmax(teacher_logits / temperature), softmax(student_logits / temperature)
+    total = 0.0
+    for p_row, q_row in zip(p, q, strict=True):
+        for p_ij, q_ij in zip(p_row, q_row, strict=True):
+            if p_ij > 0:
+                total += p_ij * (np.log(p_ij) - np.log(q_ij))
+    return total / len(p)
+
+
+STUDENT, TEACHER, TEXT = unit_rows(0, 7), unit_rows(1, 7), unit_rows(2, 11)
+S, T, X = (torch.from_numpy(a) for a in (STUDENT, TEACHER, TEXT))
+
+
+@pytest.mark.parametrize(("scale", "temperature"), [(10.0, 1.0), (30.0, 3.0), (100.0, 7.0)])
+def test_vl_is_rows_plus_columns(scale: float, temperature: float) -> None:
+    student, teacher = scale * STUDENT @ TEXT.T, scale * TEACHER @ TEXT.T
+    expected = row_kl(teacher, student, temperature) + row_kl(teacher.T, student.T, temperature)
+    value = vl_loss(S, T, X, logit_scale=scale, temperature=temperature)
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("scale", "temperature"), [(10.0, 1.0), (30.0, 3.0), (100.0, 7.0)])
+def test_pvl_is_twice_the_rows_against_teacher_images(scale: float, temperature: float) -> None:
+    expected = 2 * row_kl(scale * TEACHER @ TEACHER.T, scale * STUDENT @ TEACHER.T, temperature)
+    value = pvl_loss(S, T, logit_scale=scale, temperature=temperature)
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(("scale", "temperature"), [(10.0, 1.0), (30.0, 3.0), (100.0, 7.0)])
+def test_udist_is_twice_the_rows_among_student_images(scale: float, temperature: float) -> None:
+    expected = 2 * row_kl(scale * TEACHER @ TEACHER.T, scale * STUDENT @ STUDENT.T, temperature)
+    value = udist_loss(S, T, logit_scale=scale, temperature=temperature)
+    assert value.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_feature_losses() -> None:
+    mse = np.mean([np.sum((s - t) ** 2) for s, t in zip(STUDENT, TEACHER, strict=True)])
+    cosine = np.mean([1 - s @ t for s, t in zip(STUDENT, TEACHER, strict=True)])
+    assert feature_loss(S, T, kind="mse").item() == pytest.approx(mse)
+    assert feature_loss(S, T, kind="cosine").item() == pytest.approx(cosine)
+
+
+def test_every_term_is_zero_when_student_equals_teacher() -> None:
+    values = [
+        vl_loss(T, T, X, logit_scale=100.0),
+        pvl_loss(T, T, logit_scale=100.0),
+        udist_loss(T, T, logit_scale=100.0),
+        feature_loss(T, T),
+    ]
+    assert [v.item() for v in values] == pytest.approx([0.0] * 4, abs=1e-12)
+
+
+def test_udist_does_not_see_a_rotation_and_the_others_do() -> None:
+    rotation = torch.from_numpy(np.linalg.qr(np.random.default_rng(3).normal(size=(16, 16)))[0])
+    assert udist_loss(T @ rotation, T, logit_scale=10.0).item() == pytest.approx(0, abs=1e-9)
+    assert pvl_loss(T @ rotation, T, logit_scale=10.0).item() > 0.01
+    assert vl_loss(T @ rotation, T, X, logit_scale=10.0).item() > 0.01
+
+
+def test_gradient_reaches_the_student_and_matches_finite_differences() -> None:
+    def total(x: torch.Tensor) -> torch.Tensor:
+        config = LossConfig(udist_weight=0.2, feature_weight=0.1)
+        embeds = F.normalize(x, dim=1)
+        return distillation_loss(embeds, T, X, config=config, logit_scale=20.0)["loss"]
+
+    raw = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(total, (raw,), atol=1e-5)
+
+
+def test_the_weighted_sum_is_the_papers() -> None:
+    terms = distillation_loss(S, T, X, config=LossConfig(), logit_scale=100.0)
+    assert set(terms) == {"vl", "pvl", "loss"}
+    vl = vl_loss(S, T, X, logit_scale=100.0, temperature=1.0)
+    pvl = pvl_loss(S, T, logit_scale=100.0, temperature=3.0)
+    torch.testing.assert_close(terms["loss"], 0.7 * vl + 0.3 * pvl)
+
+
+def test_one_hot_teacher_in_float32_stays_finite() -> None:
+    student = F.normalize(torch.randn(4, 16), dim=1).requires_grad_()
+    teacher = torch.eye(16)[:4]
+    loss = vl_loss(student, teacher, torch.eye(16), logit_scale=1000.0)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: pvl_loss(S, T[:3], logit_scale=1.0), r"both be \(B, E\), got \(7, 16\) and \(3,"),
+        (lambda: vl_loss(S, T, X, logit_scale=1.0, temperature=0.0), "must be positive, got 0"),
+        (lambda: feature_loss(S, T, kind="l1"), "mse or cosine, got 'l1'"),
+    ],
+)
+def test_wrong_arguments_are_named(call, match: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=match):
+        call()
