@@ -1,0 +1,173 @@
+"""The bundle's manifest: what a deployed model's files are, and how they are told to be ours.
+
+Written by export/bundle.py, read by runtime/bundle.py, which know nothing of each other.
+A manifest comes from anywhere: every field is checked before it is used. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from dimefm_edge.errors import CheckpointError, DimeFMError
+from dimefm_edge.preprocess import PreprocessSpec
+
+BUNDLE_FORMAT = "dimefm_edge.bundle"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+MODEL_FILE = "model.onnx"
+LABELS_FILE = "labels.npz"
+INPUT_NAME = "image"
+OUTPUT_NAME = "image_embeds"
+MAX_MANIFEST_BYTES = 2**23
+EXPORT_AGAIN = "export it again: dimefm-edge export RUN --out BUNDLE"
+
+_MAX_IMAGE_SIZE = 8192
+
+
+def parse_manifest(data: bytes, *, where: str) -> dict[str, Any]:
+    """Check a manifest and return it as a dictionary whose fields have their types.
+
+    Args:
+        data: The file's bytes, UTF-8 JSON.
+        where: The bundle, for errors.
+
+    Raises:
+        CheckpointError: If it is no manifest of ours, of another version, or has a field
+            that is missing or cannot be.
+    """
+    try:
+        values = json.loads(data)
+        if not isinstance(values, dict) or values.get("format") != BUNDLE_FORMAT:
+            raise ValueError(f"its format is not '{BUNDLE_FORMAT}'")
+        _check_version(values.get("format_version"), where)
+        _check_fields(values)
+    except DimeFMError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{where}: bad {MANIFEST_FILE}: {error}", hint=EXPORT_AGAIN
+        ) from error
+    except KeyError as error:
+        raise CheckpointError(
+            f"{where}: bad {MANIFEST_FILE}: it lacks {error}", hint=EXPORT_AGAIN
+        ) from error
+    except (ValueError, TypeError, RecursionError, OverflowError) as error:
+        raise CheckpointError(
+            f"{where}: bad {MANIFEST_FILE}: {error}", hint=EXPORT_AGAIN
+        ) from error
+    return values
+
+
+def preprocess_of(manifest: dict[str, Any]) -> PreprocessSpec:
+    """The preprocessing that a parsed manifest asks for."""
+    return PreprocessSpec.from_dict(manifest["preprocess"])
+
+
+def is_safe_name(name: str) -> bool:
+    """Whether a file name stays inside its bundle on every system: relative, no `..`."""
+    if not name or name != name.strip() or any(c in '\\:*?"<>|' or c < " " for c in name):
+        return False
+    parts = name.split("/")
+    return not PurePosixPath(name).is_absolute() and not any(p in ("", ".", "..") for p in parts)
+
+
+def sha256_of(path: Path) -> str:
+    """Hash a file in pieces; 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _check_version(version: Any, where: str) -> None:
+    if _is_int(version) and version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where} has bundle format version {version}; this package reads {FORMAT_VERSION}",
+            hint="pip install --upgrade dimefm_edge",
+        )
+    if not _is_int(version) or version != FORMAT_VERSION:
+        raise ValueError(f"format version {version!r} is not {FORMAT_VERSION}")
+
+
+def _check_fields(values: dict[str, Any]) -> None:
+    for key in ("spec", "versions", "parity"):
+        if not isinstance(values[key], dict):
+            raise ValueError(f"{key} must be an object")
+    for key in ("precision", "created", "name"):
+        if not isinstance(values[key], str):
+            raise ValueError(f"{key} must be text")
+    for key in ("opset", "embed_dim"):
+        if not _is_int(values[key]) or values[key] <= 0:
+            raise ValueError(f"{key} must be a positive whole number, got {values[key]!r}")
+    if not _is_number(values["logit_scale"]) or values["logit_scale"] <= 0:
+        raise ValueError(f"logit_scale must be positive, got {values['logit_scale']!r}")
+    _check_preprocess(values["preprocess"])
+    _check_files(values["files"])
+    _check_label_sets(values["label_sets"], LABELS_FILE in values["files"])
+
+
+def _check_preprocess(values: Any) -> None:
+    if not isinstance(values, dict):
+        raise ValueError("preprocess must be an object")
+    size = values["image_size"]
+    if not _is_int(size) or not 0 < size <= _MAX_IMAGE_SIZE:
+        raise ValueError(f"preprocess.image_size must be 1 to {_MAX_IMAGE_SIZE}, got {size!r}")
+    for key in ("mean", "std"):
+        three = values[key]
+        if not isinstance(three, list) or len(three) != 3 or not all(map(_is_number, three)):
+            raise ValueError(f"preprocess.{key} must be three numbers")
+    if min(values["std"]) <= 0:
+        raise ValueError("preprocess.std must be positive")
+    for key in ("interpolation", "resize_mode"):
+        if not isinstance(values[key], str):
+            raise ValueError(f"preprocess.{key} must be text")
+    fill = values.get("fill_color", 0)
+    if not _is_int(fill) or not 0 <= fill <= 255:
+        raise ValueError(f"preprocess.fill_color must be 0 to 255, got {fill!r}")
+    PreprocessSpec.from_dict(values)
+
+
+def _check_files(values: Any) -> None:
+    if not isinstance(values, dict) or MODEL_FILE not in values:
+        raise ValueError(f"files must be an object that holds {MODEL_FILE}")
+    for name, entry in values.items():
+        if not is_safe_name(name):
+            raise ValueError(f"the file name {name!r} leaves the bundle")
+        if name == MANIFEST_FILE:
+            raise ValueError(f"{MANIFEST_FILE} cannot list itself")
+        if not isinstance(entry, dict):
+            raise ValueError(f"files: {name} must be an object")
+        digest, size = entry["sha256"], entry["size_bytes"]
+        if (
+            not isinstance(digest, str)
+            or len(digest) != 64
+            or set(digest) - set("0123456789abcdef")
+        ):
+            raise ValueError(f"files: the sha256 of {name} is not 64 hex digits")
+        if not _is_int(size) or size < 0:
+            raise ValueError(f"files: the size of {name} is {size!r}")
+
+
+def _check_label_sets(values: Any, has_file: bool) -> None:
+    if not isinstance(values, list):
+        raise ValueError("label_sets must be a list")
+    if values and not has_file:
+        raise ValueError(f"it names label sets but no {LABELS_FILE}")
+    for entry in values:
+        if not isinstance(entry, dict) or not isinstance(entry["name"], str):
+            raise ValueError("label_sets: each needs a name")
+        if not _is_int(entry["num_classes"]) or entry["num_classes"] <= 0:
+            raise ValueError(f"label_sets: {entry['name']} has no classes")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)

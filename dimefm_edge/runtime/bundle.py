@@ -1,0 +1,250 @@
+"""Bundles: load a deployed model's folder or `.zip`, trusting nothing that it says.
+
+Every file is checked against the manifest's size and hash before it is used; names that
+leave the bundle, links and archives that unpack to too much are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import stat
+import tempfile
+import weakref
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dimefm_edge.errors import CheckpointError
+from dimefm_edge.labels import LabelBank, load_label_banks
+from dimefm_edge.manifest import (
+    EXPORT_AGAIN,
+    LABELS_FILE,
+    MANIFEST_FILE,
+    MAX_MANIFEST_BYTES,
+    MODEL_FILE,
+    is_safe_name,
+    parse_manifest,
+    preprocess_of,
+    sha256_of,
+)
+from dimefm_edge.preprocess import PreprocessSpec
+
+_MAX_UNPACKED_BYTES = 2**32
+# Weights hardly compress; 64 MiB may be empty space (a model of zeros), more must be earned.
+_MAX_RATIO = 100
+_FREE_BYTES = 2**26
+_CHUNK_BYTES = 2**20
+_COPY_AGAIN = "copy or download the bundle again, or " + EXPORT_AGAIN
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A deployed model whose files were checked.
+
+    `label_banks` maps a label set's name to its bank, in the manifest's order; `model_path`
+    is on disk as long as this object lives (a `.zip` is unpacked to a temporary folder).
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    preprocess: PreprocessSpec
+    label_banks: dict[str, LabelBank]
+    model_path: Path
+    logit_scale: float
+
+    @property
+    def name(self) -> str:
+        return str(self.manifest["name"])
+
+    @property
+    def precision(self) -> str:
+        return str(self.manifest["precision"])
+
+    @property
+    def embed_dim(self) -> int:
+        return int(self.manifest["embed_dim"])
+
+    @property
+    def size_mib(self) -> float:
+        """Of the graph with its weights, on disk."""
+        return self.model_path.stat().st_size / 2**20
+
+
+def load_bundle(path: Path | str) -> Bundle:
+    """Open a bundle, checking every file it lists.
+
+    Args:
+        path: A bundle's folder, or a `.zip` of one.
+
+    Raises:
+        CheckpointError: If it is missing, no bundle, damaged, tampered with or unsafe.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            return _load_folder(path)
+        if path.is_file():
+            return _load_zip(path)
+    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"cannot read the bundle {path}: {error}", hint=_COPY_AGAIN
+        ) from error
+    raise CheckpointError(f"no bundle at {path}", hint=EXPORT_AGAIN)
+
+
+def _load_folder(folder: Path) -> Bundle:
+    manifest_path = folder / MANIFEST_FILE
+    if not manifest_path.is_file():
+        nested = folder / "bundle"
+        hint = str(nested) if (nested / MANIFEST_FILE).is_file() else EXPORT_AGAIN
+        raise CheckpointError(f"{folder} is no bundle: it has no {MANIFEST_FILE}", hint=hint)
+    if manifest_path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise CheckpointError(f"{folder}: {MANIFEST_FILE} is too large to be one of ours")
+    manifest = parse_manifest(manifest_path.read_bytes(), where=str(folder))
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        # A link may point anywhere, and at something else by the time it is read.
+        if file.is_symlink() or not file.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(
+                f"{folder}: {name} is a link; a bundle holds files only",
+                hint="copy the bundle with its links followed: cp -rL",
+            )
+        if not file.is_file():
+            raise CheckpointError(f"{folder} lacks {name}", hint=_COPY_AGAIN)
+        _check_size(file.stat().st_size, entry["size_bytes"], name, folder)
+        _check_hash(sha256_of(file), entry["sha256"], name, folder)
+    return _bundle_of(folder, folder, manifest)
+
+
+def _load_zip(path: Path) -> Bundle:
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path} is no bundle: neither a folder nor a whole .zip archive", hint=_COPY_AGAIN
+        )
+    with zipfile.ZipFile(path) as archive:
+        members = _checked_members(archive, path)
+        prefix = _prefix(members, path)
+        head = members[prefix + MANIFEST_FILE]
+        if head.file_size > MAX_MANIFEST_BYTES:
+            raise CheckpointError(f"{path}: {MANIFEST_FILE} is too large to be one of ours")
+        manifest = parse_manifest(_read_member(archive, head, path), where=str(path))
+        folder = Path(tempfile.mkdtemp(prefix="dimefm_edge_bundle_"))
+        try:
+            for name, entry in manifest["files"].items():
+                member = members.get(prefix + name)
+                if member is None:
+                    raise CheckpointError(f"{path} lacks {name}", hint=_COPY_AGAIN)
+                _check_size(member.file_size, entry["size_bytes"], name, path)
+                digest = _unpack(archive, member, folder / name)
+                _check_hash(digest, entry["sha256"], name, path)
+            bundle = _bundle_of(path, folder, manifest)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    weakref.finalize(bundle, shutil.rmtree, folder, ignore_errors=True)
+    return bundle
+
+
+def _checked_members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
+    """The archive's files by name, once none of them can do harm."""
+    members: dict[str, zipfile.ZipInfo] = {}
+    hint = "get the bundle from somewhere you trust, or " + EXPORT_AGAIN
+    for member in archive.infolist():
+        # zipfile itself mends some names; the raw one tells the intent.
+        name = member.orig_filename
+        if not is_safe_name(name.rstrip("/")) or name.startswith("/"):
+            raise CheckpointError(f"{path}: the file name {name!r} leaves the bundle", hint=hint)
+        kind = stat.S_IFMT(member.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise CheckpointError(f"{path}: {name} is a link; a bundle holds files only", hint=hint)
+        if name in members:
+            raise CheckpointError(f"{path} holds {name} twice", hint=hint)
+        if member.flag_bits & 1:
+            raise CheckpointError(f"{path}: {name} is encrypted", hint=hint)
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise CheckpointError(f"{path}: {name} is compressed in an unusual way", hint=hint)
+        members[name] = member
+    total = sum(member.file_size for member in members.values())
+    packed = sum(member.compress_size for member in members.values())
+    if total > _MAX_UNPACKED_BYTES or total > _FREE_BYTES + _MAX_RATIO * packed:
+        raise CheckpointError(
+            f"{path} would unpack from {packed / 2**20:.1f} MiB to {total / 2**20:.0f} MiB: "
+            "no bundle does",
+            hint=hint,
+        )
+    return members
+
+
+def _prefix(members: dict[str, zipfile.ZipInfo], path: Path) -> str:
+    """Where the bundle starts: the root, or the one folder that was zipped."""
+    if MANIFEST_FILE in members:
+        return ""
+    nested = [n for n in members if n.count("/") == 1 and n.endswith("/" + MANIFEST_FILE)]
+    if len(nested) != 1:
+        raise CheckpointError(f"{path} is no bundle: it has no {MANIFEST_FILE}", hint=EXPORT_AGAIN)
+    return nested[0].removesuffix(MANIFEST_FILE)
+
+
+def _read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> bytes:
+    with archive.open(member) as stream:
+        data = stream.read(MAX_MANIFEST_BYTES + 1)
+    if len(data) != member.file_size:
+        raise CheckpointError(f"{path}: {member.filename} is truncated", hint=_COPY_AGAIN)
+    return data
+
+
+def _unpack(archive: zipfile.ZipFile, member: zipfile.ZipInfo, target: Path) -> str:
+    """Write one member, never more than it declared, and hash it on the way."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    with archive.open(member) as source, target.open("wb") as sink:
+        while chunk := source.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            sink.write(chunk)
+    return digest.hexdigest()
+
+
+def _check_size(found: int, listed: int, name: str, path: Path) -> None:
+    if found != listed:
+        word = "truncated" if found < listed else "not the file that was exported"
+        raise CheckpointError(
+            f"{path}: {name} is {word} ({found} bytes, the manifest says {listed})",
+            hint=_COPY_AGAIN,
+        )
+
+
+def _check_hash(found: str, listed: str, name: str, path: Path) -> None:
+    if found != listed:
+        raise CheckpointError(
+            f"{path}: {name} was changed after the export (sha256 {found[:12]}.., the manifest "
+            f"says {listed[:12]}..)",
+            hint=_COPY_AGAIN,
+        )
+
+
+def _bundle_of(path: Path, folder: Path, manifest: dict[str, Any]) -> Bundle:
+    banks = load_label_banks(folder / LABELS_FILE) if LABELS_FILE in manifest["files"] else {}
+    listed = {entry["name"]: entry["num_classes"] for entry in manifest["label_sets"]}
+    if listed != {name: len(bank.classnames) for name, bank in banks.items()}:
+        raise CheckpointError(
+            f"{path}: {LABELS_FILE} and {MANIFEST_FILE} disagree about the label sets",
+            hint=EXPORT_AGAIN,
+        )
+    for bank in banks.values():
+        if bank.embeds.shape[1] != manifest["embed_dim"]:
+            raise CheckpointError(
+                f"{path}: label set '{bank.name}' has {bank.embeds.shape[1]} dimensions, the "
+                f"model {manifest['embed_dim']}",
+                hint=EXPORT_AGAIN,
+            )
+    return Bundle(
+        path=path,
+        manifest=manifest,
+        preprocess=preprocess_of(manifest),
+        label_banks=banks,
+        model_path=folder / MODEL_FILE,
+        logit_scale=float(manifest["logit_scale"]),
+    )

@@ -1,0 +1,53 @@
+"""Engines: what can run a bundle's graph, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from dimefm_edge.errors import lookup
+from dimefm_edge.runtime.bundle import Bundle
+from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine
+
+
+class Engine(Protocol):
+    """The thing that runs a bundle's graph."""
+
+    embed_dim: int
+
+    def encode_image(self, image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """(B, 3, S, S) float32, preprocessed -> (B, E) float32, L2-normalised."""
+
+    def encode_pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """(B, S, S, 3) uint8, resized, RGB -> (B, E) float32, L2-normalised."""
+
+
+def _load_onnxruntime(bundle: Bundle, threads: int) -> Engine:
+    return OnnxRuntimeEngine(
+        bundle.model_path,
+        preprocess=bundle.preprocess,
+        embed_dim=bundle.embed_dim,
+        threads=threads,
+    )
+
+
+ENGINES: dict[str, Callable[[Bundle, int], Engine]] = {"onnxruntime": _load_onnxruntime}
+
+
+def load_engine(bundle: Bundle, *, threads: int = 0, engine: str = "onnxruntime") -> Engine:
+    """Load a bundle's graph into an engine.
+
+    Args:
+        bundle: A checked bundle; keep it while the engine is loaded.
+        threads: CPU threads of one call; 0 takes one per physical core.
+        engine: A name in `ENGINES`.
+
+    Raises:
+        CheckpointError: If the engine cannot load the graph.
+        MissingExtraError: If the engine's package is not installed.
+        UnknownNameError: If there is no such engine.
+    """
+    return lookup(ENGINES, engine, kind="engine")(bundle, threads)
