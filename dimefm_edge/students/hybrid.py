@@ -1,0 +1,84 @@
+"""Hybrid students: timm's FastViT (arXiv 2303.14189) with width and depth as settings.
+
+Convolutional stages of re-parametrisable branches, attention in the last stage, where tokens
+are few. Chosen over the other hybrids in timm because it is MobileCLIP's image tower, becomes
+plain convolutions for export, and needs nothing but convolution, matmul and softmax.
+
+The stem's stride follows the image: FastViT's own 32x reduction leaves 2 x 2 positions of a
+64 px image, so small images are reduced by 16 or 8 instead, to 4 x 4 or more.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from timm.models.fastvit import FastVit, MobileOneBlock, RepConditionalPosEnc
+from timm.utils.model import reparameterize_model
+from torch import nn
+
+from dimefm_edge.errors import ConfigError
+from dimefm_edge.students import StudentSpec
+from dimefm_edge.students.student import Student
+
+MIN_IMAGE_SIZE = 32
+_HEAD_DIM = 32
+_LAYER_SCALE = (
+    0.1  # FastViT's 1e-5 is for 300 epochs; CaiT (arXiv 2103.17239) uses 0.1 when shallow
+)
+
+
+def build_hybrid(spec: StudentSpec) -> Student:
+    """Build a hybrid student with random weights.
+
+    Raises:
+        ConfigError: If the image is too small, or a setting cannot be.
+    """
+    width, depth = spec.args["width"], tuple(spec.args["depth"])
+    if spec.image_size < MIN_IMAGE_SIZE:
+        raise ConfigError(
+            f"student {spec.name}: hybrids need images of {MIN_IMAGE_SIZE} px or more, "
+            f"got {spec.image_size}",
+            hint="--student vit",
+        )
+    if len(depth) != 4 or min(depth) < 1:
+        raise ConfigError(f"student {spec.name}: depth must be four positive counts, got {depth}")
+    if width < 4 or (8 * width) % _HEAD_DIM:
+        raise ConfigError(f"student {spec.name}: width must be a multiple of 4, got {width}")
+    is_small = spec.image_size < 128
+    pos_emb: Any = partial(RepConditionalPosEnc, spatial_shape=(7, 7))
+    trunk = FastVit(
+        layers=depth,
+        embed_dims=(width, 2 * width, 4 * width, 8 * width),
+        mlp_ratios=(3, 3, 3, 3),
+        token_mixers=("repmixer", "repmixer", "repmixer", "attention"),
+        pos_embs=(None, None, None, pos_emb),
+        down_patch_size=5 if is_small else 7,
+        layer_scale_init_value=_LAYER_SCALE,
+        num_classes=0,
+    )
+    trunk.stem = _stem(width, stem_stride(spec.image_size))
+    return Student(trunk, num_features=trunk.head_hidden_size, embed_dim=spec.embed_dim)
+
+
+def stem_stride(image_size: int) -> int:
+    """Reduction of the stem: 4 as in FastViT from 128 px on, 2 from 64 px, else 1."""
+    return 4 if image_size >= 128 else 2 if image_size >= 64 else 1
+
+
+def reparameterise(student: nn.Module) -> nn.Module:
+    """A copy in eval mode whose branches are merged into plain convolutions: same answers.
+
+    Students without branches come back as plain copies.
+    """
+    merged: nn.Module = reparameterize_model(student.eval(), inplace=False)
+    return merged
+
+
+def _stem(width: int, stride: int) -> nn.Sequential:
+    first, second = {4: (2, 2), 2: (2, 1), 1: (1, 1)}[stride]
+    return nn.Sequential(
+        MobileOneBlock(3, width, kernel_size=3, stride=first),
+        MobileOneBlock(width, width, kernel_size=3, stride=second, group_size=1),
+        MobileOneBlock(width, width, kernel_size=1, stride=1),
+    )

@@ -1,0 +1,70 @@
+"""Hybrid students: small images, and branches that merge."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dimefm_edge.errors import ConfigError
+from dimefm_edge.students import build_student, hybrid_spec, vit_spec
+from dimefm_edge.students.hybrid import reparameterise
+
+
+def tiny(image_size=64, **changes):
+    values = {"embed_dim": 16, "width": 8, "depth": (1, 1, 1, 1), **changes}
+    return hybrid_spec(image_size=image_size, **values)
+
+
+@pytest.mark.parametrize("image_size", [32, 48, 64, 96, 128, 224, 256])
+def test_the_last_stage_has_enough_positions(image_size):
+    student = build_student(tiny(image_size)).eval()
+    features = student.trunk.forward_features(torch.randn(1, 3, image_size, image_size))
+    assert min(features.shape[-2:]) >= 4
+    assert student(torch.randn(1, 3, image_size, image_size)).shape == (1, 16)
+
+
+def test_merged_branches_answer_the_same_with_fewer_parameters():
+    torch.manual_seed(0)
+    student = build_student(tiny())
+    for _ in range(3):
+        student(torch.randn(8, 3, 64, 64))  # statistics that are not the defaults
+    merged = reparameterise(student)
+    image = torch.randn(4, 3, 64, 64)
+    torch.testing.assert_close(merged(image), student.eval()(image), atol=1e-5, rtol=0)
+    count = [sum(p.numel() for p in m.parameters()) for m in (merged, student)]
+    assert count[0] < count[1]
+
+
+def test_a_student_without_branches_is_copied():
+    spec = vit_spec(image_size=32, embed_dim=8, patch_size=8, width=16, depth=1, num_heads=2)
+    student = build_student(spec)
+    copy = reparameterise(student)
+    image = torch.randn(1, 3, 32, 32)
+    assert copy is not student
+    assert torch.equal(copy(image), student.eval()(image))
+
+
+def test_it_trains_at_64_px():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    student = build_student(tiny())
+    images, targets = torch.randn(16, 3, 64, 64), torch.randn(16, 16)
+    targets = torch.nn.functional.normalize(targets, dim=-1)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = (student(images) - targets).square().sum(dim=1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_contradictions_are_refused():
+    with pytest.raises(ConfigError, match="need images of 32 px or more, got 16"):
+        build_student(tiny(16))
+    with pytest.raises(ConfigError, match="depth must be four positive counts"):
+        build_student(tiny(depth=(1, 1)))
+    with pytest.raises(ConfigError, match="width must be a multiple of 4, got 10"):
+        build_student(tiny(width=10))
