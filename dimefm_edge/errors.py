@@ -8,6 +8,8 @@ from typing import ClassVar, TypeVar
 
 T = TypeVar("T")
 
+_MAX_LISTED = 40
+
 
 class DimeFMError(Exception):
     """Anything a user can mend. `hint` is the next thing to try, often a command."""
@@ -75,7 +77,9 @@ class ParityError(DimeFMError):
 
 def nearest_names(name: str, known: list[str]) -> list[str]:
     """Up to three known names spelt like `name`, closest first."""
-    return difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    by_folded = {k.casefold(): k for k in known}
+    near = difflib.get_close_matches(name.casefold(), list(by_folded), n=3, cutoff=0.5)
+    return [by_folded[k] for k in near]
 
 
 def lookup(table: Mapping[str, T], name: str, *, kind: str) -> T:
@@ -89,4 +93,5 @@ def lookup(table: Mapping[str, T], name: str, *, kind: str) -> T:
     known = sorted(table)
     near = nearest_names(name, known)
     guess = f" Did you mean '{near[0]}'?" if near else ""
-    raise UnknownNameError(f"unknown {kind} '{name}'.{guess} Known: {', '.join(known)}.")
+    shown = known if len(known) <= _MAX_LISTED else [*(near or known)[:3], f"... ({len(known)})"]
+    raise UnknownNameError(f"unknown {kind} '{name}'.{guess} Known: {', '.join(shown)}.")

@@ -90,9 +90,14 @@ def resize_image(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uin
     width, height = image.size
     if spec.resize_mode == "squash":
         return np.asarray(image.resize((side, side), resample))
-    edge = min(width, height) if spec.resize_mode == "shortest" else max(width, height)
-    # torchvision's Resize truncates the long side; round() would shift the crop by a pixel.
-    size = (max(1, int(side * width / edge)), max(1, int(side * height / edge)))
+    # As torchvision's Resize (which truncates) and open_clip's ResizeKeepRatio (which rounds):
+    # the other way would shift the crop by a pixel.
+    if spec.resize_mode == "shortest":
+        edge = min(width, height)
+        size = (int(side * width / edge), int(side * height / edge))
+    else:
+        ratio = max(width, height) / side
+        size = (max(1, round(width / ratio)), max(1, round(height / ratio)))
     if size != image.size:
         image = image.resize(size, resample)
     if spec.resize_mode == "longest":

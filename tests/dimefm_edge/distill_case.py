@@ -1,0 +1,141 @@
+"""A small, real distillation for tests, also run as a process of its own.
+
+    python distill_case.py RUN_DIR [--steps N] [--save-every N] [--pause S] [--resume]
+
+Under torchrun it is one rank. Stores, pixels and student depend on nothing but fixed seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dimefm_edge.batches import DistillData
+from dimefm_edge.config import LossConfig, TrainConfig
+from dimefm_edge.data.store import EmbeddingStore, StoreManifest, StoreWriter
+from dimefm_edge.distill import DistillReport, distill
+from dimefm_edge.distributed import join_ranks, leave_ranks
+from dimefm_edge.preprocess import PreprocessSpec
+from dimefm_edge.students import build_student, vit_spec
+
+NUM_IMAGES, NUM_TEXTS, EMBED_DIM, SIDE = 90, 50, 16, 16
+SPEC = vit_spec(image_size=SIDE, embed_dim=EMBED_DIM, patch_size=8, width=32, depth=2, num_heads=2)
+TRAIN = TrainConfig(
+    steps=12, batch_size=16, text_batch_size=8, lr=1e-3, amp="off", save_every=4, eval_every=6
+)
+
+
+def write_store(folder: Path, kind: str, count: int, seed: int) -> EmbeddingStore:
+    """A store of random unit vectors that depends on `seed` alone."""
+    if not folder.exists():
+        rows = np.random.default_rng(seed).normal(size=(count, EMBED_DIM)).astype(np.float32)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        write_rows(folder, kind, rows)
+    return EmbeddingStore.open(folder)
+
+
+def write_rows(folder: Path, kind: str, rows: np.ndarray) -> None:
+    manifest = StoreManifest(
+        kind=kind,
+        teacher="random",
+        weights_hash="0" * 16,
+        preprocess_hash="1" * 16,
+        source=f"{kind}-fixed",
+        embed_dim=EMBED_DIM,
+        logit_scale=20.0,
+        num_rows=len(rows),
+        shard_rows=64,
+    )
+    writer = StoreWriter.create_or_resume(folder, manifest)
+    for shard in writer.missing_shards():
+        writer.write_shard(shard, rows[shard * 64 : (shard + 1) * 64].astype(np.float16))
+    writer.finish()
+
+
+def fixed_pixels(batches: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    for rows in batches:
+        yield np.stack(
+            [
+                np.random.default_rng(int(row)).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+                for row in rows
+            ]
+        )
+
+
+def make_data(folder: Path) -> DistillData:
+    return DistillData(
+        images=write_store(folder / "images", "images", NUM_IMAGES, 1),
+        texts=write_store(folder / "texts", "texts", NUM_TEXTS, 2),
+        pixels=fixed_pixels,
+        preprocess=PreprocessSpec(image_size=SIDE),
+        logit_scale=20.0,
+    )
+
+
+def save_module(path: Path, module: nn.Module) -> None:
+    save_file({k: v.contiguous() for k, v in module.state_dict().items()}, path)
+
+
+def run_case(
+    run_dir: Path,
+    *,
+    train: TrainConfig = TRAIN,
+    loss: LossConfig | None = None,
+    resume: bool = False,
+    pause_s: float = 0.0,
+    data: DistillData | None = None,
+) -> DistillReport:
+    """Distil the fixed case into `run_dir`; `pause_s` slows every evaluation down."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    ranks = join_ranks()
+    if ranks.is_main and data is None:
+        make_data(run_dir.parent / "store")
+    ranks.barrier()
+    torch.manual_seed(7)
+
+    def evaluate(module: nn.Module) -> dict[str, float]:
+        time.sleep(pause_s)
+        return {"norm": float(sum(p.detach().abs().sum() for p in module.parameters()))}
+
+    return distill(
+        build_student(SPEC),
+        data or make_data(run_dir.parent / "store"),
+        loss=loss or LossConfig(udist_weight=0.1),
+        train=train,
+        run_dir=run_dir,
+        save_weights=save_module,
+        evaluate=evaluate,
+        resume=resume,
+        ranks=ranks,
+        device=torch.device("cpu"),
+    )
+
+
+def main() -> None:
+    import dataclasses
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--steps", type=int, default=TRAIN.steps)
+    parser.add_argument("--batch-size", type=int, default=TRAIN.batch_size)
+    parser.add_argument("--eval-every", type=int, default=TRAIN.eval_every)
+    parser.add_argument("--pause", type=float, default=0.0)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    train = dataclasses.replace(
+        TRAIN, steps=args.steps, batch_size=args.batch_size, eval_every=args.eval_every
+    )
+    run_case(args.run_dir, train=train, resume=args.resume, pause_s=args.pause)
+    leave_ranks()
+
+
+if __name__ == "__main__":
+    main()

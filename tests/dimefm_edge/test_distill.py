@@ -1,0 +1,258 @@
+"""The training loop: exact resuming, ranks that equal one process, and loud failure."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dimefm_edge.batches import BatchPlan
+from dimefm_edge.config import LossConfig, TrainConfig
+from dimefm_edge.distill import build_optimizer, count_steps, learning_rate
+from dimefm_edge.distributed import Ranks
+from dimefm_edge.errors import CheckpointError, ConfigError, TrainingError
+from dimefm_edge.run_log import STATE_FILE, read_metrics
+from dimefm_edge.students import build_student
+
+CASE_PATH = Path(__file__).with_name("distill_case.py")
+ROOT = Path(__file__).parents[2]
+
+
+def load_case() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("distill_case", CASE_PATH)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+case = load_case()
+
+
+def weights(run_dir: Path, name: str = "checkpoint.safetensors") -> dict[str, torch.Tensor]:
+    return load_file(run_dir / name)
+
+
+def assert_equal_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    different = [key for key in left if not torch.equal(left[key], right[key])]
+    assert different == []
+
+
+def process(run_dir: Path, *flags: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(CASE_PATH), str(run_dir), *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
+    train = dataclasses.replace(case.TRAIN, steps=60, lr=3e-3, min_crop=1.0, flip=False)
+    report = case.run_case(tmp_path / "run", train=train)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {
+        "checkpoint.safetensors",
+        "best.safetensors",
+        "metrics.jsonl",
+        STATE_FILE,
+        "tensorboard",
+    } <= names
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(60))
+    first, last = (np.mean([r["loss"] for r in part]) for part in (rows[:5], rows[-5:]))
+    assert last < 0.8 * first
+    assert report.steps == 60
+    assert report.images_per_s > 0
+    assert report.best["norm"] > 0
+
+
+def test_two_runs_are_bitwise_equal(tmp_path: Path) -> None:
+    case.run_case(tmp_path / "a")
+    case.run_case(tmp_path / "b")
+    assert_equal_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_kill_9_and_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
+    whole = process(tmp_path / "whole")
+    broken = process(tmp_path / "broken", "--pause", "30", "--eval-every", "6")
+    metrics = tmp_path / "broken" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    # Step 6's evaluation sleeps: by then the state of step 4 is on disk and step 6's is not.
+    while not metrics.is_file() or metrics.read_text().count("\n") < 6:
+        assert broken.poll() is None, broken.communicate()[1].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    broken.send_signal(signal.SIGKILL)
+    broken.communicate()
+    assert broken.returncode == -signal.SIGKILL
+    state = torch.load(tmp_path / "broken" / STATE_FILE, weights_only=True)
+    assert state["step"] == 4
+
+    resumed = process(tmp_path / "broken", "--resume")
+    for finished in (whole, resumed):
+        _, errors = finished.communicate(timeout=120)
+        assert finished.returncode == 0, errors.decode()
+    assert_equal_bits(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    states = [
+        torch.load(tmp_path / name / STATE_FILE, weights_only=True) for name in ("whole", "broken")
+    ]
+    assert_equal_bits(states[0]["student"], states[1]["student"])
+    rows = [[r for r in read_metrics(tmp_path / n) if "loss" in r] for n in ("whole", "broken")]
+    assert [r["step"] for r in rows[1]] == list(range(12))
+    assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+
+
+def test_ctrl_c_saves_the_last_whole_step(tmp_path: Path) -> None:
+    running = process(tmp_path / "run", "--steps", "4000")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while not metrics.is_file() or metrics.read_text().count("\n") < 6:
+        assert running.poll() is None, running.communicate()[1].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert b"KeyboardInterrupt" in errors
+    state = torch.load(tmp_path / "run" / STATE_FILE, weights_only=True)
+    rows = [r for r in read_metrics(tmp_path / "run") if "loss" in r]
+    assert state["step"] == rows[-1]["step"] + 1
+    assert state["step"] % 4 != 0 or state["step"] >= 4
+
+
+def test_two_ranks_equal_one_process_of_the_double_batch(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            str(CASE_PATH), str(tmp_path / "two"),
+        ],
+        env=environment, check=True, capture_output=True, timeout=180,
+    )  # fmt: skip
+    case.run_case(tmp_path / "one")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=2e-4, atol=2e-6, msg=key)
+    rows = [[r for r in read_metrics(tmp_path / n) if "loss" in r] for n in ("one", "two")]
+    losses = [[r["loss"] for r in part] for part in rows]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_nan_stops_with_the_batch_saved(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    rows = np.random.default_rng(0).normal(size=(case.NUM_TEXTS, case.EMBED_DIM))
+    rows[3] = np.nan
+    case.write_rows(tmp_path / "bad", "texts", rows)
+    data = case.make_data(tmp_path / "store")
+    broken = dataclasses.replace(data, texts=type(data.texts).open(tmp_path / "bad"))
+    with pytest.raises(TrainingError, match=r"not finite at step \d+ .*vl nan") as caught:
+        case.run_case(run_dir, data=broken)
+    assert "--lr" in str(caught.value)
+    saved = load_file(run_dir / "nan_batch_rank0.safetensors")
+    assert saved["pixels"].shape == (16, 16, 16, 3)
+    assert torch.isnan(saved["text_embeds"]).any()
+    assert 3 in saved["text_rows"]
+
+
+def test_resume_refuses_other_settings_and_damage(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    case.run_case(run_dir)
+    other = dataclasses.replace(case.TRAIN, lr=5e-4)
+    with pytest.raises(CheckpointError, match=r"lr was 0\.001 and is 0\.0005"):
+        case.run_case(run_dir, train=other, resume=True)
+    state = run_dir / STATE_FILE
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        case.run_case(run_dir, resume=True)
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
+    case.run_case(tmp_path / "run")
+    before = weights(tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    case.run_case(tmp_path / "run", resume=True)
+    assert_equal_bits(before, weights(tmp_path / "run"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
+
+
+def test_accumulation_averages_the_micro_batches(tmp_path: Path) -> None:
+    # With a loss that is a mean over images, two halves make the same step as the whole.
+    feature = LossConfig(vl_weight=0, pvl_weight=0, feature_weight=1.0)
+    for name, parts in (("whole", 1), ("halves", 2)):
+        train = dataclasses.replace(case.TRAIN, accumulate=parts)
+        case.run_case(tmp_path / name, train=train, loss=feature)
+    whole, halves = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    for key, value in whole.items():
+        torch.testing.assert_close(halves[key], value, rtol=2e-4, atol=2e-6, msg=key)
+
+
+def test_epochs_are_permutations_and_ranks_split_the_batch(tmp_path: Path) -> None:
+    data = case.make_data(tmp_path / "store")
+    plan = BatchPlan(data, case.TRAIN, Ranks())
+    seen = np.concatenate([plan.image_rows(step) for step in range(45)])  # 8 epochs of 90 rows
+    epochs = seen.reshape(8, 90)
+    assert all(sorted(epoch) == list(range(90)) for epoch in epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
+    halves = [BatchPlan(data, case.TRAIN, Ranks(rank, 2)).local_rows(5) for rank in (0, 1)]
+    np.testing.assert_array_equal(np.concatenate(halves), plan.image_rows(5))
+
+
+def test_the_schedule_is_the_papers() -> None:
+    train = TrainConfig(lr=8e-4, min_lr_ratio=0.05, warmup_ratio=0.04)
+    rates = [learning_rate(step, 1000, train) for step in range(1001)]
+    assert rates[0] == pytest.approx(4e-6)
+    assert max(rates) == rates[40] == pytest.approx(8e-4)
+    assert rates[1000] == pytest.approx(4e-5)
+    assert all(a < b for a, b in zip(rates[:40], rates[1:41], strict=True))
+    assert all(a >= b for a, b in zip(rates[40:-1], rates[41:], strict=True))
+    assert count_steps(TrainConfig(epochs=2, batch_size=10), 105) == 21
+    assert count_steps(TrainConfig(steps=7), 105) == 7
+
+
+def test_biases_norms_and_embeddings_are_not_decayed() -> None:
+    student = build_student(case.SPEC)
+    optimizer = build_optimizer(student, TrainConfig(weight_decay=0.05))
+    decayed, plain = optimizer.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    by_id = {id(p): name for name, p in student.named_parameters()}
+    plain_names = [by_id[id(p)] for p in plain["params"]]
+    assert any("pos_embed" in name for name in plain_names)
+    assert any("cls_token" in name for name in plain_names)
+    assert all(p.ndim >= 2 for p in decayed["params"])
+    assert len(decayed["params"]) + len(plain["params"]) == len(by_id)
+
+
+def test_a_batch_that_ranks_do_not_divide_is_refused(tmp_path: Path) -> None:
+    train = dataclasses.replace(case.TRAIN, batch_size=16, accumulate=16)
+    with pytest.raises(ConfigError, match="must divide batch_size"):
+        dataclasses.replace(train, accumulate=3)
+    with pytest.raises(ValueError, match="16 cannot be split over 3 ranks"):
+        Ranks(0, 3).slice(16)
+
+
+def test_metrics_of_a_killed_run_are_readable(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "lo')
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2]
