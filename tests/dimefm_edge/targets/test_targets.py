@@ -31,7 +31,9 @@ def test_every_mode_is_complete(device):
         assert target.precision in target.precisions
         assert set(target.precisions) == set(target.peak_tflops)
         peaks = target.peak_tflops
-        assert 0 < peaks["fp32"] <= peaks.get("fp16", 1e9) <= peaks.get("int8", 1e9)
+        known = [peaks[p] for p in ("fp32", "fp16", "int8") if p in peaks]
+        assert 0 < known[0]
+        assert known == sorted(known)
         assert min(target.bandwidth_gbs, target.launch_us, target.latency_ms) > 0
         assert set(target.efficiency) == {"dense", "attention", "depthwise", "bandwidth"}
         assert all(0 < share <= 1 for share in target.efficiency.values())
