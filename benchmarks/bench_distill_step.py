@@ -65,7 +65,15 @@ def main() -> None:
             teacher.logit_scale,
         )  # fmt: skip
         loop = _Loop(
-            build_student(spec), data, LossConfig(), train, root, lambda *_: None, None, Ranks(), None
+            build_student(spec),
+            data,
+            LossConfig(),
+            train,
+            root,
+            lambda *_: None,
+            None,
+            Ranks(),
+            None,
         )
         whole, bare, wait = [], [], []
         batches = prefetch(BatchPlan(data, train, Ranks()).batches(0, args.steps))

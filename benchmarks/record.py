@@ -42,7 +42,7 @@ def figures(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 def record(benchmark: str, values: dict[str, Any], path: Path = RESULTS) -> int:
     """Write the figures of one benchmark run; returns how many."""
     info = machine_info()
-    machine = f"{info.get('cpu', 'unknown CPU')}, {info.get('cores', '?')} cores"
+    machine = f"{info.get('cpu', 'unknown CPU')}, {info['cores_available']} cores"
     versions = {**info, **info.get("versions", {})}
     shared = {
         "benchmark": benchmark,

@@ -290,9 +290,13 @@ def train(args: argparse.Namespace) -> None:
     decay = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
     plain = [p for n, p in model.named_parameters() if p.ndim < 2 or "embedding" in n]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.98),
-    )  # fmt: skip
+        [
+            {"params": decay, "weight_decay": args.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ],
+        lr=args.lr,
+        betas=(0.9, 0.98),
+    )
     sets = test_sets(args)
     images = torch.from_numpy(pairs.images).permute(0, 3, 1, 2)
     labels = torch.from_numpy(pairs.labels)
@@ -330,7 +334,6 @@ def train(args: argparse.Namespace) -> None:
             if step % 4 == 0:
                 averaged.update_parameters(model)
             step += 1
-            if step % 100 == 1: print(step, time.monotonic()-begun, loss.item(), flush=True)
             if progress >= next_report or progress >= 1:
                 next_report += 0.1
                 scores = {k: zero_shot_top1(model, tokenizer, *v) for k, v in sets.items()}

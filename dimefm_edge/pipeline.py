@@ -14,10 +14,9 @@ import contextlib
 import dataclasses
 import json
 import logging
-import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from dimefm_edge import config as config_file
 from dimefm_edge.batches import DistillData, PixelSource, Rows
@@ -40,22 +40,22 @@ from dimefm_edge.data.images import (
 )
 from dimefm_edge.data.sentences import open_sentences
 from dimefm_edge.data.store import EmbeddingStore
-from dimefm_edge.distill import DistillReport, distill
+from dimefm_edge.distill import distill
 from dimefm_edge.distributed import Ranks, join_ranks
 from dimefm_edge.embed import embed_images, embed_texts
 from dimefm_edge.encoders import EncodePixels, module_encoder
-from dimefm_edge.errors import CheckpointError, ConfigError, DataError
+from dimefm_edge.errors import ConfigError, DataError, ExportError, ParityError
 from dimefm_edge.evaluate.zero_shot import ZeroShotReport, evaluate_zero_shot
-from dimefm_edge.export import export_student
-from dimefm_edge.export.onnx import export_onnx
+from dimefm_edge.export import export_onnx, export_student, record_accuracy
 from dimefm_edge.fit import FitReport, fit_student, plot_fit
 from dimefm_edge.labels import LabelBank, build_label_bank
 from dimefm_edge.latency.estimate import estimate_latency, trace_ops
 from dimefm_edge.latency.measure import LatencyReport, machine_info, measure_interleaved
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.report import AccuracyRow, ModelRow, RunReport
-from dimefm_edge.run_log import RunLog, atomic_file
+from dimefm_edge.run_log import atomic_file
 from dimefm_edge.runtime import load_bundle, load_engine
+from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine
 from dimefm_edge.students import (
     StudentSpec,
     build_student,
@@ -64,7 +64,7 @@ from dimefm_edge.students import (
 )
 from dimefm_edge.students.vit import inherit_from_teacher, vit_geometry
 from dimefm_edge.targets import Target, load_target
-from dimefm_edge.teacher import RUN_CHECKPOINT, TEXT_TEACHER_KEY, Teacher, load_teacher
+from dimefm_edge.teacher import TEXT_TEACHER_KEY, Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,9 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     eval_sets = [open_labelled(source) for source in config.data.eval_sets]
     run_dir = _open_run(config, resume=resume, ranks=ranks)
     with clock("fit"):
-        fit = _fit(config.student, target, teacher, precision=config.precision)
+        fit = _fit(config.student, target, teacher)
+    if ranks.is_main:
+        plot_fit(fit, run_dir / "fit.png")
     preprocess = dataclasses.replace(teacher.preprocess, image_size=fit.chosen.image_size)
     with clock("embed"):
         store_dir = Path(config.store) if config.store else run_dir / "store"
@@ -140,13 +142,28 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         accuracy = _accuracy(eval_sets, banks, teacher, bundle_dir)
     with clock("measure"):
         latencies = _measure(teacher, bundle_dir)
-    report = _report(
-        config, run_dir, target, teacher, fit, inherited, trained, data, accuracy, latencies, clock
+    report = RunReport(
+        run_dir=str(run_dir),
+        bundle=str(bundle_dir),
+        target=target.full_name,
+        runtime=target.runtime,
+        target_precision=target.precision,
+        precision=config.precision,
+        budget_ms=fit.budget_ms,
+        teacher=_model_row(
+            teacher.name, teacher.image_tower, target, latencies[0], teacher.preprocess
+        ),
+        student=_model_row(fit.chosen.name, student, target, latencies[1], preprocess),
+        student_spec=fit.chosen.to_dict(),
+        inherited=inherited,
+        accuracy=accuracy,
+        parity=load_bundle(bundle_dir).manifest["parity"],
+        training=dataclasses.asdict(trained),
+        data=_data_summary(data),
+        seconds=clock.seconds,
+        machine=machine_info(),
     )
-    with atomic_file(run_dir / "report.json") as stream:
-        stream.write((json.dumps(report.to_dict(), indent=2) + "\n").encode())
-    with atomic_file(run_dir / "report.md") as stream:
-        stream.write(report.to_markdown().encode())
+    _write_report(report, run_dir)
     return report
 
 
@@ -182,14 +199,14 @@ def _open_run(config: RunConfig, *, resume: bool, ranks: Ranks) -> Path:
     return run_dir
 
 
-def _fit(student: StudentConfig, target: Target, teacher: Teacher, *, precision: str) -> FitReport:
+def _fit(student: StudentConfig, target: Target, teacher: Teacher) -> FitReport:
     side = teacher.preprocess.image_size
     return fit_student(
         target,
         latency_ms=student.latency_ms,
         image_size=student.image_size or side,
         embed_dim=teacher.embed_dim,
-        precision=precision,
+        precision=target.precision,
         student=student.student,
         teacher_geometry=vit_geometry(teacher.image_tower),
         teacher_ops=trace_ops(teacher.image_tower, side, 1),
@@ -358,3 +375,107 @@ def _accuracy(
     teacher_reports = _score(teacher.encode_images, teacher.preprocess, eval_sets, banks)
     student_reports = _score(engine.encode_pixels, bundle.preprocess, eval_sets, banks)
     return tuple(AccuracyRow(t, s) for t, s in zip(teacher_reports, student_reports, strict=True))
+
+
+class _Towered(nn.Module):
+    """A teacher's image tower that normalises its embeddings, as students do."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, image: Tensor) -> Tensor:
+        return F.normalize(self.tower(image), dim=-1)
+
+
+def _measure(teacher: Teacher, bundle_dir: Path) -> tuple[LatencyReport, LatencyReport]:
+    """Teacher and student on one image, in turn, both as ONNX graphs in the same runtime.
+
+    A teacher that cannot be exported is measured in PyTorch, and named so.
+    """
+    student = load_engine(load_bundle(bundle_dir))
+    side = teacher.preprocess.image_size
+    image = np.random.default_rng(0).normal(size=(1, 3, side, side)).astype(np.float32)
+    small = np.zeros((1, 3, *[load_bundle(bundle_dir).preprocess.image_size] * 2), np.float32)
+    tower = _Towered(teacher.image_tower).cpu()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "teacher.onnx"
+        call: Callable[[], object]
+        try:
+            export_onnx(
+                tower, path, image_size=side, precision="fp32", parity_images=image, metadata={}
+            )
+            engine = OnnxRuntimeEngine(
+                path, preprocess=teacher.preprocess, embed_dim=teacher.embed_dim
+            )
+            name, call = "ONNX Runtime", lambda: engine.encode_image(image)
+        except (ExportError, ParityError) as error:
+            logger.warning("the teacher is measured in PyTorch: %s", error)
+            name, call = "PyTorch", lambda: _run_eager(tower, image)
+        first, second = measure_interleaved(
+            {name: call, "student": lambda: student.encode_image(small)}
+        )
+    return first, second
+
+
+def _run_eager(tower: nn.Module, image: npt.NDArray[np.float32]) -> Tensor:
+    with torch.inference_mode():
+        embeds: Tensor = tower(torch.from_numpy(image))
+        return embeds
+
+
+def _model_row(
+    name: str,
+    tower: nn.Module,
+    target: Target,
+    latency: LatencyReport,
+    preprocess: PreprocessSpec,
+) -> ModelRow:
+    ops = trace_ops(tower, preprocess.image_size, 1)
+    estimate = estimate_latency(ops, target, precision=target.precision)
+    return ModelRow(
+        name=name,
+        params_m=sum(p.numel() for p in tower.parameters()) / 1e6,
+        gmacs=estimate.gmacs,
+        target_ms=estimate.latency_ms,
+        target_low_ms=estimate.low_ms,
+        target_high_ms=estimate.high_ms,
+        here_runtime=latency.name if latency.name == "PyTorch" else "ONNX Runtime",
+        here_p50_ms=latency.p50_ms,
+        here_p90_ms=latency.p90_ms,
+    )
+
+
+def _data_summary(data: DistillData) -> dict[str, Any]:
+    bad = data.images.manifest.bad_rows
+    return {
+        "num_images": len(data.images),
+        "num_bad": len(bad),
+        "num_texts": len(data.texts),
+        "bad_examples": [str(row) for row in list(bad)[:10]],
+    }
+
+
+def _write_report(report: RunReport, run_dir: Path) -> None:
+    accuracy = {
+        row.student.name: {"top1_pct": row.student.top1_pct, "top5_pct": row.student.top5_pct}
+        for row in report.accuracy
+    }
+    record_accuracy(Path(report.bundle), accuracy)
+    with atomic_file(run_dir / "report.json") as stream:
+        stream.write((json.dumps(report.to_dict(), indent=2) + "\n").encode())
+    with atomic_file(run_dir / "report.md") as stream:
+        stream.write(report.to_markdown().encode())
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Seconds of each step, by name."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - begun, 1)

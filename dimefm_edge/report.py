@@ -32,6 +32,7 @@ class ModelRow:
     target_ms: float
     target_low_ms: float
     target_high_ms: float
+    here_runtime: str
     here_p50_ms: float
     here_p90_ms: float
 
@@ -40,15 +41,17 @@ class ModelRow:
 class RunReport:
     """The outcome of `dimefm-edge distill`.
 
-    Latencies are of one image; `here_*` were measured on this machine with ONNX Runtime,
-    teacher and student in turn; `target_*` are estimated, with an interval.
+    Latencies are of one image; `here_*` were measured on this machine with the
+    runtime named, teacher and student in turn; `target_*` are estimated, with an interval.
     """
 
     run_dir: str
     bundle: str
     target: str
-    budget_ms: float
+    runtime: str
+    target_precision: str
     precision: str
+    budget_ms: float
     teacher: ModelRow
     student: ModelRow
     student_spec: dict[str, Any]
@@ -85,7 +88,8 @@ class RunReport:
             f"# {self.student.name} for {self.target}",
             "",
             f"Distilled from `{self.teacher.name}`; budget {self.budget_ms:.3g} ms on "
-            f"{self.target} ({self.precision}), estimated {self.student.target_ms:.3g} ms: "
+            f"{self.target} ({self.runtime} {self.target_precision}), estimated "
+            f"{self.student.target_ms:.3g} ms: "
             + ("met." if self.fits_budget else "NOT MET."),
             "",
             "| zero-shot top-1 | classes | chance | teacher | student | retention |",
@@ -114,8 +118,10 @@ class RunReport:
         parity = self.parity
         lines += [
             "",
-            f"Here = one image, ONNX Runtime on {self.machine.get('cpu', 'this CPU')}, teacher and "
-            f"student in turn: the student takes {self.latency_ratio:.2f} of the teacher's time.",
+            f"Here = one image on {self.machine.get('cpu', 'this CPU')}, teacher "
+            f"({self.teacher.here_runtime}) and student ({self.student.here_runtime}) in turn: "
+            f"the student takes {self.latency_ratio:.2f} of the teacher's time. The estimate is "
+            "a roofline: `dimefm-edge bench` on the device measures.",
             "",
             f"- Parity of the exported graph with PyTorch on {parity.get('num_images')} images: "
             f"max abs difference {parity.get('max_abs_diff', float('nan')):.1e}, "
