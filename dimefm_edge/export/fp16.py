@@ -10,7 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from dimefm_edge.manifest import OUTPUT_NAME
+import numpy as np
+import numpy.typing as npt
+
+from dimefm_edge.errors import ParityError
+from dimefm_edge.manifest import INPUT_NAME, OUTPUT_NAME
 
 if TYPE_CHECKING:
     import onnx
@@ -47,6 +51,51 @@ def convert_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     half.graph.ClearField("value_info")
     inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(half)
     return inferred
+
+
+def check_fp16_range(model: onnx.ModelProto, images: npt.NDArray[np.float32]) -> float:
+    """Look for values that fp16 cannot hold, in every tensor of the graph.
+
+    ONNX Runtime's CPU kernels compute much of an fp16 graph in fp32, where a GPU would not:
+    equal answers here do not prove that nothing overflows there. So each fp16 tensor is read.
+
+    Args:
+        model: As `convert_to_fp16` returns it.
+        images: (N, 3, S, S) float32, preprocessed; one at a time is run.
+
+    Returns:
+        The largest magnitude found; 65504 is the limit.
+
+    Raises:
+        ParityError: If a tensor overflows or is not a number.
+    """
+    import onnx
+    import onnxruntime  # type: ignore[import-untyped]
+
+    probe = onnx.ModelProto()
+    probe.CopyFrom(model)
+    kinds = {v.name: v.type.tensor_type.elem_type for v in probe.graph.value_info}
+    made = [(name, node) for node in probe.graph.node for name in node.output]
+    watched = {name: node for name, node in made if kinds.get(name) == _FLOAT16}
+    probe.graph.output.extend(v for v in probe.graph.value_info if v.name in watched)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(
+        probe.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    largest = 0.0
+    for i in range(len(images)):
+        values = session.run(list(watched), {INPUT_NAME: images[i : i + 1]})
+        for (name, node), value in zip(watched.items(), values, strict=True):
+            peak = float(np.abs(value).max(initial=0))
+            if not np.isfinite(peak):
+                raise ParityError(
+                    f"the student leaves fp16's range (65504) on image {i} of {len(images)}: "
+                    f"{node.op_type} '{name}' gives {peak}",
+                    hint="dimefm-edge export RUN --precision fp32",
+                )
+            largest = max(largest, peak)
+    return largest
 
 
 def _after_last_product(model: onnx.ModelProto) -> list[str]:

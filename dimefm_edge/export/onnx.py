@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import ExportError, ParityError, lookup
-from dimefm_edge.export.fp16 import convert_to_fp16
+from dimefm_edge.export.fp16 import check_fp16_range, convert_to_fp16
 from dimefm_edge.manifest import INPUT_NAME, OUTPUT_NAME
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ MIN_COSINE_FP16 = 0.999
 _MAX_ONNX_BYTES = 2**31 - 1  # a protobuf message; more would need a second file
 _EXAMPLE_BATCH = 2  # torch.export takes 0 and 1 for constants
 _PARITY_BATCHES = (1, 7, 32)
+_MAX_RANGE_IMAGES = 16
 
 
 def _keep_fp32(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -94,7 +95,7 @@ def export_onnx(
 
     Raises:
         ExportError: If torch cannot export the student, or the graph is not valid.
-        ParityError: If the graph's embeddings are not the student's.
+        ParityError: If the graph's embeddings are not the student's, or leave fp16's range.
         UnknownNameError: If `precision` is neither fp32 nor fp16.
     """
     import onnx
@@ -118,7 +119,11 @@ def export_onnx(
     try:
         onnx.checker.check_model(model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"torch exported a graph that is not valid ONNX: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ExportError(f"torch exported a graph that is not valid ONNX: {reason}") from error
+    if precision == "fp16":
+        peak = check_fp16_range(model, parity_images[:_MAX_RANGE_IMAGES])
+        logger.info("the largest fp16 activation is %.4g of 65504", peak)
     path.write_bytes(model.SerializeToString(deterministic=True))
     parity = check_parity(path, expected, images=parity_images, precision=precision)
     return OnnxGraph(path, opset, _count_ops(model), parity)
@@ -323,6 +328,7 @@ def _graph_embeds(
             start += size
     except Exception as error:
         raise ExportError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot run the exported graph: {error}"
+            f"ONNX Runtime {onnxruntime.__version__} cannot run the exported graph: "
+            + " ".join(str(error).split())
         ) from error
     return np.concatenate(pieces), rows

@@ -162,7 +162,7 @@ def peak_rss_mib() -> float:
 
 def machine_info() -> dict[str, Any]:
     """What a figure was measured on: JSON values, read without importing what they name."""
-    import psutil  # type: ignore[import-untyped]
+    import psutil
 
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = {}
