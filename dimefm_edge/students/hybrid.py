@@ -71,8 +71,8 @@ def reparameterise(student: nn.Module) -> nn.Module:
 
     Students without branches come back as plain copies.
     """
-    merged: nn.Module = reparameterize_model(student.eval(), inplace=False)
-    return merged
+    merged: nn.Module = reparameterize_model(student, inplace=False)
+    return merged.eval()
 
 
 def _stem(width: int, stride: int) -> nn.Sequential:
