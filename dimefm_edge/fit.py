@@ -1,0 +1,291 @@
+"""Which student: estimate a grid of them on the target, keep the largest that fits.
+
+Quality is not known before training; it is stood in for by multiply-adds, doubled for students
+that can inherit the teacher's layers. A crude rule, stated so that you can overrule it: every
+candidate is in the report.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dimefm_edge.errors import BudgetError, ConfigError, lookup
+from dimefm_edge.latency.estimate import OpCost, estimate_latency, total_gmacs
+from dimefm_edge.students import StudentSpec, hybrid_spec, patch_for, vit_spec
+from dimefm_edge.targets import Target, load_target
+
+logger = logging.getLogger(__name__)
+
+TEACHER_SHARE = 0.4
+"""Of the teacher's latency and multiply-adds, what a student may take by default."""
+INHERITANCE_BONUS = 2.0
+"""A student that starts from the teacher's weights counts as one of twice the arithmetic."""
+
+_VIT_WIDTHS = (64, 96, 128, 192, 256, 320, 384, 512, 640, 768)
+_VIT_DEPTHS = (2, 3, 4, 6, 8, 10, 12)
+_HYBRID_WIDTHS = (16, 24, 32, 48, 64, 80, 96)
+_HYBRID_DEPTHS = ((1, 1, 1, 1), (1, 1, 2, 1), (2, 2, 4, 2), (2, 2, 6, 2), (3, 3, 9, 3))
+
+Grid = Callable[[int, int, "dict[str, Any] | None"], Iterator[tuple[StudentSpec, bool]]]
+
+
+@dataclass(frozen=True)
+class FitCandidate:
+    """One student, estimated."""
+
+    spec: StudentSpec
+    latency_ms: float
+    low_ms: float
+    high_ms: float
+    gmacs: float
+    params_m: float
+    inherits: bool
+    """Can start from the teacher's weights."""
+    fits: bool
+    """Within the budget, and within its share of the teacher's multiply-adds."""
+
+    @property
+    def score(self) -> float:
+        """Stand-in for quality: GMACs, with the bonus for inheritance."""
+        return self.gmacs * (INHERITANCE_BONUS if self.inherits else 1.0)
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """Every student that was looked at, and the one that was chosen."""
+
+    target: str
+    precision: str
+    budget_ms: float
+    max_gmacs: float | None
+    """Limit by the teacher's own; None when the user gave a budget."""
+    chosen: StudentSpec
+    candidates: tuple[FitCandidate, ...]
+    """Fastest first."""
+    pareto: tuple[FitCandidate, ...]
+    """Those that no other beats in both latency and score, fastest first."""
+
+    @property
+    def chosen_candidate(self) -> FitCandidate:
+        """The chosen student with its estimate."""
+        return next(c for c in self.candidates if c.spec == self.chosen)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON; each candidate says whether it is on the Pareto front."""
+        front = {id(c) for c in self.pareto}
+        values = asdict(self)
+        values["candidates"] = [asdict(c) | {"pareto": id(c) in front} for c in self.candidates]
+        values["pareto"] = [c.spec.name for c in self.pareto]
+        return values
+
+
+def fit_student(
+    target: Target | str,
+    *,
+    image_size: int,
+    embed_dim: int,
+    latency_ms: float | None = None,
+    precision: str | None = None,
+    families: Sequence[str] = ("vit", "hybrid"),
+    teacher_geometry: dict[str, Any] | None = None,
+    teacher_ops: Sequence[OpCost] | None = None,
+) -> FitReport:
+    """Choose the largest student that an estimate says is fast enough.
+
+    Args:
+        target: Where it will run.
+        image_size: Side of the input, in pixels.
+        embed_dim: Size of the teacher's embeddings.
+        latency_ms: Budget for one image. Default: the target's own, or TEACHER_SHARE of the
+            teacher's estimate where that is less; multiply-adds are then limited alike.
+        precision: What it will run in; default: the target's.
+        families: Keys of `GRIDS`.
+        teacher_geometry: From `vit_geometry`: adds students that can inherit.
+        teacher_ops: From `trace_ops`, at batch 1, for the default budget.
+
+    Raises:
+        BudgetError: If none fits; the message names the fastest, the hint a budget that would do.
+        UnknownNameError: If the target, a family or the precision is not known.
+        ConfigError: If no student of the families takes images of that size.
+    """
+    target = load_target(target) if isinstance(target, str) else target
+    precision = precision or target.precision
+    budget_ms, max_gmacs = _limits(target, latency_ms, precision, teacher_ops)
+    candidates = []
+    for spec, inherits in _unique_specs(families, image_size, embed_dim, teacher_geometry):
+        estimate = _estimate(spec, target, precision)
+        within = max_gmacs is None or estimate["gmacs"] <= max_gmacs
+        fits = within and estimate["latency_ms"] <= budget_ms
+        candidates.append(FitCandidate(spec, **estimate, inherits=inherits, fits=fits))
+    if not candidates:
+        raise ConfigError(
+            f"no student of {', '.join(families)} takes images of {image_size} px",
+            hint="--image-size with a multiple of 16",
+        )
+    candidates.sort(key=lambda c: (c.latency_ms, -c.score))
+    fitting = [c for c in candidates if c.fits]
+    if not fitting:
+        raise _budget_error(candidates[0], target, precision, budget_ms, max_gmacs)
+    chosen = max(fitting, key=lambda c: (c.score, -c.latency_ms))
+    logger.info("fit: %s, %.3g of %.3g ms", chosen.spec.name, chosen.latency_ms, budget_ms)
+    return FitReport(
+        target=target.full_name,
+        precision=precision,
+        budget_ms=budget_ms,
+        max_gmacs=max_gmacs,
+        chosen=chosen.spec,
+        candidates=tuple(candidates),
+        pareto=_pareto(candidates),
+    )
+
+
+def plot_fit(report: FitReport, path: Path) -> None:
+    """Draw candidates, Pareto front, budget and choice: latency against GMACs, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for family in sorted({c.spec.family for c in report.candidates}):
+        for inherits, marker in ((False, "o"), (True, "s")):
+            group = [
+                c for c in report.candidates if (c.spec.family, c.inherits) == (family, inherits)
+            ]
+            if group:
+                label = f"{family}, inherits" if inherits else family
+                x, y = [c.latency_ms for c in group], [c.gmacs for c in group]
+                axes.scatter(x, y, s=16, alpha=0.6, marker=marker, label=label)
+    front = report.pareto
+    axes.plot([c.latency_ms for c in front], [c.gmacs for c in front], "k:", lw=1, label="front")
+    axes.axvline(report.budget_ms, color="tab:red", lw=1, label=f"budget {report.budget_ms:.3g} ms")
+    best = report.chosen_candidate
+    axes.scatter(best.latency_ms, best.gmacs, s=160, marker="*", color="tab:red", zorder=3)
+    axes.annotate(best.spec.name, (best.latency_ms, best.gmacs), xytext=(8, -12),
+                  textcoords="offset points")  # fmt: skip
+    axes.set(xscale="log", yscale="log", ylabel="GMACs per image")
+    axes.set_xlabel(f"estimated latency on {report.target}, {report.precision} (ms)")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120, format="png")
+
+
+def _limits(
+    target: Target,
+    latency_ms: float | None,
+    precision: str,
+    teacher_ops: Sequence[OpCost] | None,
+) -> tuple[float, float | None]:
+    if latency_ms is not None:
+        if not latency_ms > 0:
+            raise ConfigError(f"latency_ms must be positive, got {latency_ms}")
+        return latency_ms, None
+    if teacher_ops is None:
+        return target.latency_ms, None
+    teacher_ms = estimate_latency(teacher_ops, target, precision=precision).latency_ms
+    budget_ms = min(target.latency_ms, TEACHER_SHARE * teacher_ms)
+    return budget_ms, TEACHER_SHARE * total_gmacs(teacher_ops)
+
+
+def _vit_grid(
+    image_size: int, embed_dim: int, teacher: dict[str, Any] | None
+) -> Iterator[tuple[StudentSpec, bool]]:
+    """The teacher's own geometry with fewer layers first, then everything else."""
+    sizes: dict[str, Any] = {"image_size": image_size, "embed_dim": embed_dim}
+    if teacher is not None and image_size % teacher["patch_size"] == 0:
+        keys = ("patch_size", "width", "num_heads", "mlp_ratio", "act")
+        shared = {key: teacher[key] for key in keys}
+        for depth in range(1, teacher["depth"] + 1):
+            yield vit_spec(**sizes, **shared, depth=depth), True
+    patch = patch_for(image_size)
+    for patch_size in (p for p in (patch, 2 * patch) if image_size % p == 0):
+        for width in _VIT_WIDTHS:
+            heads = width // (32 if width < 256 else 64)
+            for depth in _VIT_DEPTHS:
+                shape: dict[str, Any] = {
+                    "patch_size": patch_size,
+                    "width": width,
+                    "num_heads": heads,
+                }
+                yield vit_spec(**sizes, **shape, depth=depth), False
+
+
+def _hybrid_grid(
+    image_size: int, embed_dim: int, teacher: dict[str, Any] | None
+) -> Iterator[tuple[StudentSpec, bool]]:
+    from dimefm_edge.students.hybrid import MIN_IMAGE_SIZE
+
+    if image_size < MIN_IMAGE_SIZE:
+        return
+    for width in _HYBRID_WIDTHS:
+        for depth in _HYBRID_DEPTHS:
+            sizes = {"image_size": image_size, "embed_dim": embed_dim}
+            yield hybrid_spec(**sizes, width=width, depth=depth), False
+
+
+GRIDS: dict[str, Grid] = {"vit": _vit_grid, "hybrid": _hybrid_grid}
+"""What is tried of each family: (image_size, embed_dim, teacher_geometry) -> spec, inherits."""
+
+
+def _unique_specs(
+    families: Sequence[str], image_size: int, embed_dim: int, teacher: dict[str, Any] | None
+) -> list[tuple[StudentSpec, bool]]:
+    """Every family's grid; of two students with one name, the one that inherits."""
+    specs: dict[str, tuple[StudentSpec, bool]] = {}
+    for family in families:
+        for spec, inherits in lookup(GRIDS, family, kind="student family to fit")(
+            image_size, embed_dim, teacher
+        ):
+            specs.setdefault(spec.name, (spec, inherits))
+    return list(specs.values())
+
+
+def _estimate(spec: StudentSpec, target: Target, precision: str) -> dict[str, float]:
+    """Estimate a student; a ViT from two shallow ones, since every block costs the same."""
+    from dimefm_edge.latency.trace import trace_student
+
+    depth = spec.args["depth"]
+    if spec.family != "vit" or depth <= 2:
+        return _figures(trace_student(spec), target, precision)
+    sizes: dict[str, Any] = {"image_size": spec.image_size, "embed_dim": spec.embed_dim}
+    one, two = (
+        _figures(trace_student(vit_spec(**sizes, **spec.args | {"depth": d})), target, precision)
+        for d in (1, 2)
+    )
+    return {key: one[key] + (depth - 1) * (two[key] - one[key]) for key in one}
+
+
+def _figures(ops: Sequence[OpCost], target: Target, precision: str) -> dict[str, float]:
+    estimate = asdict(estimate_latency(ops, target, precision=precision))
+    return {key: estimate[key] for key in ("latency_ms", "low_ms", "high_ms", "gmacs", "params_m")}
+
+
+def _pareto(candidates: Sequence[FitCandidate]) -> tuple[FitCandidate, ...]:
+    front: list[FitCandidate] = []
+    for candidate in candidates:  # fastest first
+        if not front or candidate.score > front[-1].score:
+            front.append(candidate)
+    return tuple(front)
+
+
+def _budget_error(
+    fastest: FitCandidate,
+    target: Target,
+    precision: str,
+    budget_ms: float,
+    max_gmacs: float | None,
+) -> BudgetError:
+    limits = f"{budget_ms:.3g} ms"
+    if max_gmacs is not None:
+        limits += f" and {max_gmacs:.3g} GMACs ({TEACHER_SHARE} of the teacher's)"
+    enough = math.ceil(fastest.latency_ms * 1000) / 1000
+    return BudgetError(
+        f"no student meets {limits} on {target.full_name} ({precision}); the fastest, "
+        f"{fastest.spec.name}, is estimated at {fastest.latency_ms:.3g} ms and "
+        f"{fastest.gmacs:.3g} GMACs",
+        hint=f"dimefm-edge fit --target {target.full_name} --latency-ms {enough:g}",
+    )

@@ -1,0 +1,121 @@
+"""fit: the largest student in the budget, teachers' geometry first, and honest refusals."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from open_clip.transformer import VisionTransformer
+from PIL import Image
+
+from dimefm_edge.errors import BudgetError, ConfigError, UnknownNameError
+from dimefm_edge.fit import TEACHER_SHARE, fit_student, plot_fit
+from dimefm_edge.latency.estimate import estimate_latency, total_gmacs, trace_ops
+from dimefm_edge.latency.trace import trace_student
+from dimefm_edge.students.vit import vit_geometry
+from dimefm_edge.targets import load_target
+
+SIZES = {"image_size": 64, "embed_dim": 128}
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    """The sample teacher's image tower: its geometry and its kernels."""
+    with torch.device("meta"):
+        tower = VisionTransformer(
+            image_size=64, patch_size=8, width=192, layers=8, heads=6, mlp_ratio=4.0,
+            output_dim=128,
+        )  # fmt: skip
+    ops = trace_ops(tower, 64)
+    return {"teacher_geometry": vit_geometry(tower), "teacher_ops": ops}
+
+
+@pytest.fixture(scope="module")
+def report(teacher):
+    return fit_student("jetson-orin", **SIZES, **teacher)
+
+
+def test_the_sample_teacher_gets_a_student_that_inherits(report, teacher):
+    args = report.chosen.args
+    assert (report.chosen.family, args["patch_size"], args["width"]) == ("vit", 8, 192)
+    assert args["depth"] in (2, 3)
+    chosen = report.chosen_candidate
+    assert chosen.inherits
+    assert chosen.gmacs <= TEACHER_SHARE * total_gmacs(teacher["teacher_ops"])
+    assert chosen.latency_ms <= report.budget_ms <= load_target("jetson-orin").latency_ms
+
+
+def test_the_choice_is_the_best_that_fits(report):
+    fitting = [c for c in report.candidates if c.fits]
+    assert report.chosen_candidate.score == max(c.score for c in fitting)
+    for candidate in report.candidates:
+        within = candidate.latency_ms <= report.budget_ms
+        assert candidate.fits == (within and candidate.gmacs <= report.max_gmacs)
+        assert candidate.low_ms < candidate.latency_ms < candidate.high_ms
+
+
+def test_the_front_is_what_nobody_beats(report):
+    front = {c.spec.name for c in report.pareto}
+    for candidate in report.candidates:
+        beaten = any(
+            (o.latency_ms <= candidate.latency_ms and o.score > candidate.score)
+            or (o.latency_ms < candidate.latency_ms and o.score >= candidate.score)
+            for o in report.candidates
+        )
+        assert beaten == (candidate.spec.name not in front)
+
+
+def test_depth_is_extrapolated_exactly(report):
+    target = load_target("jetson-orin")
+    deep = next(c for c in report.candidates if c.spec.name == "vit-p8-w128-d12")
+    direct = estimate_latency(trace_student(deep.spec), target)
+    assert deep.latency_ms == pytest.approx(direct.latency_ms, rel=1e-6)
+    assert deep.gmacs == pytest.approx(direct.gmacs, rel=1e-9)
+    assert deep.params_m == pytest.approx(direct.params_m, rel=1e-9)
+
+
+def test_a_bigger_budget_gives_a_bigger_student():
+    sizes = {"image_size": 224, "embed_dim": 64, "families": ("hybrid",)}
+    reports = [fit_student("jetson-orin", latency_ms=ms, **sizes) for ms in (0.5, 1.0, 4.0)]
+    gmacs = [r.chosen_candidate.gmacs for r in reports]
+    assert gmacs[0] < gmacs[1] < gmacs[2]
+    assert all(r.max_gmacs is None for r in reports)
+    assert {c.spec.family for c in reports[0].candidates} == {"hybrid"}
+
+
+def test_an_impossible_budget_names_one_that_would_do():
+    with pytest.raises(BudgetError, match=r"no student meets 1e-05 ms on jetson-agx-orin@30w") as e:
+        fit_student("jetson-orin", latency_ms=1e-5, families=("vit",), **SIZES)
+    assert e.value.exit_code == 3
+    command, enough = e.value.hint.rsplit(" ", 1)
+    assert command == "dimefm-edge fit --target jetson-agx-orin@30w --latency-ms"
+    again = fit_student("jetson-orin", latency_ms=float(enough), families=("vit",), **SIZES)
+    assert again.chosen.name in str(e.value)
+
+
+def test_bad_requests_are_answered():
+    with pytest.raises(UnknownNameError, match=r"student family to fit 'vitt'.*'vit'"):
+        fit_student("jetson-orin", families=("vitt",), **SIZES)
+    with pytest.raises(ConfigError, match="no student of hybrid takes images of 16 px"):
+        fit_student("jetson-orin", image_size=16, embed_dim=8, families=("hybrid",))
+    with pytest.raises(ConfigError, match="latency_ms must be positive, got 0"):
+        fit_student("jetson-orin", latency_ms=0, **SIZES)
+
+
+def test_the_report_is_plain_values_and_a_plot(report, tmp_path):
+    values = report.to_dict()
+    names = [c["spec"]["name"] for c in values["candidates"] if c["pareto"]]
+    assert names == values["pareto"]
+    assert values["chosen"]["name"] == report.chosen.name
+    plot_fit(report, tmp_path / "fit.png")
+    with Image.open(tmp_path / "fit.png") as image:
+        assert image.format == "PNG"
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_a_fit_takes_seconds(teacher):
+    trace_student.cache_clear()
+    start = time.perf_counter()
+    fit_student("jetson-orin-nano", **SIZES, **teacher)
+    assert time.perf_counter() - start < 20  # about 4 s when the machine is idle
