@@ -69,12 +69,16 @@ def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[OpCost
 def trace_student(spec: StudentSpec, batch: int = 1) -> tuple[OpCost, ...]:
     """`trace_ops` of a student as it is deployed, its branches merged. Cached by spec."""
     with torch.device("meta"):
-        student = build_student(spec)
-        if spec.family == "hybrid":
-            from dimefm_edge.students.hybrid import reparameterise
-
-            student = reparameterise(student)
+        student = _build_deployed(spec)
     return tuple(trace_ops(student, spec.image_size, batch))
+
+
+def _build_deployed(spec: StudentSpec) -> nn.Module:
+    if spec.family == "hybrid":
+        from dimefm_edge.students.hybrid import build_hybrid
+
+        return build_hybrid(spec, is_merged=True)
+    return build_student(spec)
 
 
 def trace_timm(name: str, image_size: int, batch: int = 1) -> tuple[OpCost, ...]:

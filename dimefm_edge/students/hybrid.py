@@ -28,8 +28,12 @@ _LAYER_SCALE = (
 )
 
 
-def build_hybrid(spec: StudentSpec) -> Student:
+def build_hybrid(spec: StudentSpec, *, is_merged: bool = False) -> Student:
     """Build a hybrid student with random weights.
+
+    Args:
+        spec: What to build.
+        is_merged: Build what `reparameterise` would make of it, without the branches.
 
     Raises:
         ConfigError: If the image is too small, or a setting cannot be.
@@ -56,8 +60,9 @@ def build_hybrid(spec: StudentSpec) -> Student:
         down_patch_size=5 if is_small else 7,
         layer_scale_init_value=_LAYER_SCALE,
         num_classes=0,
+        inference_mode=is_merged,
     )
-    trunk.stem = _stem(width, stem_stride(spec.image_size))
+    trunk.stem = _stem(width, stem_stride(spec.image_size), is_merged=is_merged)
     return Student(trunk, num_features=trunk.head_hidden_size, embed_dim=spec.embed_dim)
 
 
@@ -75,10 +80,11 @@ def reparameterise(student: nn.Module) -> nn.Module:
     return merged.eval()
 
 
-def _stem(width: int, stride: int) -> nn.Sequential:
+def _stem(width: int, stride: int, *, is_merged: bool) -> nn.Sequential:
     first, second = {4: (2, 2), 2: (2, 1), 1: (1, 1)}[stride]
+    block = partial(MobileOneBlock, inference_mode=is_merged)
     return nn.Sequential(
-        MobileOneBlock(3, width, kernel_size=3, stride=first),
-        MobileOneBlock(width, width, kernel_size=3, stride=second, group_size=1),
-        MobileOneBlock(width, width, kernel_size=1, stride=1),
+        block(3, width, kernel_size=3, stride=first),
+        block(width, width, kernel_size=3, stride=second, group_size=1),
+        block(width, width, kernel_size=1, stride=1),
     )

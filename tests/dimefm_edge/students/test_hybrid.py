@@ -7,7 +7,7 @@ import torch
 
 from dimefm_edge.errors import ConfigError
 from dimefm_edge.students import build_student, hybrid_spec, vit_spec
-from dimefm_edge.students.hybrid import reparameterise
+from dimefm_edge.students.hybrid import build_hybrid, reparameterise
 
 
 def tiny(image_size=64, **changes):
@@ -33,6 +33,12 @@ def test_merged_branches_answer_the_same_with_fewer_parameters():
     torch.testing.assert_close(merged(image), student.eval()(image), atol=1e-5, rtol=0)
     count = [sum(p.numel() for p in m.parameters()) for m in (merged, student)]
     assert count[0] < count[1]
+
+
+def test_a_student_built_merged_has_the_weights_of_a_merged_one():
+    merged = reparameterise(build_student(tiny())).state_dict()
+    built = build_hybrid(tiny(), is_merged=True).state_dict()
+    assert {k: v.shape for k, v in built.items()} == {k: v.shape for k, v in merged.items()}
 
 
 def test_a_student_without_branches_is_copied():
