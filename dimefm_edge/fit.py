@@ -21,13 +21,18 @@ from dimefm_edge.targets import Target, load_target
 
 logger = logging.getLogger(__name__)
 
-TEACHER_SHARE = 0.4
-"""Of the teacher's latency and multiply-adds, what a student may take by default."""
+TEACHER_LATENCY_SHARE = 0.4
+"""Of the teacher's estimated latency, what a student may take by default."""
+TEACHER_GMACS_SHARE = 0.4
+"""Of the teacher's multiply-adds, likewise."""
 INHERITANCE_BONUS = 2.0
 """A student that starts from the teacher's weights counts as one of twice the arithmetic."""
 
 _VIT_WIDTHS = (64, 96, 128, 192, 256, 320, 384, 512, 640, 768)
 _VIT_DEPTHS = (2, 3, 4, 6, 8, 10, 12)
+_MAX_WIDTH_PER_LAYER = 96
+"""Wide and shallow ViTs fill a budget with arithmetic that they cannot use; ViT-B has 64."""
+_MIN_DEPTH = 2
 _HYBRID_WIDTHS = (16, 24, 32, 48, 64, 80, 96)
 _HYBRID_DEPTHS = ((1, 1, 1, 1), (1, 1, 2, 1), (2, 2, 4, 2), (2, 2, 6, 2), (3, 3, 9, 3))
 
@@ -101,8 +106,8 @@ def fit_student(
         target: Where it will run.
         image_size: Side of the input, in pixels.
         embed_dim: Size of the teacher's embeddings.
-        latency_ms: Budget for one image. Default: the target's own, or TEACHER_SHARE of the
-            teacher's estimate where that is less; multiply-adds are then limited alike.
+        latency_ms: Budget for one image. Default: the target's own, or TEACHER_LATENCY_SHARE
+            of the teacher's estimate where that is less; multiply-adds are limited alike then.
         precision: What it will run in; default: the target's.
         families: Keys of `GRIDS`.
         teacher_geometry: From `vit_geometry`: adds students that can inherit.
@@ -187,8 +192,8 @@ def _limits(
     if teacher_ops is None:
         return target.latency_ms, None
     teacher_ms = estimate_latency(teacher_ops, target, precision=precision).latency_ms
-    budget_ms = min(target.latency_ms, TEACHER_SHARE * teacher_ms)
-    return budget_ms, TEACHER_SHARE * total_gmacs(teacher_ops)
+    budget_ms = min(target.latency_ms, TEACHER_LATENCY_SHARE * teacher_ms)
+    return budget_ms, TEACHER_GMACS_SHARE * total_gmacs(teacher_ops)
 
 
 def _vit_grid(
@@ -199,13 +204,13 @@ def _vit_grid(
     if teacher is not None and image_size % teacher["patch_size"] == 0:
         keys = ("patch_size", "width", "num_heads", "mlp_ratio", "act")
         shared = {key: teacher[key] for key in keys}
-        for depth in range(1, teacher["depth"] + 1):
+        for depth in range(_MIN_DEPTH, teacher["depth"] + 1):
             yield vit_spec(**sizes, **shared, depth=depth), True
     patch = patch_for(image_size)
     for patch_size in (p for p in (patch, 2 * patch) if image_size % p == 0):
         for width in _VIT_WIDTHS:
             heads = width // (32 if width < 256 else 64)
-            for depth in _VIT_DEPTHS:
+            for depth in (d for d in _VIT_DEPTHS if width <= _MAX_WIDTH_PER_LAYER * d):
                 shape: dict[str, Any] = {
                     "patch_size": patch_size,
                     "width": width,
@@ -281,7 +286,7 @@ def _budget_error(
 ) -> BudgetError:
     limits = f"{budget_ms:.3g} ms"
     if max_gmacs is not None:
-        limits += f" and {max_gmacs:.3g} GMACs ({TEACHER_SHARE} of the teacher's)"
+        limits += f" and {max_gmacs:.3g} GMACs ({TEACHER_GMACS_SHARE} of the teacher's)"
     enough = math.ceil(fastest.latency_ms * 1000) / 1000
     return BudgetError(
         f"no student meets {limits} on {target.full_name} ({precision}); the fastest, "

@@ -7,6 +7,7 @@ activations with a softmax between are one attention, views are free.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class _Walk:
         self.sizes: set[str] = set()  # values that are arithmetic on shapes
         self.counted: set[str] = set()
         self.ops: list[OpCost] = []
-        self.scores_idx: int | None = None
+        self.scores_idx: int | None = None  # a softmax: the kernel that it follows
         for node in graph.node:
             self._visit(node)
 
@@ -140,8 +141,10 @@ class _Walk:
             query, key = (self.shapes.get(name, (1, 1, 1)) for name in node.input[:2])
             flops = 4.0 * math.prod(query) * key[-2]
             self._add(kind, flops, moved, "attention", params)
-        elif kind == "Softmax" and self.scores_idx is not None:
-            return  # between the two matmuls of an attention
+        elif kind == "Softmax" and self.ops and self.ops[-1].kind == "attention":
+            self.scores_idx = len(self.ops) - 1
+            scores_bytes = self._bytes(node.output[0])  # they stay on the chip
+            self.ops[-1] = replace(self.ops[-1], bytes=self.ops[-1].bytes - scores_bytes)
         elif kind in _MOVES_MEMORY or not self.ops:
             self._add(kind, 0.0, moved, "memory", params)
         else:
@@ -157,8 +160,6 @@ class _Walk:
         if right in self.constants or node.input[0] in self.constants:
             self._add(node.op_type, flops, moved, "dense", params)
         elif self.scores_idx is None:
-            self.scores_idx = len(self.ops)
-            moved -= self._bytes(node.output[0])  # the scores stay on the chip
             self._add("Attention", flops, moved, "attention", params)
         else:
             first = self.ops[self.scores_idx]

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dimefm_edge.latency.estimate import FLOAT_BYTES, OpCost
@@ -57,7 +55,7 @@ def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[OpCost
     was_training = [m for m in module.modules() if m.training]
     module.eval()
     try:
-        with torch.no_grad(), recorder, _AttentionAsOne(recorder):
+        with torch.no_grad(), recorder:
             torch.func.functional_call(module, metas, (image,))
     finally:
         for child in was_training:
@@ -94,12 +92,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.parameter_ids = parameter_ids
         self.counted: set[int] = set()
         self.ops: list[OpCost] = []
-        self.is_paused = False
+        self.scores: tuple[int, float] | None = None  # a softmax: its kernel, its bytes
+        self._roots: dict[int, int] = {}  # views of weights, and whose they are
+        self._kept: list[Tensor] = []  # an id is only good while its tensor lives
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not self.is_paused:
-            self._record(func.overloadpacket.__name__, list(args), result)
+        self._record(func.overloadpacket.__name__, list(args), result)
         return result
 
     def _record(self, name: str, args: list[Any], result: Any) -> None:
@@ -115,19 +114,40 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             flops = 2.0 * outputs[0].numel() * left.shape[-1]
             # A linear layer on strided tokens is a bmm with its weight expanded.
             uses_weight = any(id(t) in self.parameter_ids for t in tensors)
-            kind = "attention" if name in ("bmm", "baddbmm") and not uses_weight else "dense"
-            self.ops.append(OpCost(name, flops, moved, kind, params))
+            if name in ("bmm", "baddbmm") and not uses_weight:
+                self._product(OpCost("attention", flops, moved, "attention"))
+            else:
+                self.ops.append(OpCost(name, flops, moved, "dense", params))
         elif name in ("convolution", "_convolution", "convolution_overrideable"):
             weight = tensors[1]
             flops = 2.0 * outputs[0].numel() * math.prod(weight.shape[1:])
             is_depthwise = weight.shape[1] == 1 and weight.shape[0] > 1
             kind = "depthwise" if is_depthwise else "dense"
             self.ops.append(OpCost(name, flops, moved, kind, params))
+        elif "softmax" in name and self.ops and self.ops[-1].kind == "attention":
+            scores_bytes = _bytes(outputs[0])
+            self.scores = len(self.ops) - 1, scores_bytes
+            self.ops[-1] = replace(self.ops[-1], bytes=self.ops[-1].bytes - scores_bytes)
+        elif name.startswith("_scaled_dot_product"):
+            query, key, value = tensors[:3]
+            flops = 2.0 * math.prod(query.shape[:-1]) * key.shape[-2]
+            flops *= query.shape[-1] + value.shape[-1]
+            self.ops.append(OpCost("attention", flops, moved, "attention"))
         elif name in _MOVES_MEMORY or not self.ops:
             self.ops.append(OpCost(name, 0.0, moved, "memory", params))
         else:  # fused: only what it reads besides the kernel's own output costs anything
             extra = sum(sorted(_bytes(t) for t in tensors)[:-1])
             self.ops[-1] = self.ops[-1].with_epilogue(name, extra, params)
+
+    def _product(self, op: OpCost) -> None:
+        """Of two activations; one after a softmax joins the one before it: an attention."""
+        if self.scores is None:
+            self.ops.append(op)
+            return
+        idx, scores_bytes = self.scores  # they stay on the chip
+        first, self.scores = self.ops[idx], None
+        moved = first.bytes + op.bytes - scores_bytes
+        self.ops[idx] = replace(first, flops=first.flops + op.flops, bytes=moved)
 
     def _new_params(self, tensors: list[Tensor]) -> int:
         mine = {id(t): _numel(t) for t in tensors if id(t) in self.parameter_ids}
@@ -138,47 +158,13 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _root(self, tensor_id: int) -> int:
         return self._roots.get(tensor_id, tensor_id)
 
-    @functools.cached_property
-    def _roots(self) -> dict[int, int]:
-        return {}
-
-    @functools.cached_property
-    def _kept(self) -> list[Tensor]:
-        return []
-
     def _remember_views(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """A transposed weight is still that weight."""
         source = next((t for t in inputs if id(t) in self.parameter_ids), None)
         for view in outputs if source is not None else ():
-            self._kept.append(view)  # an id is only good while its tensor lives
+            self._kept.append(view)
             self.parameter_ids.add(id(view))
             self._roots[id(view)] = self._root(id(source))
-
-
-class _AttentionAsOne(TorchFunctionMode):
-    """Records `scaled_dot_product_attention` as one kernel, whatever it decomposes into."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
-        query, key, value = named["query"], named["key"], named["value"]
-        shape = (*query.shape[:-1], value.shape[-1])
-        scores = query.numel() // query.shape[-1] * key.shape[-2]
-        flops = 2.0 * scores * (query.shape[-1] + value.shape[-1])
-        moved = sum(_bytes(t) for t in (query, key, value)) + FLOAT_BYTES * math.prod(shape)
-        self.recorder.ops.append(OpCost("attention", flops, moved, "attention"))
-        self.recorder.is_paused = True
-        try:
-            return query.new_empty(shape)
-        finally:
-            self.recorder.is_paused = False
 
 
 def _flat(values: list[Any]) -> list[Any]:

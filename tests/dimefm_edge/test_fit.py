@@ -10,7 +10,7 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 
 from dimefm_edge.errors import BudgetError, ConfigError, UnknownNameError
-from dimefm_edge.fit import TEACHER_SHARE, fit_student, plot_fit
+from dimefm_edge.fit import TEACHER_GMACS_SHARE, fit_student, plot_fit
 from dimefm_edge.latency.estimate import estimate_latency, total_gmacs, trace_ops
 from dimefm_edge.latency.trace import trace_student
 from dimefm_edge.students.vit import vit_geometry
@@ -42,7 +42,7 @@ def test_the_sample_teacher_gets_a_student_that_inherits(report, teacher):
     assert args["depth"] in (2, 3)
     chosen = report.chosen_candidate
     assert chosen.inherits
-    assert chosen.gmacs <= TEACHER_SHARE * total_gmacs(teacher["teacher_ops"])
+    assert chosen.gmacs <= TEACHER_GMACS_SHARE * total_gmacs(teacher["teacher_ops"])
     assert chosen.latency_ms <= report.budget_ms <= load_target("jetson-orin").latency_ms
 
 
