@@ -1,0 +1,291 @@
+"""The command line: `dimefm-edge COMMAND ...`.
+
+One table of commands; a command's module is imported when it runs, so that `--help` needs no
+torch. With `--json`, stdout holds one JSON object and nothing else, whatever C libraries print.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import io
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dimefm_edge.errors import DimeFMError, InputError, MissingExtraError, lookup
+
+if TYPE_CHECKING:
+    from dimefm_edge.commands import Outcome
+    from dimefm_edge.options import CommonOptions
+
+PROG = "dimefm-edge"
+_STOPPED = 130
+_ENVIRONMENT = {
+    errno.ENOSPC: "free some space, or name another folder",
+    errno.EDQUOT: "free some space, or name another folder",
+    errno.EACCES: "check who owns it and its permissions, or name another folder",
+    errno.EPERM: "check who owns it and its permissions, or name another folder",
+    errno.EROFS: "name a folder that can be written",
+}
+_TRAIN_PACKAGES = {
+    "braceexpand", "datasets", "matplotlib", "onnx", "onnxscript", "open_clip", "pyarrow",
+    "safetensors", "tensorboard", "timm", "torch", "torchvision", "webdataset",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: `function` and `options` are module:name, imported when it is called."""
+
+    function: str
+    options: str
+    title: str
+    stopped: str = "stopped"
+
+
+COMMANDS: dict[str, Command] = {
+    name: Command(f"dimefm_edge.commands:run_{name}", f"{name.capitalize()}Options", title, *rest)
+    for name, title, *rest in (
+        ("targets", "list devices, power modes and budgets, and how well each is known"),
+        ("estimate", "latency of a student, a timm model or an ONNX file on a target"),
+        ("fit", "students under a latency budget: table, plot, choice"),
+        (
+            "embed",
+            "teacher embeddings into a store, resumable shard by shard",
+            "stopped; run the same command to go on",
+        ),
+        (
+            "distill",
+            "the main job: all of it, up to the bundle and the report",
+            "stopped; run the same command with --resume to go on",
+        ),
+        ("eval", "zero-shot top-1 and top-5 of a teacher, run or bundle"),
+        ("export", "a run to a bundle, fp32 or fp16, parity checked"),
+        ("bench", "latency of several models side by side, with the ratio"),
+        ("doctor", "what is installed, what works, and the command that mends the rest"),
+    )
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Without the program's name; default: what the user typed.
+
+    Returns:
+        0 done, 1 failed, 2 bad usage or input, 3 budget or parity not met, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(words)
+    except BrokenPipeError:  # `| head`: the reader has what it wanted
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        _print(_usage())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        from dimefm_edge import __version__
+
+        _print(f"{PROG} {__version__}")
+        return 0
+    is_json = "--json" in words
+    try:
+        with _stdout_on_stderr() if is_json else contextlib.nullcontext():
+            outcome = _run(words)
+    except SystemExit as done:  # a command's --help
+        return done.code if isinstance(done.code, int) else 1
+    except KeyboardInterrupt:
+        command = COMMANDS.get(words[0])
+        return _fail(command.stopped if command else "stopped", None, _STOPPED, is_json)
+    except Exception as error:
+        known = _as_known(error)
+        if known is None:
+            logging.getLogger(__name__).exception("this is a bug of %s, please report it", PROG)
+            return _fail(f"{type(error).__name__}: {error}", None, 1, is_json, is_shown=True)
+        return _fail(str(known.args[0]), known.hint, known.exit_code, is_json)
+    if outcome is None:  # a rank of torchrun other than 0
+        return 0
+    _print_outcome(outcome, is_json)
+    return outcome.exit_code
+
+
+def _run(words: list[str]) -> Outcome | None:
+    command = lookup(COMMANDS, words[0], kind="command")
+    options = parse_options(words[0], words[1:])
+    level = logging.INFO if options.verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    if not options.verbose and not sys.warnoptions:
+        warnings.simplefilter("ignore")
+    module, _, name = command.function.partition(":")
+    outcome: Outcome | None = getattr(importlib.import_module(module), name)(options)
+    return outcome
+
+
+# ------------------------------------------------------------------------------ flags
+
+
+def parse_options(name: str, words: Sequence[str]) -> CommonOptions:
+    """Turn a command's flags into its options; `--config` gives what flags leave out.
+
+    Raises:
+        InputError: If a flag or its value is wrong; the message offers the nearest.
+        SystemExit: After `--help` was printed.
+    """
+    from dimefm_edge import options as options_module
+    from dimefm_edge.options import DistillOptions, defaults_from
+
+    kind: type[CommonOptions] = getattr(options_module, COMMANDS[name].options)
+    parsed = _parse(name, words, kind())
+    source = parsed.config
+    if isinstance(parsed, DistillOptions) and parsed.resume and source is None:
+        saved = Path(parsed.run.out) / "config.toml"
+        source = saved if saved.is_file() else None
+    if source is None:
+        return parsed
+    return _parse(name, words, defaults_from(kind, source))
+
+
+def _parse(name: str, words: Sequence[str], default: CommonOptions) -> CommonOptions:
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed: CommonOptions = tyro.cli(
+                type(default),
+                prog=f"{PROG} {name}",
+                args=list(words),
+                default=default,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+            return parsed
+    except SystemExit as done:
+        if not done.code:
+            raise
+        message = _first_lines(said.getvalue())
+        raise InputError(message, hint=f"{PROG} {name} --help") from None
+
+
+def _first_lines(box: str) -> str:
+    """What tyro's box says, in one line: the complaint, then the flags that were meant."""
+    lines = [line.strip(" │╭╮╰╯─") for line in box.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("For full help")]
+    body = lines[1:] if len(lines) > 1 else lines
+    message = body[0] if body else "these flags cannot be read"
+    meant = [line.split()[0] for line in body[1:] if line.startswith("--")]
+    if message.startswith("Unrecognized") and meant:
+        message += f". Did you mean {' or '.join(dict.fromkeys(meant))}?"
+    return message
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    return "\n".join(
+        [
+            f"usage: {PROG} COMMAND [flags]",
+            "",
+            "Distil a big CLIP-like model into a small one that fits an edge device.",
+            "",
+            *(f"  {name:{width}}  {command.title}" for name, command in COMMANDS.items()),
+            "",
+            f"{PROG} COMMAND --help tells its flags. Every command takes --json, --config",
+            "run.toml and --verbose. Exit codes: 0 done, 1 failed, 2 bad usage or input,",
+            "3 budget or parity not met.",
+            "",
+            "The main job, offline, with the sample teacher:",
+            "",
+            f"  {PROG} distill --target jetson-orin --out runs/first",
+        ]
+    )
+
+
+# ----------------------------------------------------------------------------- output
+
+
+@contextlib.contextmanager
+def _stdout_on_stderr() -> Iterator[None]:
+    """Send file descriptor 1 and `sys.stdout` to stderr: C libraries print there too."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    try:
+        saved = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # no stdout, or no stderr
+        saved = -1
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if saved >= 0:
+            os.dup2(saved, 1)
+            os.close(saved)
+
+
+def _print_outcome(outcome: Outcome, is_json: bool) -> None:
+    if is_json:
+        _print(json.dumps(_finite(outcome.values), indent=2, default=str, allow_nan=False))
+    elif outcome.is_markdown and sys.stdout.isatty():
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        Console().print(Markdown(outcome.text))
+    else:
+        _print(outcome.text)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: they become null."""
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
+
+
+def _fail(
+    message: str, hint: str | None, exit_code: int, is_json: bool, *, is_shown: bool = False
+) -> int:
+    if not is_shown:
+        print(f"error: {message}" + (f"\n  try: {hint}" if hint else ""), file=sys.stderr)
+    if is_json:
+        _print(json.dumps({"error": message, "hint": hint, "exit_code": exit_code}, indent=2))
+    return exit_code
+
+
+def _as_known(error: Exception) -> DimeFMError | None:
+    """What the user can mend, as an error of ours; None for a bug."""
+    if isinstance(error, DimeFMError):
+        return error
+    if isinstance(error, BrokenPipeError):
+        raise error
+    if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
+        where = f": {error.filename}" if error.filename else ""
+        return DimeFMError(f"{os.strerror(error.errno)}{where}", hint=_ENVIRONMENT[error.errno])
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        if package in _TRAIN_PACKAGES:
+            return MissingExtraError(
+                f"this needs {package}, which is not installed",
+                hint="pip install 'dimefm_edge[train]'",
+            )
+    return None

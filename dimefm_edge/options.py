@@ -1,0 +1,220 @@
+"""What each command takes: fields are flags, the text below a field is its help.
+
+`--config run.toml` fills in what flags leave out: a command takes the settings of `RunConfig`
+that it names in `from_config`. No torch here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal, TypeVar
+
+from tyro.conf import Positional
+
+from dimefm_edge import config as config_file
+from dimefm_edge.config import RunConfig
+
+O = TypeVar("O", bound="CommonOptions")  # noqa: E741
+
+
+@dataclass(frozen=True)
+class CommonOptions:
+    """Flags of every command."""
+
+    from_config: ClassVar[dict[str, str]] = {}
+    """Flag -> dotted name in RunConfig."""
+
+    config: Path | None = None
+    """TOML file that gives what flags give, such as a run's config.toml; flags win."""
+    json: bool = False
+    """Print one JSON object on stdout and nothing else there."""
+    verbose: bool = False
+    """Say more on stderr."""
+
+
+@dataclass(frozen=True)
+class TargetsOptions(CommonOptions):
+    """List devices: budget, precision, specifications, and how well each is known."""
+
+
+@dataclass(frozen=True)
+class EstimateOptions(CommonOptions):
+    """Estimate the latency of one model on a target, without the target."""
+
+    from_config: ClassVar[dict[str, str]] = {"target": "target"}
+
+    model: Positional[str] = ""
+    """An ONNX file, a run, a bundle, a named student (vit-tiny), `timm:NAME`, or a teacher."""
+    target: str = RunConfig.target
+    """Device, with or without a power mode: jetson-orin@30w."""
+    precision: str | None = None
+    """fp32, fp16 or int8. Default: the target's."""
+    batch_size: int = 1
+    """Images per call."""
+    image_size: int | None = None
+    """Input side in pixels. Default: the model's own, else 224."""
+    embed_dim: int = 512
+    """Size of the embeddings of a named student or a timm model."""
+
+
+@dataclass(frozen=True)
+class FitOptions(CommonOptions):
+    """Find the students that meet a latency budget, and choose one."""
+
+    from_config: ClassVar[dict[str, str]] = {
+        "target": "target",
+        "teacher": "teacher",
+        "latency_ms": "student.latency_ms",
+        "image_size": "student.image_size",
+    }
+
+    target: str = RunConfig.target
+    """Device, with or without a power mode: jetson-orin@30w."""
+    latency_ms: float | None = None
+    """Budget for one image, in ms. Default: the target's, or 0.4 of the teacher's if less."""
+    teacher: str | None = None
+    """Give it to consider students that inherit from it, its image size and embedding size."""
+    image_size: int | None = None
+    """Input side in pixels. Default: the teacher's, else 224."""
+    embed_dim: int | None = None
+    """Size of the embeddings. Default: the teacher's, else 512."""
+    precision: str | None = None
+    """What the student will run in. Default: the target's."""
+    families: tuple[str, ...] = ("vit", "hybrid")
+    """Student families to look at."""
+    plot: Path | None = None
+    """Write latency against arithmetic as a PNG here."""
+
+
+@dataclass(frozen=True)
+class EmbedOptions(CommonOptions):
+    """Embed images and sentences with a teacher; runs share the store. Resumes by itself."""
+
+    from_config: ClassVar[dict[str, str]] = {
+        "teacher": "teacher",
+        "store": "store",
+        "images": "data.images",
+        "texts": "data.texts",
+        "image_column": "data.image_column",
+        "text_column": "data.text_column",
+        "max_bad": "data.max_bad",
+        "workers": "data.workers",
+    }
+
+    store: str | None = None
+    """Folder of the embeddings."""
+    teacher: str = RunConfig.teacher
+    """`sample`, an open_clip model (ARCHITECTURE:TAG_OR_FILE), `hf-hub:ORG/NAME`, or a folder."""
+    images: tuple[str, ...] = ()
+    """Folders, .tar shards, Parquet files, globs and brace patterns, or `scenes[:COUNT]`."""
+    texts: tuple[str, ...] = ()
+    """.txt, .jsonl, .csv or .parquet files, each also .gz, globs, or `scenes[:COUNT]`."""
+    image_column: str = "image"
+    """Column of images in Parquet files and Hugging Face data sets."""
+    text_column: str = "text"
+    """Column or key of sentences in .jsonl, .csv and .parquet files."""
+    max_bad: float = 0.1
+    """Stop when more images than this cannot be read: a share below 1, else a count."""
+    workers: int = 0
+    """Decoding workers; 0 chooses."""
+    batch_size: int = 256
+    """Images per call of the teacher; twice as many sentences."""
+    verify: bool = False
+    """Read everything that was there already and compare its checksums."""
+
+
+@dataclass(frozen=True)
+class DistillOptions(CommonOptions):
+    """The main job: fit, embed, distil, export, evaluate and measure a student."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    resume: bool = False
+    """Go on with the run in --out, with its own settings; flags win."""
+    dry_run: bool = False
+    """Print the settings that the run would have, and stop."""
+
+
+@dataclass(frozen=True)
+class EvalOptions(CommonOptions):
+    """Zero-shot top-1 and top-5 of a teacher, run, bundle or exported model."""
+
+    from_config: ClassVar[dict[str, str]] = {"data": "data.eval_sets"}
+
+    subject: Positional[str] = ""
+    """A run, a bundle (folder or .zip), a model.onnx of ours, or a teacher."""
+    data: tuple[str, ...] = ()
+    """Labelled sets: class folders, CLIP-benchmark folders, `scenes`, `scenes-relations`."""
+    teacher: str | None = None
+    """Whose text side embeds class names that a bundle does not carry."""
+    batch_size: int = 250
+    """Images per call."""
+    workers: int = 0
+    """Decoding workers; 0 chooses."""
+
+
+@dataclass(frozen=True)
+class ExportOptions(CommonOptions):
+    """Write a run as a bundle that needs no torch; parity is always checked."""
+
+    from_config: ClassVar[dict[str, str]] = {
+        "precision": "precision",
+        "images": "data.images",
+        "image_column": "data.image_column",
+    }
+
+    run: Positional[str] = ""
+    """A run folder, or its checkpoint.safetensors."""
+    out: Path | None = None
+    """Folder, or archive when it ends in .zip. Default: RUN/bundle-PRECISION."""
+    format: str = "onnx"
+    """What is written: onnx."""
+    precision: Literal["fp32", "fp16"] = "fp32"
+    """Of the graph."""
+    images: tuple[str, ...] = ()
+    """Real images that parity is checked on. Default: those the run was distilled on."""
+    image_column: str = "image"
+    """Column of images in Parquet files and Hugging Face data sets."""
+
+
+@dataclass(frozen=True)
+class BenchOptions(CommonOptions):
+    """Measure latency here, models in turn, each in ONNX Runtime where it can be."""
+
+    models: Positional[tuple[str, ...]] = ()
+    """Bundles, runs, ONNX files and teachers; the first is what the others are compared to."""
+    batch_size: int = 1
+    """Images per call."""
+    threads: int = 0
+    """CPU threads; 0 takes one per physical core."""
+    seconds: float = 10.0
+    """Time for each model; warming up takes at most as long again."""
+    image_size: int = 224
+    """Side, in pixels, for ONNX files that leave it open."""
+
+
+@dataclass(frozen=True)
+class DoctorOptions(CommonOptions):
+    """Say what is installed, what works, and the command that mends the rest."""
+
+    disk: Path = Path()
+    """Folder whose free space is looked at."""
+
+
+def defaults_from(kind: type[O], path: Path) -> O:
+    """A command's options as a TOML file of `RunConfig` has them.
+
+    Raises:
+        ConfigError: If the file is missing or has a key or value that `RunConfig` lacks.
+    """
+    run = config_file.load(path, RunConfig)
+    values: dict[str, object] = {"config": path}
+    if issubclass(kind, DistillOptions):
+        values["run"] = run
+    for flag, dotted in kind.from_config.items():
+        value: object = run
+        for name in dotted.split("."):
+            value = getattr(value, name)
+        values[flag] = value
+    return dataclasses.replace(kind(), **values)
