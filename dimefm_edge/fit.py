@@ -16,7 +16,14 @@ from typing import Any
 
 from dimefm_edge.errors import BudgetError, ConfigError, lookup
 from dimefm_edge.latency.estimate import OpCost, estimate_latency, total_gmacs
-from dimefm_edge.students import StudentSpec, hybrid_spec, patch_for, vit_spec
+from dimefm_edge.students import (
+    NAMED_STUDENTS,
+    StudentSpec,
+    hybrid_spec,
+    patch_for,
+    student_spec,
+    vit_spec,
+)
 from dimefm_edge.targets import Target, load_target
 
 logger = logging.getLogger(__name__)
@@ -97,6 +104,7 @@ def fit_student(
     latency_ms: float | None = None,
     precision: str | None = None,
     families: Sequence[str] = ("vit", "hybrid"),
+    student: str = "auto",
     teacher_geometry: dict[str, Any] | None = None,
     teacher_ops: Sequence[OpCost] | None = None,
 ) -> FitReport:
@@ -110,6 +118,9 @@ def fit_student(
             of the teacher's estimate where that is less; multiply-adds are limited alike then.
         precision: What it will run in; default: the target's.
         families: Keys of `GRIDS`.
+        student: `auto`; a family, which is then the only one; or one student: a candidate's
+            name, a key of `NAMED_STUDENTS` or `timm:NAME`. One student is refused only for a
+            budget that was given.
         teacher_geometry: From `vit_geometry`: adds students that can inherit.
         teacher_ops: From `trace_ops`, at batch 1, for the default budget.
 
@@ -122,7 +133,12 @@ def fit_student(
     precision = precision or target.precision
     budget_ms, max_gmacs = _limits(target, latency_ms, precision, teacher_ops)
     candidates = []
-    for spec, inherits in _unique_specs(families, image_size, embed_dim, teacher_geometry):
+    families = (student,) if student in GRIDS else families
+    specs = _unique_specs(families, image_size, embed_dim, teacher_geometry)
+    is_one = student != "auto" and student not in GRIDS
+    if is_one:
+        specs = [_one_student(student, specs, image_size, embed_dim)]
+    for spec, inherits in specs:
         estimate = _estimate(spec, target, precision)
         within = max_gmacs is None or estimate["gmacs"] <= max_gmacs
         fits = within and estimate["latency_ms"] <= budget_ms
@@ -133,7 +149,8 @@ def fit_student(
             hint="--image-size with a multiple of 16",
         )
     candidates.sort(key=lambda c: (c.latency_ms, -c.score))
-    fitting = [c for c in candidates if c.fits]
+    is_free = is_one and latency_ms is None
+    fitting = [c for c in candidates if c.fits or is_free]
     if not fitting:
         raise _budget_error(candidates[0], target, precision, budget_ms, max_gmacs)
     chosen = max(fitting, key=lambda c: (c.score, -c.latency_ms))
@@ -249,12 +266,23 @@ def _unique_specs(
     return list(specs.values())
 
 
+def _one_student(
+    name: str, grid: Sequence[tuple[StudentSpec, bool]], image_size: int, embed_dim: int
+) -> tuple[StudentSpec, bool]:
+    for spec, inherits in grid:
+        if spec.name == name:
+            return spec, inherits
+    if not name.startswith("timm:"):
+        lookup(dict.fromkeys(("auto", *GRIDS, *NAMED_STUDENTS)), name, kind="student")
+    return student_spec(name, image_size=image_size, embed_dim=embed_dim), False
+
+
 def _estimate(spec: StudentSpec, target: Target, precision: str) -> dict[str, float]:
     """Estimate a student; a ViT from two shallow ones, since every block costs the same."""
     from dimefm_edge.latency.trace import trace_student
 
-    depth = spec.args["depth"]
-    if spec.family != "vit" or depth <= 2:
+    depth = spec.args["depth"] if spec.family == "vit" else 0
+    if depth <= 2:
         return _figures(trace_student(spec), target, precision)
     sizes: dict[str, Any] = {"image_size": spec.image_size, "embed_dim": spec.embed_dim}
     one, two = (

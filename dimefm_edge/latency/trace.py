@@ -38,13 +38,44 @@ def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[OpCost
     """List the kernels of one forward pass.
 
     Args:
-        module: (B, 3, S, S) float -> anything; left as it is. It is traced in eval mode.
+        module: (B, 3, S, S) float -> anything; left as it is. It is traced as it is deployed: in
+            eval mode, re-parametrisable branches merged.
         image_size: S, in pixels.
         batch: B.
 
     Returns:
         Kernels in order, bytes as in fp32.
     """
+    if any(hasattr(m, "reparameterize") for m in module.modules()):
+        from dimefm_edge.students.hybrid import reparameterise
+
+        with next(module.parameters()).device:
+            module = reparameterise(module)
+    return _trace(module, image_size, batch)
+
+
+@functools.lru_cache(maxsize=4096)
+def trace_student(spec: StudentSpec, batch: int = 1) -> tuple[OpCost, ...]:
+    """`trace_ops` of a student as it is deployed, its branches merged. Cached by spec."""
+    with torch.device("meta"):
+        student = _build_deployed(spec)
+    return tuple(_trace(student, spec.image_size, batch))
+
+
+def _build_deployed(spec: StudentSpec) -> nn.Module:
+    if spec.family == "hybrid":
+        from dimefm_edge.students.hybrid import build_hybrid
+
+        return build_hybrid(spec, is_merged=True)
+    return build_student(spec)
+
+
+def trace_timm(name: str, image_size: int, batch: int = 1) -> tuple[OpCost, ...]:
+    """`trace_ops` of a timm model by name, with its own classifier left out."""
+    return trace_student(student_spec(f"timm:{name}", image_size=image_size, embed_dim=1), batch)
+
+
+def _trace(module: nn.Module, image_size: int, batch: int) -> list[OpCost]:
     metas = {
         name: torch.empty_like(value, device="meta")
         for name, value in (*module.named_parameters(), *module.named_buffers())
@@ -61,27 +92,6 @@ def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[OpCost
         for child in was_training:
             child.training = True
     return recorder.ops
-
-
-@functools.lru_cache(maxsize=4096)
-def trace_student(spec: StudentSpec, batch: int = 1) -> tuple[OpCost, ...]:
-    """`trace_ops` of a student as it is deployed, its branches merged. Cached by spec."""
-    with torch.device("meta"):
-        student = _build_deployed(spec)
-    return tuple(trace_ops(student, spec.image_size, batch))
-
-
-def _build_deployed(spec: StudentSpec) -> nn.Module:
-    if spec.family == "hybrid":
-        from dimefm_edge.students.hybrid import build_hybrid
-
-        return build_hybrid(spec, is_merged=True)
-    return build_student(spec)
-
-
-def trace_timm(name: str, image_size: int, batch: int = 1) -> tuple[OpCost, ...]:
-    """`trace_ops` of a timm model by name, with its own classifier left out."""
-    return trace_student(student_spec(f"timm:{name}", image_size=image_size, embed_dim=1), batch)
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -84,6 +84,27 @@ def test_a_bigger_budget_gives_a_bigger_student():
     assert {c.spec.family for c in reports[0].candidates} == {"hybrid"}
 
 
+def test_a_student_can_be_named(teacher):
+    names = {
+        "vit-p8-w192-d5": (0.15, True),
+        "vit-nano": (0.02, False),
+        "timm:resnet10t": (0.01, False),
+    }
+    for name, (gmacs, inherits) in names.items():
+        one = fit_student("jetson-orin", student=name, **SIZES, **teacher)
+        (candidate,) = one.candidates
+        assert candidate.spec == one.chosen
+        assert candidate.gmacs > gmacs
+        assert candidate.inherits == inherits
+    assert not fit_student("jetson-orin", student="vit-base", **SIZES, **teacher).candidates[0].fits
+    with pytest.raises(BudgetError, match="the fastest, vit-p8-w768-d12, is estimated at"):
+        fit_student("jetson-orin", student="vit-base", latency_ms=0.1, **SIZES)
+    with pytest.raises(UnknownNameError, match=r"unknown student 'hybird'\. Did you mean 'hybrid'"):
+        fit_student("jetson-orin", student="hybird", **SIZES)
+    families = {c.spec.family for c in fit_student("local", student="hybrid", **SIZES).candidates}
+    assert families == {"hybrid"}
+
+
 def test_an_impossible_budget_names_one_that_would_do():
     with pytest.raises(BudgetError, match=r"no student meets 1e-05 ms on jetson-agx-orin@30w") as e:
         fit_student("jetson-orin", latency_ms=1e-5, families=("vit",), **SIZES)

@@ -130,6 +130,14 @@ def test_tracing_leaves_the_module_alone():
     assert sum(op.kind == "attention" for op in ops) == 2
 
 
+def test_branches_are_merged_before_tracing():
+    student = build_student(HYBRID)
+    keys = set(student.state_dict())
+    ops = trace_ops(student, 32)
+    assert [(o.flops, o.bytes) for o in ops] == [(o.flops, o.bytes) for o in trace_student(HYBRID)]
+    assert set(student.state_dict()) == keys
+
+
 def test_arithmetic_grows_with_the_batch():
     flops = [sum(op.flops for op in trace_student(HYBRID, batch)) for batch in (1, 3)]
     assert flops[1] == pytest.approx(3 * flops[0])
