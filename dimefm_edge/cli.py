@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from dimefm_edge.errors import DimeFMError, InputError, MissingExtraError, lookup
 
 if TYPE_CHECKING:
-    from dimefm_edge.commands import Outcome
+    from dimefm_edge.commands.outcome import Outcome
     from dimefm_edge.options import CommonOptions
 
 PROG = "dimefm-edge"
@@ -43,35 +43,59 @@ _TRAIN_PACKAGES = {
 
 @dataclass(frozen=True)
 class Command:
-    """One command: `function` and `options` are module:name, imported when it is called."""
+    """One command; what it names is imported when it is called."""
 
     function: str
+    """module:function below dimefm_edge.commands."""
     options: str
+    """Class in dimefm_edge.options."""
     title: str
     stopped: str = "stopped"
+    """What is said after Ctrl-C."""
 
 
 COMMANDS: dict[str, Command] = {
-    name: Command(f"dimefm_edge.commands:run_{name}", f"{name.capitalize()}Options", title, *rest)
-    for name, title, *rest in (
-        ("targets", "list devices, power modes and budgets, and how well each is known"),
-        ("estimate", "latency of a student, a timm model or an ONNX file on a target"),
-        ("fit", "students under a latency budget: table, plot, choice"),
-        (
-            "embed",
-            "teacher embeddings into a store, resumable shard by shard",
-            "stopped; run the same command to go on",
-        ),
-        (
-            "distill",
-            "the main job: all of it, up to the bundle and the report",
-            "stopped; run the same command with --resume to go on",
-        ),
-        ("eval", "zero-shot top-1 and top-5 of a teacher, run or bundle"),
-        ("export", "a run to a bundle, fp32 or fp16, parity checked"),
-        ("bench", "latency of several models side by side, with the ratio"),
-        ("doctor", "what is installed, what works, and the command that mends the rest"),
-    )
+    "targets": Command(
+        "choosing:run_targets",
+        "TargetsOptions",
+        "list devices, power modes and budgets, and how well each is known",
+    ),
+    "estimate": Command(
+        "choosing:run_estimate",
+        "EstimateOptions",
+        "latency of a student, a timm model or an ONNX file on a target",
+    ),
+    "fit": Command(
+        "choosing:run_fit", "FitOptions", "students under a latency budget: table, plot, choice"
+    ),
+    "embed": Command(
+        "making:run_embed",
+        "EmbedOptions",
+        "teacher embeddings into a store, resumable shard by shard",
+        "stopped; run the same command to go on",
+    ),
+    "distill": Command(
+        "making:run_distill",
+        "DistillOptions",
+        "the main job: all of it, up to the bundle and the report",
+        "stopped; run the same command with --resume to go on",
+    ),
+    "eval": Command(
+        "judging:run_eval", "EvalOptions", "zero-shot top-1 and top-5 of a teacher, run or bundle"
+    ),
+    "export": Command(
+        "making:run_export", "ExportOptions", "a run to a bundle, fp32 or fp16, parity checked"
+    ),
+    "bench": Command(
+        "judging:run_bench",
+        "BenchOptions",
+        "latency of several models side by side, with the ratio",
+    ),
+    "doctor": Command(
+        "judging:run_doctor",
+        "DoctorOptions",
+        "what is installed, what works, and the command that mends the rest",
+    ),
 }
 
 
@@ -131,7 +155,9 @@ def _run(words: list[str]) -> Outcome | None:
     if not options.verbose and not sys.warnoptions:
         warnings.simplefilter("ignore")
     module, _, name = command.function.partition(":")
-    outcome: Outcome | None = getattr(importlib.import_module(module), name)(options)
+    outcome: Outcome | None = getattr(
+        importlib.import_module(f"dimefm_edge.commands.{module}"), name
+    )(options)
     return outcome
 
 

@@ -1,0 +1,173 @@
+"""Commands that choose before anything is trained: targets, estimate, fit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dimefm_edge.commands.outcome import Outcome
+from dimefm_edge.errors import InputError, lookup
+from dimefm_edge.tables import format_table
+
+if TYPE_CHECKING:
+    from dimefm_edge.latency.estimate import LatencyEstimate
+    from dimefm_edge.options import (
+        EstimateOptions,
+        FitOptions,
+        TargetsOptions,
+    )
+    from dimefm_edge.targets import Target
+
+
+_DEFAULT_IMAGE_SIZE = 224
+_DEFAULT_EMBED_DIM = 512
+
+
+def run_targets(options: TargetsOptions) -> Outcome:
+    """List every device in its default power mode."""
+    from dimefm_edge.targets import list_targets
+
+    targets = list_targets()
+    rows = [
+        (
+            t.name,
+            t.mode,
+            " ".join(m for m in t.modes if m != t.mode) or None,
+            t.runtime,
+            t.precision,
+            t.latency_ms,
+            t.peak_tflops[t.precision],
+            t.bandwidth_gbs,
+            t.profile,
+            t.title,
+        )
+        for t in targets
+    ]
+    headers = (
+        "target", "mode", "other modes", "runtime", "precision", "budget ms", "TFLOPS", "GB/s",
+        "profile", "device",
+    )  # fmt: skip
+    text = format_table(headers, rows) + (
+        "\n\nA name alone means the mode shown; `target@mode` takes another. Budgets are defaults "
+        "for one image.\nprofile: published or measured beat roofline and nominal; measure on the "
+        "device: dimefm-edge bench BUNDLE"
+    )
+    return Outcome({"targets": [asdict(t) | {"full_name": t.full_name} for t in targets]}, text)
+
+
+def run_estimate(options: EstimateOptions) -> Outcome:
+    """Estimate one model on one target."""
+    from dimefm_edge.targets import load_target
+
+    if options.batch_size < 1 or (options.image_size or 1) < 1:
+        raise InputError("batch size and image size must be positive")
+    target = load_target(options.target)
+    precision = options.precision or target.precision
+    estimate = _estimate(options, target, precision)
+    rows = [
+        (
+            options.model,
+            estimate.params_m,
+            estimate.gmacs,
+            estimate.latency_ms,
+            f"{estimate.low_ms:.3g} to {estimate.high_ms:.3g}",
+        )
+    ]
+    table = format_table(("model", "params M", "GMACs", "estimate ms", "interval ms"), rows)
+    text = (
+        f"{table}\n\n{target.full_name}, {target.runtime} {precision}, batch "
+        f"{options.batch_size}; a {estimate.basis} estimate: measure on the device before you "
+        "promise anything"
+    )
+    values = {"model": options.model, "target": target.full_name, "runtime": target.runtime}
+    values |= {"precision": precision, "batch_size": options.batch_size} | asdict(estimate)
+    return Outcome(values, text)
+
+
+def _estimate(options: EstimateOptions, target: Target, precision: str) -> LatencyEstimate:
+    from dimefm_edge.latency.estimate import estimate_latency, estimate_onnx, trace_ops
+    from dimefm_edge.students import NAMED_STUDENTS, load_student, student_spec
+    from dimefm_edge.subjects import subject_kind
+
+    name, batch = options.model, options.batch_size
+    size = options.image_size
+    if name in NAMED_STUDENTS or name.startswith("timm:"):
+        from dimefm_edge.latency.trace import trace_student
+
+        side = size or _DEFAULT_IMAGE_SIZE
+        spec = student_spec(name, image_size=side, embed_dim=options.embed_dim)
+        return estimate_latency(trace_student(spec, batch), target, precision=precision)
+    kind, path = subject_kind(name), Path(name).expanduser()
+    if kind == "bundle":
+        from dimefm_edge.runtime import load_bundle
+
+        bundle = load_bundle(path)
+        return estimate_onnx(bundle.model_path, target, precision=precision, batch=batch)
+    if kind == "onnx":
+        return estimate_onnx(path, target, precision=precision, batch=batch, image_size=size)
+    if kind == "run":
+        from dimefm_edge.latency.trace import trace_student
+
+        spec = load_student(path).spec
+        return estimate_latency(trace_student(spec, batch), target, precision=precision)
+    from dimefm_edge.teacher import load_teacher
+
+    if not (":" in name or "/" in name or path.exists() or name == "sample"):
+        lookup(dict.fromkeys([*NAMED_STUDENTS, "sample"]), name, kind="model")
+    teacher = load_teacher(name, device="cpu")
+    ops = trace_ops(teacher.image_tower, teacher.preprocess.image_size, batch)
+    return estimate_latency(ops, target, precision=precision)
+
+
+def run_fit(options: FitOptions) -> Outcome:
+    """Choose a student for a budget."""
+    from dimefm_edge.fit import fit_student, plot_fit
+
+    side, embed_dim = options.image_size, options.embed_dim
+    from_teacher: dict[str, Any] = {}
+    if options.teacher is not None:
+        from dimefm_edge.latency.estimate import trace_ops
+        from dimefm_edge.students.vit import vit_geometry
+        from dimefm_edge.teacher import load_teacher
+
+        teacher = load_teacher(options.teacher, device="cpu")
+        side, embed_dim = side or teacher.preprocess.image_size, embed_dim or teacher.embed_dim
+        from_teacher["teacher_geometry"] = vit_geometry(teacher.image_tower)
+        from_teacher["teacher_ops"] = trace_ops(
+            teacher.image_tower, teacher.preprocess.image_size, 1
+        )
+    report = fit_student(
+        options.target,
+        latency_ms=options.latency_ms,
+        image_size=side or _DEFAULT_IMAGE_SIZE,
+        embed_dim=embed_dim or _DEFAULT_EMBED_DIM,
+        precision=options.precision,
+        families=options.families,
+        **from_teacher,
+    )
+    if options.plot is not None:
+        plot_fit(report, options.plot)
+    best = report.chosen_candidate
+    shown = sorted({best, *report.pareto}, key=lambda c: c.latency_ms)
+    rows = [
+        (
+            "*" if c.spec == report.chosen else "",
+            c.spec.name,
+            c.params_m,
+            c.gmacs,
+            c.latency_ms,
+            f"{c.low_ms:.3g} to {c.high_ms:.3g}",
+            c.inherits,
+            c.fits,
+        )
+        for c in shown
+    ]
+    headers = ("", "student", "params M", "GMACs", "estimate ms", "interval ms", "inherits", "fits")
+    text = (
+        f"{format_table(headers, rows)}\n\n* chosen for {report.target} {report.precision}, budget "
+        f"{report.budget_ms:.3g} ms; the other rows are the Pareto front of "
+        f"{len(report.candidates)} students"
+    )
+    values = report.to_dict() | {"plot": str(options.plot) if options.plot else None}
+    return Outcome(values, text)

@@ -1,0 +1,152 @@
+"""Commands that judge what is there: eval, bench, doctor."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dimefm_edge.commands.outcome import Outcome
+from dimefm_edge.errors import CheckpointError, InputError
+from dimefm_edge.tables import format_table
+
+if TYPE_CHECKING:
+    from dimefm_edge.data.images import LabelledSet
+    from dimefm_edge.labels import LabelBank
+    from dimefm_edge.options import (
+        BenchOptions,
+        DoctorOptions,
+        EvalOptions,
+    )
+    from dimefm_edge.subjects import EncodeTexts, Subject
+
+
+_FAILED = 1
+
+
+def run_eval(options: EvalOptions) -> Outcome:
+    """Zero-shot accuracy on labelled sets."""
+    if not options.data:
+        raise InputError("eval needs a labelled set", hint="--data scenes, or a folder of classes")
+    from dimefm_edge.data.images import open_labelled
+    from dimefm_edge.evaluate.zero_shot import evaluate_zero_shot
+    from dimefm_edge.subjects import load_subject
+
+    labelled_sets = [open_labelled(source) for source in options.data]
+    subject = load_subject(options.subject)
+    encode_texts = subject.encode_texts
+    if options.teacher is not None:
+        encode_texts = _text_side(options.teacher, subject)
+    reports = [
+        evaluate_zero_shot(
+            subject.encode_pixels,
+            subject.preprocess,
+            labelled,
+            _bank_of(subject, labelled, encode_texts),
+            batch_size=options.batch_size,
+            workers=options.workers,
+        )
+        for labelled in labelled_sets
+    ]
+    rows = [
+        (r.name, r.num_classes, r.num_images, r.num_bad, r.chance_pct, r.top1_pct, r.top5_pct)
+        for r in reports
+    ]
+    headers = ("zero-shot", "classes", "images", "unreadable", "chance %", "top-1 %", "top-5 %")
+    text = f"{subject.kind} {subject.name}\n\n{format_table(headers, rows)}"
+    values = {
+        "subject": subject.name,
+        "kind": subject.kind,
+        "results": [asdict(r) for r in reports],
+    }
+    return Outcome(values, text)
+
+
+def _text_side(teacher: str, subject: Subject) -> EncodeTexts:
+    from dimefm_edge.teacher import load_teacher
+
+    loaded = load_teacher(teacher)
+    if loaded.embed_dim != subject.embed_dim:
+        raise InputError(
+            f"teacher {teacher} answers in {loaded.embed_dim} dimensions, {subject.name} in "
+            f"{subject.embed_dim}",
+            hint="--teacher with the teacher that it was distilled from",
+        )
+    return loaded.encode_texts
+
+
+def _bank_of(
+    subject: Subject, labelled: LabelledSet, encode_texts: EncodeTexts | None
+) -> LabelBank:
+    """The set's class names as embeddings: baked in the bundle, else embedded now."""
+    from dimefm_edge.labels import build_label_bank
+
+    if encode_texts is not None:
+        return build_label_bank(
+            labelled.name, labelled.classnames, labelled.templates, encode_texts
+        )
+    for bank in subject.label_banks.values():
+        if bank.classnames == labelled.classnames:
+            return bank
+    carried = ", ".join(subject.label_banks) or "none"
+    raise CheckpointError(
+        f"{subject.name} has no text side and does not carry the class names of '{labelled.name}' "
+        f"(it carries: {carried})",
+        hint="--teacher with the teacher that it was distilled from, or evaluate the run",
+    )
+
+
+def run_bench(options: BenchOptions) -> Outcome:
+    """Time models side by side."""
+    from dimefm_edge.bench import bench_models
+    from dimefm_edge.latency.measure import machine_info
+
+    with tempfile.TemporaryDirectory(prefix="dimefm_edge_bench_") as folder:
+        results = bench_models(
+            options.models,
+            Path(folder),
+            batch_size=options.batch_size,
+            threads=options.threads,
+            seconds=options.seconds,
+            image_size=options.image_size,
+        )
+    rows = [
+        (
+            row.latency.name,
+            row.runtime,
+            row.latency.p50_ms,
+            row.latency.p90_ms,
+            row.latency.p99_ms,
+            row.latency.images_per_s,
+            row.memory_mib,
+            row.latency.size_mib,
+            row.ratio,
+        )
+        for row in results
+    ]
+    headers = (
+        "model", "runtime", "p50 ms", "p90 ms", "p99 ms", "images/s", "memory MiB", "size MiB",
+        "ratio",
+    )  # fmt: skip
+    machine = machine_info()
+    unsteady = [row.latency.name for row in results if not row.latency.is_steady]
+    text = (
+        f"{format_table(headers, rows)}\n\nbatch {options.batch_size} on {machine['cpu']}, in "
+        "turn; ratio: p50 over the first model's; memory: what the model adds to a bare process"
+    )
+    if unsteady:
+        text += f"\nnot steady after warming up, so doubtful: {', '.join(unsteady)}"
+    return Outcome({"models": [row.to_dict() for row in results], "machine": machine}, text)
+
+
+def run_doctor(options: DoctorOptions) -> Outcome:
+    """Look at this machine."""
+    from dimefm_edge.doctor import examine
+
+    checks = examine(options.disk)
+    rows = [(c.status, c.name, c.detail, c.mend or "") for c in checks]
+    text = format_table(("", "what", "found", "mend"), rows)
+    broken = any(c.status == "missing" and c.is_required for c in checks)
+    values = {"ok": not broken, "checks": [asdict(c) for c in checks]}
+    return Outcome(values, text, _FAILED if broken else 0)

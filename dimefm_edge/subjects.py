@@ -1,0 +1,238 @@
+"""Anything that embeds images, by name or path: a teacher, a run, a bundle, an exported graph.
+
+`eval` and `bench` take any of them and need not know which it is. torch is imported for
+teachers and runs only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dimefm_edge.errors import CheckpointError, InputError, MissingExtraError
+from dimefm_edge.labels import LabelBank
+from dimefm_edge.manifest import MANIFEST_FILE
+from dimefm_edge.preprocess import PreprocessSpec
+
+EncodePixels = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
+EncodeTexts = Callable[[Sequence[str]], npt.NDArray[np.float32]]
+SubjectKind = Literal["teacher", "run", "bundle", "onnx"]
+
+_CHECKPOINT_FILE = "checkpoint.safetensors"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that embeds images, ready to be asked."""
+
+    kind: SubjectKind
+    name: str
+    """What the user typed."""
+    preprocess: PreprocessSpec
+    embed_dim: int
+    encode_pixels: EncodePixels
+    """(B, S, S, 3) uint8, resized, RGB -> (B, E) float32, L2-normalised."""
+    logit_scale: float
+    """Exponentiated."""
+    label_banks: dict[str, LabelBank] = field(default_factory=dict)
+    """Class names embedded at export; bundles only."""
+    encode_texts: EncodeTexts | None = None
+    """Sentences -> (B, E) float32, L2-normalised; None where there is no text side."""
+    size_mib: float | None = None
+    """Of the model's file; None for teachers."""
+    owner: object = None
+    """Kept alive with it: the files of a zipped bundle last as long as the bundle."""
+
+
+def subject_kind(name: str) -> SubjectKind:
+    """Tell what a name or path is, from the files there; anything else names a teacher.
+
+    Raises:
+        InputError: If the name is empty.
+    """
+    if not name:
+        raise InputError("no model was named", hint="a run, a bundle, an ONNX file or a teacher")
+    path = Path(name).expanduser()
+    if path.suffix == ".onnx":
+        return "onnx"
+    if path.suffix == ".zip" or (path / MANIFEST_FILE).is_file():
+        return "bundle"
+    if (path / _CHECKPOINT_FILE).is_file() or path.name == _CHECKPOINT_FILE:
+        return "run"
+    return "teacher"
+
+
+def load_subject(name_or_path: str | Path, *, device: str | None = None) -> Subject:
+    """Load a teacher, run, bundle or exported graph.
+
+    Args:
+        name_or_path: A run folder or its checkpoint, a bundle's folder or `.zip`, a
+            `model.onnx` that we exported, or whatever `load_teacher` takes.
+        device: For teachers and runs, such as `cuda`; default: a GPU where there is one.
+
+    Raises:
+        CheckpointError: If it is missing or damaged.
+        UnknownNameError: If it is neither a path nor a teacher's name.
+        InputError: If the name is empty.
+    """
+    name = str(name_or_path)
+    loaders: dict[SubjectKind, Callable[[str, str | None], Subject]] = {
+        "bundle": _load_bundle,
+        "onnx": _load_onnx,
+        "run": _load_run,
+        "teacher": _load_teacher,
+    }
+    return loaders[subject_kind(name)](name, device)
+
+
+def onnx_metadata(path: Path) -> tuple[PreprocessSpec, int, float]:
+    """Preprocessing, embedding size and logit scale that a graph of ours carries.
+
+    Raises:
+        CheckpointError: If the file is missing, no ONNX graph, or not exported by us.
+        MissingExtraError: If ONNX Runtime is not installed.
+    """
+    values = _metadata_of(path)
+    try:
+        mean, std = (tuple(float(v) for v in values[key].split(",")) for key in ("mean", "std"))
+        preprocess = PreprocessSpec.from_dict(
+            {
+                "image_size": int(values["image_size"]),
+                "mean": mean,
+                "std": std,
+                "interpolation": values["interpolation"],
+                "resize_mode": values["resize_mode"],
+            }
+        )
+        return preprocess, int(values["embed_dim"]), float(values["logit_scale"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} does not say how images are prepared: it was not exported by dimefm_edge",
+            hint=f"dimefm-edge bench {path}  (times any ONNX file)",
+        ) from error
+
+
+def _metadata_of(path: Path) -> dict[str, str]:
+    if not path.is_file():
+        raise CheckpointError(f"no ONNX file at {path}", hint="check the path")
+    try:
+        import onnxruntime  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise MissingExtraError(
+            "ONNX Runtime is not installed", hint="pip install onnxruntime"
+        ) from error
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # no public base but Exception
+        raise CheckpointError(
+            f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}",
+            hint="copy it again, or export it again: dimefm-edge export RUN",
+        ) from error
+    return dict(session.get_modelmeta().custom_metadata_map)
+
+
+def _load_bundle(name: str, device: str | None) -> Subject:
+    from dimefm_edge.runtime import load_bundle, load_engine
+
+    bundle = load_bundle(Path(name).expanduser())
+    return Subject(
+        "bundle",
+        name,
+        bundle.preprocess,
+        bundle.embed_dim,
+        load_engine(bundle).encode_pixels,
+        bundle.logit_scale,
+        label_banks=bundle.label_banks,
+        size_mib=bundle.size_mib,
+        owner=bundle,
+    )
+
+
+def _load_onnx(name: str, device: str | None) -> Subject:
+    from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine
+
+    path = Path(name).expanduser()
+    preprocess, embed_dim, logit_scale = onnx_metadata(path)
+    engine = OnnxRuntimeEngine(path, preprocess=preprocess, embed_dim=embed_dim)
+    return Subject(
+        "onnx",
+        name,
+        preprocess,
+        embed_dim,
+        engine.encode_pixels,
+        logit_scale,
+        size_mib=path.stat().st_size / 2**20,
+    )
+
+
+def _load_run(name: str, device: str | None) -> Subject:
+    import torch
+
+    from dimefm_edge.encoders import module_encoder
+    from dimefm_edge.students import load_student
+
+    path = Path(name).expanduser()
+    loaded = load_student(path)
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    file = path / _CHECKPOINT_FILE if path.is_dir() else path
+    return Subject(
+        "run",
+        name,
+        loaded.preprocess,
+        loaded.spec.embed_dim,
+        module_encoder(loaded.student.to(where), loaded.preprocess),
+        run_logit_scale(loaded.metadata, name),
+        encode_texts=_TextSide(loaded.metadata, name, device),
+        size_mib=file.stat().st_size / 2**20,
+    )
+
+
+def _load_teacher(name: str, device: str | None) -> Subject:
+    from dimefm_edge.teacher import load_teacher
+
+    teacher = load_teacher(name, device=device)
+    return Subject(
+        "teacher",
+        name,
+        teacher.preprocess,
+        teacher.embed_dim,
+        teacher.encode_images,
+        teacher.logit_scale,
+        encode_texts=teacher.encode_texts,
+    )
+
+
+def run_logit_scale(metadata: dict[str, str], name: str) -> float:
+    """The logit scale of a run's teacher, which its checkpoint carries.
+
+    Raises:
+        CheckpointError: If it does not.
+    """
+    try:
+        return float(metadata["logit_scale"])
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint of {name} carries no logit scale") from error
+
+
+class _TextSide:
+    """A run's text side: its teacher's, loaded when it is first asked."""
+
+    def __init__(self, metadata: dict[str, str], name: str, device: str | None) -> None:
+        self._metadata, self._name, self._device = metadata, name, device
+        self._teacher: Any = None
+
+    def __call__(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+        from dimefm_edge.teacher import TEXT_TEACHER_KEY, load_teacher
+
+        if self._teacher is None:
+            teacher = self._metadata.get(TEXT_TEACHER_KEY)
+            if teacher is None:
+                raise CheckpointError(f"the checkpoint of {self._name} names no teacher")
+            self._teacher = load_teacher(teacher, device=self._device)
+        embeds: npt.NDArray[np.float32] = self._teacher.encode_texts(sentences)
+        return embeds
