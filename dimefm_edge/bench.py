@@ -245,7 +245,7 @@ def onnx_call(
             f"ONNX Runtime cannot run {path}: {(str(error) or repr(error)).splitlines()[0]}",
             hint="--image-size and --batch-size, if it wants others; else export it again",
         ) from error
-    return lambda: session.run(None, inputs)  # type: ignore[no-any-return]
+    return lambda: session.run(None, inputs)
 
 
 def _memory_mib(path: Path, *, batch_size: int, image_size: int, threads: int) -> float | None:

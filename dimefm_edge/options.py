@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from tyro.conf import Positional
 
@@ -209,11 +209,11 @@ def defaults_from(kind: type[O], path: Path) -> O:
         ConfigError: If the file is missing or has a key or value that `RunConfig` lacks.
     """
     run = config_file.load(path, RunConfig)
-    values: dict[str, object] = {"config": path}
+    values: dict[str, Any] = {"config": path}
     if issubclass(kind, DistillOptions):
         values["run"] = run
     for flag, dotted in kind.from_config.items():
-        value: object = run
+        value: Any = run
         for name in dotted.split("."):
             value = getattr(value, name)
         values[flag] = value

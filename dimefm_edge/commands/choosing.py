@@ -80,7 +80,11 @@ def run_estimate(options: EstimateOptions) -> Outcome:
         f"{options.batch_size}; a {estimate.basis} estimate: measure on the device before you "
         "promise anything"
     )
-    values = {"model": options.model, "target": target.full_name, "runtime": target.runtime}
+    values: dict[str, Any] = {
+        "model": options.model,
+        "target": target.full_name,
+        "runtime": target.runtime,
+    }
     values |= {"precision": precision, "batch_size": options.batch_size} | asdict(estimate)
     return Outcome(values, text)
 

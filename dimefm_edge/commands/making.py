@@ -64,7 +64,7 @@ def run_embed(options: EmbedOptions) -> Outcome:
     if options.verify:
         for store in stores.values():
             store.verify()
-    values = {
+    values: dict[str, dict[str, Any]] = {
         kind: {
             "path": str(Path(options.store, kind)),
             "num_rows": len(store),
