@@ -6,34 +6,32 @@ One program does BLOCK_M queries of one head and holds all keys and values of th
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_MIN_BLOCK = 16  # tl.dot wants 16 x 16 or more
+from dimefm_kernels.attention import block_sizes
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _attention_kernel(
-    q_ptr: Any,  # (B, H, N, D)
-    k_ptr: Any,  # (B, H, N, D)
-    v_ptr: Any,  # (B, H, N, D)
-    out_ptr: Any,  # (B, H, N, D), contiguous
-    stride_qb: Any, stride_qh: Any, stride_qn: Any, stride_qd: Any,
-    stride_kb: Any, stride_kh: Any, stride_kn: Any, stride_kd: Any,
-    stride_vb: Any, stride_vh: Any, stride_vn: Any, stride_vd: Any,
-    num_heads: Any,
-    num_tokens: Any,
-    head_dim: Any,
-    scale_log2: Any,  # scale * log2(e): exp2 is the hardware's own
+def _attention_kernel(  # type: ignore[no-untyped-def]  # Triton reads annotations
+    q_ptr,  # (B, H, N, D)
+    k_ptr,  # (B, H, N, D)
+    v_ptr,  # (B, H, N, D)
+    out_ptr,  # (B, H, N, D), contiguous
+    stride_qb, stride_qh, stride_qn, stride_qd,
+    stride_kb, stride_kh, stride_kn, stride_kd,
+    stride_vb, stride_vh, stride_vn, stride_vd,
+    num_heads,
+    num_tokens,
+    head_dim,
+    scale_log2,  # scale * log2(e): exp2 is the hardware's own
     BLOCK_M: tl.constexpr,  # queries of one program
     BLOCK_N: tl.constexpr,  # all keys, padded
     BLOCK_D: tl.constexpr,  # head_dim, padded
     PRECISION: tl.constexpr,  # of fp32 products: ieee, or tf32
-) -> None:  # fmt: skip
+):  # fmt: skip
     batch_idx = (tl.program_id(1) // num_heads).to(tl.int64)
     head_idx = (tl.program_id(1) % num_heads).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -67,10 +65,7 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Launch the kernel: (B, num_heads, N, head_dim) each, any strides; see `fused_attention`."""
     batch, num_heads, num_tokens, head_dim = q.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    block_n = max(_MIN_BLOCK, triton.next_power_of_2(num_tokens))
-    block_d = max(_MIN_BLOCK, triton.next_power_of_2(head_dim))
-    # Fewer queries at a time where the row of logits is long: they live in registers.
-    block_m = 64 if block_n <= 128 else 32 if block_n <= 256 else 16
+    block_m, block_n, block_d = block_sizes(num_tokens, head_dim)
     grid = (triton.cdiv(num_tokens, block_m), batch * num_heads)
     _attention_kernel[grid](
         q, k, v, out,

@@ -52,9 +52,32 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None 
     return (logits.softmax(dim=-1) @ v.float()).to(q.dtype).contiguous()
 
 
-def fits_kernel(num_tokens: int, head_dim: int) -> bool:
-    """Whether the Triton kernel takes this size; others go to torch's attention."""
-    return 1 <= num_tokens <= MAX_TOKENS and 1 <= head_dim <= MAX_HEAD_DIM
+def block_sizes(num_tokens: int, head_dim: int) -> tuple[int, int, int]:
+    """Queries of one program, all keys padded, head_dim padded: what the kernel works on."""
+    block_n, block_d = (max(16, 1 << (size - 1).bit_length()) for size in (num_tokens, head_dim))
+    # Fewer queries at a time where the row of logits is long: it lives in registers.
+    block_m = 64 if block_n <= 128 else 32 if block_n <= 256 else 16
+    return block_m, block_n, block_d
+
+
+def kernel_shared_bytes(num_tokens: int, head_dim: int, itemsize: int) -> int:
+    """Most shared memory that the kernel takes: the keys, and the probabilities of a block."""
+    block_m, block_n, block_d = block_sizes(num_tokens, head_dim)
+    return block_n * (block_d + block_m) * itemsize
+
+
+def fits_kernel(q: Tensor, *, shared_bytes: int) -> bool:
+    """Whether the Triton kernel takes (B, num_heads, N, head_dim) in that much shared memory.
+
+    Other sizes go to torch's own attention.
+    """
+    num_tokens, head_dim = q.shape[2:]
+    return (
+        q.numel() > 0
+        and num_tokens <= MAX_TOKENS
+        and head_dim <= MAX_HEAD_DIM
+        and kernel_shared_bytes(num_tokens, head_dim, q.element_size()) <= shared_bytes
+    )
 
 
 @torch.library.custom_op("dimefm::fused_attention", mutates_args=())
@@ -64,7 +87,8 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 @_fused_attention.register_kernel("cuda")
 def _fused_attention_cuda(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    if not q.numel() or not fits_kernel(q.shape[2], q.shape[3]):
+    device = torch.cuda.get_device_properties(q.device)
+    if not fits_kernel(q, shared_bytes=device.shared_memory_per_block_optin):
         return F.scaled_dot_product_attention(q, k, v, scale=scale).contiguous()
     from dimefm_kernels._attention_triton import attention_forward
 

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from dimefm_kernels import attention_reference, fused_attention  # noqa: E402
-from dimefm_kernels.attention import MAX_TOKENS, fits_kernel  # noqa: E402
+from dimefm_kernels.attention import MAX_TOKENS, fits_kernel, kernel_shared_bytes  # noqa: E402
 
 TOLERANCES = [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
 SHAPES = [(1, 1, 1, 8), (2, 3, 50, 16), (1, 2, 65, 32), (1, 3, 197, 64), (2, 1, 7, 40)]
@@ -38,6 +38,26 @@ for shape in [(1, 1, 1, 8), (2, 2, 17, 16), (1, 2, 50, 40), (1, 1, 197, 64), (1,
 half = [torch.randn(1, 2, 33, 32).half() for _ in range(3)]
 worst_half = (attention_forward(*half, 1.0).float() - attention_reference(*half, scale=1.0).float())
 print(worst, worst_half.abs().max().item())
+"""
+
+COMPILED = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from dimefm_kernels._attention_triton import _attention_kernel as kernel
+from dimefm_kernels.attention import block_sizes
+
+dtype, num_tokens, capability = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+kinds = {name: "i32" for name in kernel.arg_names}
+kinds |= {name: "*" + dtype for name in kinds if name.endswith("_ptr")}
+kinds |= {name: "constexpr" for name in kinds if name.isupper()} | {"scale_log2": "fp32"}
+block_m, block_n, block_d = block_sizes(num_tokens, 64)
+sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d, "PRECISION": "ieee"}
+source = ASTSource(fn=kernel, signature=kinds, constexprs=sizes)
+options = {"num_warps": 4 if block_n <= 256 else 8}
+built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+print(built.metadata.shared, "cubin" in built.asm)
 """
 
 
@@ -119,6 +139,37 @@ def test_triton_kernel_under_the_interpreter():
     assert worst_half < 2e-3
 
 
+@pytest.mark.parametrize(
+    ("dtype", "num_tokens", "capability"),
+    [
+        ("fp16", 65, 87),
+        pytest.param("fp16", 577, 87, marks=pytest.mark.slow),
+        pytest.param("fp32", 257, 90, marks=pytest.mark.slow),
+        pytest.param("fp16", 197, 110, marks=pytest.mark.slow),
+    ],
+)
+def test_triton_kernel_compiles_for_a_device_that_is_not_here(
+    dtype, num_tokens, capability, tmp_path
+):
+    """The interpreter accepts what the compiler refuses: annotations, for one."""
+    pytest.importorskip("triton")
+    env = {**os.environ, "PYTHONPATH": str(KERNELS), "TRITON_CACHE_DIR": str(tmp_path)}
+    env.pop("TRITON_INTERPRET", None)
+    words = [dtype, str(num_tokens), str(capability)]
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, *words],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    shared, is_cubin = done.stdout.split()
+    itemsize = 2 if dtype == "fp16" else 4
+    assert is_cubin == "True"
+    assert 0 < int(shared) <= kernel_shared_bytes(num_tokens, 64, itemsize)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*SHAPES, (4, 6, 577, 64), (2, 3, 600, 64)])
 @pytest.mark.parametrize(("dtype", "atol"), TOLERANCES)
@@ -130,9 +181,14 @@ def test_triton_kernel_on_a_gpu(shape, dtype, atol):
 
 
 def test_sizes_of_the_kernel():
-    assert fits_kernel(MAX_TOKENS, 64)
-    assert not fits_kernel(MAX_TOKENS + 1, 64)
-    assert not fits_kernel(50, 129)
+    orin = 163 * 1024
+    half, single = (torch.empty(1, 1, MAX_TOKENS, 64, dtype=d) for d in (torch.half, torch.float))
+    assert fits_kernel(half, shared_bytes=orin)
+    assert not fits_kernel(single, shared_bytes=orin)
+    assert fits_kernel(single[:, :, :512], shared_bytes=orin)
+    assert not fits_kernel(torch.empty(1, 1, MAX_TOKENS + 1, 16).half(), shared_bytes=orin)
+    assert not fits_kernel(torch.empty(1, 1, 50, 129).half(), shared_bytes=orin)
+    assert not fits_kernel(torch.empty(0, 1, 50, 64).half(), shared_bytes=orin)
 
 
 @pytest.mark.parametrize(
