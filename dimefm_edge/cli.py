@@ -207,12 +207,21 @@ def _parse(name: str, words: Sequence[str], default: CommonOptions) -> CommonOpt
 
 
 def _first_lines(box: str) -> str:
-    """What tyro's box says, in one line: the complaint, then the flags that were meant."""
-    lines = [line.strip(" │╭╮╰╯─") for line in box.splitlines()]
-    lines = [line for line in lines if line and not line.startswith("For full help")]
-    body = lines[1:] if len(lines) > 1 else lines
-    message = body[0] if body else "these flags cannot be read"
-    meant = [line.split()[0] for line in body[1:] if line.startswith("--")]
+    """What tyro's box says, in one line: the complaint, then the flags that were meant.
+
+    The box is a title, then sections between rules, drawn in whatever the terminal can.
+    """
+    lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()]
+    lines = [line for line in lines if line][1:]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if line.strip("─-"):
+            sections[-1].append(line)
+        else:
+            sections.append([])
+    sections = [section for section in sections if section] or [["these flags cannot be read"]]
+    message = " ".join(sections[0])
+    meant = [line.split()[0] for s in sections[1:] for line in s if line.startswith("--")]
     if message.startswith("Unrecognized") and meant:
         message += f". Did you mean {' or '.join(dict.fromkeys(meant))}?"
     return message
