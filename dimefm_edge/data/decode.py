@@ -1,0 +1,166 @@
+"""Decode images into batches of pixels: in order, ahead of the consumer, on threads."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+from dimefm_edge.errors import DataError
+from dimefm_edge.preprocess import PreprocessSpec, resize_image
+
+Rows = npt.NDArray[np.int64]
+Pixels = npt.NDArray[np.uint8]
+
+_CHUNK_IMAGES = 16  # per task of a thread
+_BATCHES_AHEAD = 2
+_MAX_THREADS = 16
+
+
+class BadImageError(DataError):
+    """One image cannot be read; `reason` says why without naming the image."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"image {name} cannot be read: {reason}")
+        self.reason = reason
+
+
+class ImagePool(Protocol):
+    """Images by row, in an order that does not change."""
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the names and sizes of all images."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> str:
+        """What to call the image in a message."""
+
+    def load(self, row: int) -> Image.Image:
+        """The image, RGB.
+
+        Raises:
+            BadImageError: If it cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    """Pixels of the rows that could be read, in the order asked for."""
+
+    rows: Rows
+    """(B,) rows of the pool."""
+    pixels: Pixels
+    """(B, S, S, 3) uint8, RGB."""
+    bad_rows: list[tuple[int, str]]
+    """(row, reason) of those that could not."""
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decode an image file's bytes to RGB.
+
+    Raises:
+        BadImageError: If it is truncated, no image, or a decompression bomb.
+    """
+    if not data:
+        raise BadImageError(name, "the file is empty")
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if limit is not None and image.width * image.height > limit:
+                raise BadImageError(
+                    name, f"{image.width} x {image.height} pixels exceed the limit of {limit}"
+                )
+            return image.convert("RGB")
+    except BadImageError:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImageError(name, "not an image file that Pillow knows") from error
+    # Pillow's plugins raise nearly anything on damaged bytes: SyntaxError, struct.error, ...
+    except Exception as error:
+        raise BadImageError(name, str(error) or type(error).__name__) from error
+
+
+def decode_batches(
+    pool: ImagePool, batches: Iterable[Rows], spec: PreprocessSpec, *, workers: int = 0
+) -> Iterator[DecodedBatch]:
+    """Decode batches of rows, in order, some batches ahead.
+
+    Threads, because Pillow and numpy let go of the GIL where the time goes.
+
+    Args:
+        pool: Where the images come from.
+        batches: (B,) int64 rows each; drawn lazily, so it may be endless.
+        spec: Resize and crop.
+        workers: Threads; 0 takes one per core that this process may use, at most 16.
+
+    Yields:
+        One DecodedBatch per batch; its rows may be none.
+    """
+    threads = workers if workers > 0 else min(available_cores(), _MAX_THREADS)
+    executor = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    pending: deque[_PendingBatch] = deque()
+    try:
+        for rows in batches:
+            pending.append(_submit(executor, pool, np.asarray(rows, np.int64), spec))
+            if len(pending) > _BATCHES_AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class _PendingBatch:
+    rows: Rows
+    pixels: Pixels
+    chunks: list[Future[list[tuple[int, str]]]]
+
+    def result(self) -> DecodedBatch:
+        bad = [item for chunk in self.chunks for item in chunk.result()]
+        if not bad:
+            return DecodedBatch(self.rows, self.pixels, [])
+        is_good = np.ones(len(self.rows), bool)
+        is_good[[place for place, _ in bad]] = False
+        bad_rows = [(int(self.rows[place]), reason) for place, reason in bad]
+        return DecodedBatch(self.rows[is_good], self.pixels[is_good], bad_rows)
+
+
+def _submit(
+    executor: ThreadPoolExecutor, pool: ImagePool, rows: Rows, spec: PreprocessSpec
+) -> _PendingBatch:
+    pixels = np.empty((len(rows), spec.image_size, spec.image_size, 3), np.uint8)
+
+    def decode(start: int) -> list[tuple[int, str]]:
+        bad = []
+        for place in range(start, min(start + _CHUNK_IMAGES, len(rows))):
+            try:
+                image = pool.load(int(rows[place]))
+            except BadImageError as error:
+                bad.append((place, error.reason))
+                continue
+            try:
+                pixels[place] = resize_image(image, spec)
+            except (ValueError, MemoryError) as error:  # 1 x 100,000 pixels, say
+                bad.append((place, f"{image.width} x {image.height} pixels: {error}"))
+        return bad
+
+    chunks = [executor.submit(decode, start) for start in range(0, len(rows), _CHUNK_IMAGES)]
+    return _PendingBatch(rows, pixels, chunks)

@@ -1,0 +1,26 @@
+"""Images: pools to embed and train on, decoding, the pixel cache and labelled test sets."""
+
+from __future__ import annotations
+
+from dimefm_edge.data.decode import (
+    BadImageError,
+    DecodedBatch,
+    ImagePool,
+    decode_batches,
+    decode_image,
+)
+from dimefm_edge.data.image_pools import open_images
+from dimefm_edge.data.labelled import LabelledSet, open_labelled
+from dimefm_edge.data.pixel_cache import PixelCache
+
+__all__ = [
+    "BadImageError",
+    "DecodedBatch",
+    "ImagePool",
+    "LabelledSet",
+    "PixelCache",
+    "decode_batches",
+    "decode_image",
+    "open_images",
+    "open_labelled",
+]

@@ -1,0 +1,153 @@
+"""What a user writes as a source: a path, a glob, a brace pattern or `scenes[:COUNT]`."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dimefm_edge.errors import DataError, MissingExtraError
+
+SCENES = "scenes"
+
+
+def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key that puts `2.jpg` before `10.jpg`; equal keys only for equal names."""
+    parts = re.split(r"([0-9]+)", name)
+    pairs: list[tuple[int, int | str]] = [
+        (0, int(p)) if i % 2 else (1, p) for i, p in enumerate(parts)
+    ]
+    return (*pairs, (2, name))
+
+
+def digest_lines(lines: Iterable[str]) -> str:
+    """16 hex digits over a sequence of strings."""
+    state = hashlib.sha256()
+    for line in lines:
+        state.update(line.encode("utf-8", "surrogateescape") + b"\n")
+    return state.hexdigest()[:16]
+
+
+def scenes_count(source: str, default: int) -> int | None:
+    """COUNT of `scenes:COUNT`, `default` for `scenes`, None for anything else.
+
+    Raises:
+        DataError: If COUNT is not a positive whole number.
+    """
+    name, colon, count = source.partition(":")
+    if name != SCENES:
+        return None
+    if not colon:
+        return default
+    if not (count.isascii() and count.isdigit() and int(count)):
+        raise DataError(
+            f"'{source}' does not say how many scenes: COUNT must be a positive whole number",
+            hint=f"{SCENES}:{default}",
+        )
+    return int(count)
+
+
+def expand_source(source: str) -> list[Path]:
+    """The files or folders that a source names, in natural order; each of them exists.
+
+    Args:
+        source: A path, a glob (`shards/*.tar`) or a brace pattern (`{00000..00009}.tar`).
+
+    Raises:
+        DataError: If a path is missing or a pattern matches nothing.
+        MissingExtraError: If a brace pattern is given and braceexpand is not installed.
+    """
+    if "://" in source:
+        raise DataError(
+            f"{source} is not on this machine, and sources are read from disk only",
+            hint="download it first, then name the file or folder",
+        )
+    if not source:
+        raise DataError("a source is empty: it must name a file or a folder")
+    path = Path(source).expanduser()
+    if os.path.lexists(path) and path.exists():
+        return [path]
+    found: list[Path] = []
+    for pattern in _expand_braces(str(path)):
+        if not glob.has_magic(pattern):
+            if not Path(pattern).exists():
+                raise missing_path(Path(pattern))
+            found.append(Path(pattern))
+            continue
+        matches = sorted(glob.glob(pattern, recursive=True), key=natural_key)
+        if not matches:
+            raise DataError(
+                f"no file matches the pattern {pattern}", hint=f"ls {_existing_parent(pattern)}"
+            )
+        found.extend(Path(match) for match in matches)
+    return found
+
+
+def missing_path(path: Path) -> DataError:
+    """An error for a path that is not there, with the nearest one that is."""
+    parent = _existing_parent(path)
+    missing = path.relative_to(parent).parts[0] if path != parent else path.name
+    try:
+        names = sorted(entry.name for entry in os.scandir(parent))
+    except OSError:
+        names = []
+    near = difflib.get_close_matches(missing, names, n=1, cutoff=0.0)
+    nearest = f"; the nearest in {parent} is '{near[0]}'" if near else f"; {parent} is empty"
+    return DataError(f"{path} does not exist{nearest}", hint=f"ls {parent}")
+
+
+def walk_files(root: Path) -> Iterator[tuple[str, int]]:
+    """(path relative to root, bytes) of every file below a folder; hidden ones are left out.
+
+    Links to folders are followed, each folder once.
+    """
+    seen: set[tuple[int, int]] = set()
+    pending = [""]
+    while pending:
+        folder = pending.pop()
+        try:
+            info = os.stat(root / folder)
+            if (info.st_dev, info.st_ino) in seen:
+                continue
+            seen.add((info.st_dev, info.st_ino))
+            entries = list(os.scandir(root / folder))
+        except OSError as error:
+            raise DataError(f"{root / folder} cannot be listed: {error.strerror}") from error
+        for entry in entries:
+            name = f"{folder}/{entry.name}" if folder else entry.name
+            if entry.name.startswith("."):
+                continue
+            try:
+                if entry.is_dir():
+                    pending.append(name)
+                elif entry.is_file():
+                    yield name, entry.stat().st_size
+            except OSError:  # a file that went away, or a link that loops
+                continue
+
+
+def _existing_parent(path: Path | str) -> Path:
+    parent = Path(path).parent
+    while not parent.is_dir():
+        parent = parent.parent
+    return parent
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    if "{" not in pattern:
+        return [pattern]
+    try:
+        from braceexpand import braceexpand
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{pattern} is a brace pattern, and braceexpand is not installed",
+            hint="pip install 'dimefm_edge[train]'",
+        ) from error
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:  # unbalanced braces
+        raise DataError(f"{pattern} does not exist, and is no brace pattern: {error}") from error
