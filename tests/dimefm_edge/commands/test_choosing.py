@@ -1,0 +1,86 @@
+"""targets, estimate and fit, through the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from dimefm_edge import cli
+
+
+def _json(capsys, *words):
+    code = cli.main([*map(str, words), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_targets(capsys):
+    code, values = _json(capsys, "targets")
+    assert code == 0
+    found = {t["name"]: t for t in values["targets"]}
+    assert {"jetson-agx-orin", "jetson-orin-nano", "local"} <= set(found)
+    assert all(t["sources"] and t["full_name"] == f"{t['name']}@{t['mode']}"
+               for t in found.values())  # fmt: skip
+    assert cli.main(["targets"]) == 0
+    assert "jetson-orin-nano" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["vit-nano", "timm:resnet18"])
+def test_estimate_by_name(model, capsys):
+    words = ("estimate", model, "--target", "jetson-orin@30w", "--image-size", "64")
+    code, values = _json(capsys, *words)
+    assert code == 0
+    assert values["target"] == "jetson-agx-orin@30w"
+    assert 0 < values["low_ms"] < values["latency_ms"] < values["high_ms"]
+    assert values["params_m"] > 0.1
+
+
+def test_estimate_of_files_agrees(tiny_run_dir, tiny_bundle_dir, tiny_teacher_dir, capsys):
+    paths = (tiny_run_dir, tiny_bundle_dir, tiny_bundle_dir / "model.onnx", tiny_teacher_dir)
+    results = [_json(capsys, "estimate", path)[1] for path in paths]
+    run, bundle, graph, teacher = (values["gmacs"] for values in results)
+    assert bundle == graph
+    assert run == pytest.approx(bundle, rel=0.02)
+    assert teacher > run
+
+
+def test_estimate_names_what_is_wrong(capsys, tmp_path):
+    assert cli.main(["estimate", "vit-nano", "--precision", "int7"]) == 2
+    assert "unknown precision" in capsys.readouterr().err
+    assert cli.main(["estimate", "vit-nano", "--batch-size", "0"]) == 2
+    assert "must be positive" in capsys.readouterr().err
+    assert cli.main(["estimate", str(tmp_path / "gone.onnx")]) == 2
+    assert "no ONNX file at" in capsys.readouterr().err
+
+
+def test_fit_chooses_and_draws(capsys, tmp_path):
+    plot = tmp_path / "fit.png"
+    words = ("fit", "--latency-ms", "0.2", "--image-size", "32", "--embed-dim", "16")
+    code, values = _json(capsys, *words, "--families", "vit", "--plot", plot)
+    assert code == 0
+    assert values["budget_ms"] == 0.2
+    assert values["chosen"]["image_size"] == 32
+    chosen = next(c for c in values["candidates"] if c["spec"] == values["chosen"])
+    assert chosen["fits"]
+    assert chosen["latency_ms"] <= 0.2
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert cli.main([*words, "--families", "vit"]) == 0
+    assert f"*  {values['chosen']['name']}" in capsys.readouterr().out
+
+
+def test_fit_for_a_teacher_takes_its_sizes(tiny_teacher_dir, capsys):
+    words = ("fit", "--teacher", tiny_teacher_dir, "--families", "vit", "--latency-ms", "1")
+    code, values = _json(capsys, *words)
+    assert code == 0
+    assert (values["chosen"]["image_size"], values["chosen"]["embed_dim"]) == (32, 16)
+    assert any(c["inherits"] for c in values["candidates"])
+
+
+def test_a_budget_that_none_meets_is_exit_3_with_one_that_would_do(capsys):
+    words = ["fit", "--latency-ms", "0.0001", "--image-size", "32", "--families", "vit"]
+    code, values = _json(capsys, *words)
+    assert code == values["exit_code"] == 3
+    assert "no student meets" in values["error"]
+    hint = values["hint"].split()
+    assert hint[:2] == ["dimefm-edge", "fit"]
+    assert cli.main([*words, *hint[2:]]) == 0

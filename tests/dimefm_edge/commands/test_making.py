@@ -1,0 +1,148 @@
+"""embed, distill and export, through the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from dimefm_edge import cli, pipeline
+from dimefm_edge.config import RunConfig, load
+from dimefm_edge.errors import BudgetError
+
+
+def _json(capsys, *words):
+    code = cli.main([*map(str, words), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def sentences(tmp_path):
+    path = tmp_path / "sentences.txt"
+    path.write_text("a cat on a mat\na dog\n\nan eel in the sea\n")
+    return path
+
+
+def test_embed_fills_a_store_and_a_second_run_adds_nothing(
+    tiny_teacher_dir, labelled_dir, sentences, tmp_path, capsys
+):
+    store = tmp_path / "store"
+    words = ("embed", "--teacher", tiny_teacher_dir, "--images", labelled_dir, "--texts",
+             sentences, "--store", store)  # fmt: skip
+    code, values = _json(capsys, *words)
+    assert code == 0
+    assert values["teacher"] == str(tiny_teacher_dir)
+    assert (values["images"]["num_rows"], values["images"]["num_bad"]) == (12, 0)
+    assert values["texts"]["num_rows"] == 3
+    assert values["texts"]["embed_dim"] == 16
+    before = {p: p.stat().st_mtime_ns for p in store.rglob("*.*") if "manifest" not in p.name}
+    assert before
+    assert _json(capsys, *words, "--verify") == (0, values)
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_store_of_another_teacher_is_refused(
+    tiny_teacher_dir, tiny_run_dir, sentences, tmp_path, capsys
+):
+    words = ["embed", "--texts", str(sentences), "--store", str(tmp_path / "store")]
+    assert cli.main([*words, "--teacher", str(tiny_teacher_dir)]) == 0
+    assert cli.main([*words, "--teacher", str(tiny_run_dir)]) == 2
+    said = capsys.readouterr().err
+    assert str(tiny_teacher_dir) in said
+    assert "Traceback" not in said
+
+
+def test_export_to_a_folder_and_an_archive(tiny_run_dir, tmp_path, capsys):
+    for out, precision in ((tmp_path / "b", "fp32"), (tmp_path / "b.zip", "fp16")):
+        code, values = _json(capsys, "export", tiny_run_dir, "--out", out, "--precision", precision)
+        assert code == 0
+        assert (values["bundle"], values["precision"]) == (str(out), precision)
+        assert values["parity"]["num_images"] == 12
+        assert values["parity"]["min_cosine"] >= 0.999
+        # Made from the run's own test set: it has no bundle to take them from.
+        assert len(values["label_sets"]) == 1
+        assert out.exists()
+
+
+def test_export_without_the_images_it_was_distilled_on(
+    tiny_run_dir, labelled_dir, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(tiny_run_dir / "checkpoint.safetensors", run)
+    assert cli.main(["export", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "names images to check parity on" in said
+    assert "--images" in said
+    assert cli.main(["export", str(run), "--images", str(labelled_dir)]) == 0
+    assert (run / "bundle-fp32" / "manifest.json").is_file()
+
+
+def test_export_names_what_is_wrong(tiny_run_dir, tmp_path, capsys):
+    assert cli.main(["export", str(tmp_path)]) == 2
+    assert "no checkpoint at" in capsys.readouterr().err
+    assert cli.main(["export", str(tiny_run_dir), "--format", "onxx"]) == 2
+    assert "unknown export format 'onxx'. Did you mean 'onnx'?" in capsys.readouterr().err
+
+
+def test_dry_run_prints_settings_that_make_the_same_run(tmp_path, capsys):
+    words = ["distill", "--dry-run", "--epochs", "3", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 0
+    path = tmp_path / "run.toml"
+    path.write_text(capsys.readouterr().out)
+    settings = load(path, RunConfig)
+    assert settings.train.epochs == 3
+    assert settings.data.eval_sets == ("scenes", "scenes-relations")
+    assert settings == pipeline.resolve(settings)
+    assert not (tmp_path / "run").exists()
+    code, values = _json(capsys, *words)
+    assert code == 0
+    assert values["train"]["epochs"] == 3
+
+
+class _Report:
+    def __init__(self, *, fits_budget):
+        self.fits_budget = fits_budget
+
+    def to_dict(self):
+        return {"fits_budget": self.fits_budget}
+
+    def to_markdown(self):
+        return "# report"
+
+
+@pytest.mark.parametrize(("fits", "code"), [(True, 0), (False, 3)])
+def test_distill_hands_over_its_settings_and_judges_the_budget(fits, code, monkeypatch, capsys):
+    seen = {}
+
+    def run(config, *, resume):
+        seen.update(config=config, resume=resume)
+        return _Report(fits_budget=fits)
+
+    monkeypatch.setattr(pipeline, "run", run)
+    words = ["distill", "--target", "jetson-nano", "--images", "a", "b", "--resume"]
+    assert cli.main(words) == code
+    assert capsys.readouterr().out == "# report\n"
+    assert seen["resume"]
+    assert seen["config"].target == "jetson-nano"
+    assert seen["config"].data.images == ("a", "b")
+    assert _json(capsys, *words) == (code, {"fits_budget": fits})
+
+
+def test_distill_without_a_student_that_fits(monkeypatch, capsys):
+    def run(config, *, resume):
+        raise BudgetError("no student meets 0.1 ms", hint="dimefm-edge fit")
+
+    monkeypatch.setattr(pipeline, "run", run)
+    assert cli.main(["distill"]) == 3
+    assert capsys.readouterr().err == ("error: no student meets 0.1 ms\n  try: dimefm-edge fit\n")
+
+
+def test_distill_on_another_rank_says_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(pipeline, "run", lambda config, *, resume: None)
+    assert _words_of(capsys, cli.main(["distill", "--json"])) == (0, "")
+
+
+def _words_of(capsys, code):
+    return code, capsys.readouterr().out
