@@ -194,7 +194,7 @@ def _sentence(text: object) -> _Item:
             text = text.decode()
         except UnicodeDecodeError:
             return _BAD
-    if not isinstance(text, str):
+    if not isinstance(text, str) or "\0" in text:  # UTF-16 read as UTF-8 is full of NULs
         return _BAD
     try:
         text.encode()
