@@ -188,8 +188,8 @@ class ParquetPool:
         group = bisect.bisect_right(self._starts, row) - 1
         try:
             cell = self._read_group(group)[row - self._starts[group]].as_py()
-        except (OSError, ValueError) as error:
-            raise BadImageError(self.name(row), str(error)) from error
+        except (OSError, ValueError, LookupError) as error:  # fewer rows than the footer says
+            raise BadImageError(self.name(row), f"damaged row group: {error}") from error
         data = cell.get("bytes") if self._is_struct and cell is not None else cell
         if data is None:
             raise BadImageError(self.name(row), "the cell holds no bytes")
