@@ -153,14 +153,21 @@ def _submit(
         for place in range(start, min(start + _CHUNK_IMAGES, len(rows))):
             try:
                 image = pool.load(int(rows[place]))
+                _check_shape(image, spec, name=str(rows[place]))
+                pixels[place] = resize_image(image, spec)
             except BadImageError as error:
                 bad.append((place, error.reason))
-                continue
-            try:
-                pixels[place] = resize_image(image, spec)
-            except (ValueError, MemoryError) as error:  # 1 x 100,000 pixels, say
-                bad.append((place, f"{image.width} x {image.height} pixels: {error}"))
         return bad
 
     chunks = [executor.submit(decode, start) for start in range(0, len(rows), _CHUNK_IMAGES)]
     return _PendingBatch(rows, pixels, chunks)
+
+
+def _check_shape(image: Image.Image, spec: PreprocessSpec, *, name: str) -> None:
+    """Refuse an image so thin that bringing its short side to size would fill the memory."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is None or spec.resize_mode != "shortest":
+        return
+    short, long = sorted(image.size)
+    if spec.image_size**2 * long / short > limit:
+        raise BadImageError(name, f"{image.width} x {image.height} pixels are too thin to resize")

@@ -44,7 +44,8 @@ class PixelCache:
         """
         owner = _owner(num_rows, spec, fingerprint)
         if path.exists():
-            return cls(path, _map(path, num_rows, spec, "r+"), owner, done=_check(path, owner))
+            done = _check(path, owner)
+            return cls(path, _map(path, num_rows, spec, "r+"), owner, done=done)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         size = num_rows * spec.image_size**2 * 3
