@@ -37,7 +37,7 @@ _ENVIRONMENT = {
 }
 _TRAIN_PACKAGES = {
     "braceexpand", "datasets", "matplotlib", "onnx", "onnxscript", "open_clip", "pyarrow",
-    "safetensors", "tensorboard", "timm", "torch", "torchvision", "webdataset",
+    "safetensors", "tensorboard", "timm", "torch", "torchvision",
 }  # fmt: skip
 
 

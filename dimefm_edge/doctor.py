@@ -23,7 +23,7 @@ _MIN_DISK_GIB = 5.0
 _MIN_MEMORY_GIB = 2.0
 _INSTALL_TRAIN = "pip install 'dimefm_edge[train]'"
 _TRAIN = ("torchvision", "timm", "open_clip_torch", "onnx", "onnxscript", "safetensors")
-_SOURCES = ("webdataset", "braceexpand", "pyarrow")
+_SOURCES = ("braceexpand", "pyarrow")
 _CPUINFO = Path("/proc/cpuinfo")
 _CPU_FEATURES = {
     "AVX2": ("avx2",),

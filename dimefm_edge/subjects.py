@@ -24,6 +24,7 @@ EncodeTexts = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 SubjectKind = Literal["teacher", "run", "bundle", "onnx"]
 
 _CHECKPOINT_FILE = "checkpoint.safetensors"
+_MARKS = (_CHECKPOINT_FILE, MANIFEST_FILE, "open_clip_config.json")
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,13 @@ def load_subject(name_or_path: str | Path, *, device: str | None = None) -> Subj
         InputError: If the name is empty.
     """
     name = str(name_or_path)
+    path = Path(name).expanduser()
+    if path.is_dir() and not any((path / file).is_file() for file in _MARKS):
+        nested = path / "bundle"
+        raise CheckpointError(
+            f"{path} holds no model: none of {', '.join(_MARKS)}",
+            hint=str(nested) if nested.is_dir() else "a run, a bundle, or a teacher's folder",
+        )
     loaders: dict[SubjectKind, Callable[[str, str | None], Subject]] = {
         "bundle": _load_bundle,
         "onnx": _load_onnx,

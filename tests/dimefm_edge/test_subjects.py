@@ -87,6 +87,15 @@ def test_what_is_not_there(name, kind, message):
         load_subject(name)
 
 
+def test_a_folder_without_a_model(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no model: none of checkpoint\.safetensors"):
+        load_subject(tmp_path)
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        load_subject(tmp_path)
+    assert caught.value.hint == str(tmp_path / "bundle")
+
+
 def test_damaged_files_are_named(tiny_run_dir, tiny_bundle_dir, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
