@@ -95,7 +95,8 @@ def decode_batches(
 ) -> Iterator[DecodedBatch]:
     """Decode batches of rows, in order, some batches ahead.
 
-    Threads, because Pillow and numpy let go of the GIL where the time goes.
+    On threads: Pillow decodes and resizes without the GIL, and nothing is copied between
+    processes (benchmarks/bench_data.py compares).
 
     Args:
         pool: Where the images come from.
