@@ -34,7 +34,7 @@ def test_teacher_run_bundle_and_foreign_graph(
         assert values["runtime"] == "ONNX Runtime"
         assert values["batch_size"] == 2
         assert all(values[name] > 0 for name in FIELDS)
-        assert values["memory_mib"] >= 0
+        assert values["memory_mib"] > 0
         assert row.ratio == pytest.approx(row.latency.p50_ms / rows[0].latency.p50_ms)
         assert values["p50_ms"] <= values["p90_ms"] <= values["p99_ms"]
 
