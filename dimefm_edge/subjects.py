@@ -83,7 +83,7 @@ def load_subject(name_or_path: str | Path, *, device: str | None = None) -> Subj
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
-    if path.is_dir() and not any((path / file).is_file() for file in _MARKS):
+    if name and path.is_dir() and not any((path / file).is_file() for file in _MARKS):
         nested = path / "bundle"
         raise CheckpointError(
             f"{path} holds no model: none of {', '.join(_MARKS)}",
