@@ -42,7 +42,7 @@ class DataConfig:
     """Column of images in Parquet files and Hugging Face data sets."""
     text_column: str = "text"
     """Column or key of sentences in .jsonl, .csv and .parquet files."""
-    max_bad: float = 0.01
+    max_bad: float = 0.1
     """Stop when more images than this cannot be read: a share below 1, else a count."""
     workers: int = 0
     """Decoding processes; 0 chooses."""

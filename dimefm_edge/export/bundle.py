@@ -205,7 +205,6 @@ def _pack(folder: Path, path: Path) -> None:
 
 def _swap(folder: Path, out: Path, old: Path) -> None:
     """Move a whole folder to `out`; what was there comes back if that fails."""
-    folder.chmod(0o755)
     if not out.exists():
         folder.rename(out)
         return

@@ -102,7 +102,7 @@ def _load_folder(folder: Path) -> Bundle:
         hint = str(nested) if (nested / MANIFEST_FILE).is_file() else EXPORT_AGAIN
         raise CheckpointError(f"{folder} is no bundle: it has no {MANIFEST_FILE}", hint=hint)
     if manifest_path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise CheckpointError(f"{folder}: {MANIFEST_FILE} is too large to be one of ours")
+        raise _manifest_too_large(folder)
     manifest = parse_manifest(manifest_path.read_bytes(), where=str(folder))
     for name, entry in manifest["files"].items():
         file = folder / name
@@ -129,7 +129,7 @@ def _load_zip(path: Path) -> Bundle:
         prefix = _prefix(members, path)
         head = members[prefix + MANIFEST_FILE]
         if head.file_size > MAX_MANIFEST_BYTES:
-            raise CheckpointError(f"{path}: {MANIFEST_FILE} is too large to be one of ours")
+            raise _manifest_too_large(path)
         manifest = parse_manifest(_read_member(archive, head, path), where=str(path))
         folder = Path(tempfile.mkdtemp(prefix="dimefm_edge_bundle_"))
         try:
@@ -223,6 +223,12 @@ def _check_hash(found: str, listed: str, name: str, path: Path) -> None:
             f"says {listed[:12]}..)",
             hint=_COPY_AGAIN,
         )
+
+
+def _manifest_too_large(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: {MANIFEST_FILE} is too large to be one of ours", hint=EXPORT_AGAIN
+    )
 
 
 def _bundle_of(path: Path, folder: Path, manifest: dict[str, Any]) -> Bundle:

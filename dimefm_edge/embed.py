@@ -1,0 +1,217 @@
+"""Fill an embedding store: every image or sentence of a pool through the teacher, once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dimefm_edge.data.images import ImagePool, PixelCache, decode_batches
+from dimefm_edge.data.sentences import SentencePool
+from dimefm_edge.data.store import (
+    DEFAULT_SHARD_ROWS,
+    EmbeddingStore,
+    Rows,
+    StoreManifest,
+    StoreWriter,
+)
+from dimefm_edge.errors import DataError
+from dimefm_edge.preprocess import PreprocessSpec
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_BAD = 5
+
+
+class Encoder(Protocol):
+    """The part of a teacher that embedding needs."""
+
+    name: str
+    weights_hash: str
+    preprocess: PreprocessSpec
+    embed_dim: int
+    logit_scale: float
+
+    def encode_images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """(B, S, S, 3) uint8 -> (B, E) float32, L2-normalised."""
+
+    def encode_texts(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+        """B sentences -> (B, E) float32, L2-normalised."""
+
+
+def embed_images(
+    teacher: Encoder,
+    pool: ImagePool,
+    store_dir: Path,
+    *,
+    max_bad: float = 0.1,
+    batch_size: int = 256,
+    workers: int = 0,
+    cache: PixelCache | None = None,
+    shard_rows: int = DEFAULT_SHARD_ROWS,
+) -> EmbeddingStore:
+    """Embed a pool of images; shards that are there already are kept.
+
+    Args:
+        teacher: Encodes with its own preprocessing.
+        pool: Images by row; those that cannot be read become bad rows.
+        store_dir: The store's folder.
+        max_bad: Stop when more images than this are bad: a share below 1, else a count.
+        batch_size: Images per call of the teacher.
+        workers: Decoding threads or processes; 0 chooses.
+        cache: Keeps the decoded pixels, in the same pass.
+        shard_rows: Rows per shard.
+
+    Raises:
+        DataError: If too many images are bad, or the pool is empty.
+        StoreError: If the store is another teacher's or other images'.
+    """
+    manifest = StoreManifest(
+        kind="images",
+        teacher=teacher.name,
+        weights_hash=teacher.weights_hash,
+        preprocess_hash=teacher.preprocess.digest(),
+        source=pool.fingerprint,
+        embed_dim=teacher.embed_dim,
+        logit_scale=teacher.logit_scale,
+        num_rows=len(pool),
+        shard_rows=shard_rows,
+    )
+    writer = StoreWriter.create_or_resume(store_dir, manifest)
+    missing = writer.missing_shards()
+    kept = sorted(set(range(manifest.num_shards)) - set(missing))
+    guard = _BadImages(pool, max_bad, list(writer.manifest.bad_rows))
+    rows_todo = sum(len(manifest.rows_of(shard)) for shard in missing)
+    with embed_progress("embed images", rows_todo) as advance:
+        batches = _row_batches([manifest.rows_of(shard) for shard in missing], batch_size)
+        decoded = decode_batches(pool, batches, teacher.preprocess, workers=workers)
+        for shard in missing:
+            rows = manifest.rows_of(shard)
+            embeds = np.zeros((len(rows), teacher.embed_dim), np.float16)
+            bad: list[tuple[int, str]] = []
+            for _ in range(-(-len(rows) // batch_size)):
+                batch = next(decoded)
+                if len(batch.rows):
+                    embeds[batch.rows - rows.start] = teacher.encode_images(batch.pixels)
+                    if cache is not None:
+                        cache.write(batch.rows, batch.pixels)
+                bad.extend(batch.bad_rows)
+                guard.add(batch.bad_rows)
+                advance(len(batch.rows) + len(batch.bad_rows))
+            writer.write_shard(shard, embeds, bad_rows=bad)
+    if cache is not None and not cache.is_complete:
+        # Shards of an earlier run were embedded without this cache: decode them for it.
+        batches = _row_batches([manifest.rows_of(shard) for shard in kept], batch_size)
+        for batch in decode_batches(pool, batches, teacher.preprocess, workers=workers):
+            if len(batch.rows):
+                cache.write(batch.rows, batch.pixels)
+        cache.mark_complete()
+    guard.report()
+    return writer.finish()
+
+
+def embed_texts(
+    teacher: Encoder,
+    sentences: SentencePool,
+    store_dir: Path,
+    *,
+    batch_size: int = 512,
+    shard_rows: int = DEFAULT_SHARD_ROWS,
+) -> EmbeddingStore:
+    """Embed a pool of sentences; shards that are there already are kept.
+
+    Raises:
+        StoreError: If the store is another teacher's or other sentences'.
+    """
+    manifest = StoreManifest(
+        kind="texts",
+        teacher=teacher.name,
+        weights_hash=teacher.weights_hash,
+        preprocess_hash="",
+        source=sentences.fingerprint,
+        embed_dim=teacher.embed_dim,
+        logit_scale=teacher.logit_scale,
+        num_rows=len(sentences),
+        shard_rows=shard_rows,
+    )
+    writer = StoreWriter.create_or_resume(store_dir, manifest)
+    missing = set(writer.missing_shards())
+    todo = sum(len(manifest.rows_of(shard)) for shard in missing)
+    stream = iter(sentences)
+    with embed_progress("embed sentences", todo) as advance:
+        for shard in range(max(missing, default=-1) + 1):
+            rows = manifest.rows_of(shard)
+            if shard not in missing:
+                for _ in rows:
+                    next(stream)
+                continue
+            embeds = np.empty((len(rows), teacher.embed_dim), np.float16)
+            for start in range(0, len(rows), batch_size):
+                batch = [next(stream) for _ in range(start, min(start + batch_size, len(rows)))]
+                embeds[start : start + len(batch)] = teacher.encode_texts(batch)
+                advance(len(batch))
+            writer.write_shard(shard, embeds)
+    return writer.finish()
+
+
+@contextlib.contextmanager
+def embed_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr with rate and remaining time; silent when nothing is to do."""
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:,.0f}/s"),
+        TimeRemainingColumn(),
+    )
+    begun, done = time.perf_counter(), 0
+    with Progress(*columns, console=Console(stderr=True), disable=not total) as bar:
+        task = bar.add_task(title, total=total, rate=0.0)
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            bar.update(task, advance=count, rate=done / (time.perf_counter() - begun))
+
+        yield advance
+
+
+class _BadImages:
+    """Counts unreadable images and stops when there are too many."""
+
+    def __init__(self, pool: ImagePool, max_bad: float, known: list[tuple[int, str]]) -> None:
+        self._pool = pool
+        self._limit = max_bad if max_bad >= 1 else max_bad * len(pool)
+        self._bad = known
+
+    def add(self, bad_rows: Sequence[tuple[int, str]]) -> None:
+        self._bad.extend(bad_rows)
+        if bad_rows and len(self._bad) > self._limit:
+            raise DataError(
+                f"{len(self._bad)} images cannot be read, more than --max-bad allows "
+                f"({self._limit:g} of {len(self._pool)}): {self._examples()}",
+                hint="mend or remove them, or raise --max-bad; finished shards are kept",
+            )
+
+    def report(self) -> None:
+        if self._bad:
+            logger.warning("%d images skipped as unreadable: %s", len(self._bad), self._examples())
+
+    def _examples(self) -> str:
+        shown = [f"{self._pool.name(row)} ({why})" for row, why in self._bad[:_SHOWN_BAD]]
+        more = len(self._bad) - len(shown)
+        return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
+
+
+def _row_batches(ranges: Iterable[range], batch_size: int) -> Iterator[Rows]:
+    for rows in ranges:
+        for start in range(rows.start, rows.stop, batch_size):
+            yield np.arange(start, min(start + batch_size, rows.stop), dtype=np.int64)

@@ -1,0 +1,62 @@
+"""The zero-shot classifier: PIL images of any kind to ranked names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dimefm_edge.data.scenes import scene_image
+from dimefm_edge.errors import CheckpointError, UnknownNameError
+from dimefm_edge.runtime import ZeroShotClassifier, load_bundle
+
+
+def test_each_image_is_its_own_class(exported_bundle: Path) -> None:
+    classifier = ZeroShotClassifier(exported_bundle, threads=1)
+    pictures = [scene_image(i % 4) for i in range(40)]  # more than one call's worth
+    answers = classifier.classify(pictures)
+    assert [ranked[0][0] for ranked in answers] == [f"image {i % 4}" for i in range(40)]
+    for ranked in answers:
+        assert len(ranked) == 4  # all there are, though five were asked for
+        shares = [share for _, share in ranked]
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) == pytest.approx(1)
+    assert classifier.classify([]) == []
+
+
+def test_probabilities_are_the_softmax_of_scaled_cosines(exported_bundle: Path) -> None:
+    bundle = load_bundle(exported_bundle)
+    classifier = ZeroShotClassifier(bundle, threads=1)
+    (ranked,) = classifier.classify([scene_image(1)], labels="pair", top_k=2)
+    embed = classifier.engine.encode_pixels(
+        np.asarray(scene_image(1).resize((32, 32), Image.Resampling.BICUBIC))[None]
+    )[0]
+    logits = [100 * float(embed @ row) for row in bundle.label_banks["pair"].embeds]
+    expected = np.exp(logits) / np.exp(logits).sum()
+    assert dict(ranked) == pytest.approx({"second": expected[0], "first": expected[1]}, abs=1e-4)
+    (top,) = classifier.classify([scene_image(0)], labels="pair", top_k=1)
+    assert [name for name, _ in top] == ["first"]
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("size", [(1, 1), (500, 3), (32, 32), (33, 640)])
+def test_any_mode_and_size(exported_bundle: Path, mode: str, size: tuple[int, int]) -> None:
+    image = Image.new(mode, size)
+    (ranked,) = ZeroShotClassifier(exported_bundle, threads=1).classify([image], top_k=3)
+    assert len(ranked) == 3
+    assert all(0 <= share <= 1 for _, share in ranked)
+
+
+def test_bad_requests(exported_bundle: Path) -> None:
+    classifier = ZeroShotClassifier(str(exported_bundle), threads=1)
+    with pytest.raises(UnknownNameError, match="unknown label set 'pairs'. Did you mean 'pair'"):
+        classifier.classify([scene_image(0)], labels="pairs")
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+        classifier.classify([scene_image(0)], top_k=0)
+    classifier.bundle.label_banks.clear()
+    with pytest.raises(CheckpointError, match="has no label sets to choose from\n  try: export it"):
+        classifier.classify([scene_image(0)])
+    with pytest.raises(CheckpointError, match="no bundle at nowhere"):
+        ZeroShotClassifier("nowhere")

@@ -1,0 +1,102 @@
+"""The ONNX Runtime engine: shapes, threads, silence and refusals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from dimefm_edge.data.scenes import scene_image
+from dimefm_edge.errors import CheckpointError, UnknownNameError
+from dimefm_edge.preprocess import PreprocessSpec, preprocess_images, resize_image
+from dimefm_edge.runtime import load_bundle, load_engine
+from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine, count_physical_cores
+
+
+def test_pixels_and_images_give_the_same_for_any_batch(exported_bundle: Path) -> None:
+    bundle = load_bundle(exported_bundle)
+    engine = load_engine(bundle, threads=1)
+    pictures: list[Image.Image] = [scene_image(i) for i in range(7)]
+    pixels = np.stack([resize_image(p, bundle.preprocess) for p in pictures])
+    embeds = engine.encode_pixels(pixels)
+    assert embeds.shape == (7, engine.embed_dim) == (7, 24)
+    assert embeds.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(embeds, axis=1), 1, atol=1e-5)
+    np.testing.assert_array_equal(
+        embeds, engine.encode_image(preprocess_images(pictures, bundle.preprocess))
+    )
+    for i in range(7):
+        np.testing.assert_allclose(engine.encode_pixels(pixels[i : i + 1])[0], embeds[i], atol=1e-5)
+    assert engine.encode_pixels(pixels[:0]).shape == (0, 24)
+
+
+def test_wrong_shapes_are_value_errors(exported_bundle: Path) -> None:
+    engine = load_engine(load_bundle(exported_bundle), threads=1)
+    with pytest.raises(
+        ValueError, match=r"image must be \(B, 3, 32, 32\) float32, got \(3, 32, 32"
+    ):
+        engine.encode_image(np.zeros((3, 32, 32), np.float32))
+    with pytest.raises(ValueError, match=r"got \(1, 3, 64, 64\) float32"):
+        engine.encode_image(np.zeros((1, 3, 64, 64), np.float32))
+    with pytest.raises(ValueError, match=r"pixels must be \(B, S, S, 3\) uint8, got .* float32"):
+        engine.encode_pixels(np.zeros((1, 32, 32, 3), np.float32))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="threads must not be negative, got -1"):
+        load_engine(load_bundle(exported_bundle), threads=-1)
+    with pytest.raises(UnknownNameError, match="unknown engine 'onnx'. Did you mean 'onnxruntime'"):
+        load_engine(load_bundle(exported_bundle), engine="onnx")
+
+
+def test_a_graph_of_other_sizes_than_the_manifest_says(exported_bundle: Path) -> None:
+    model = exported_bundle / "model.onnx"
+    for preprocess, embed_dim in ((PreprocessSpec(64), 24), (PreprocessSpec(32), 25)):
+        with pytest.raises(CheckpointError, match=r"takes \{'image': .* the manifest says"):
+            OnnxRuntimeEngine(model, preprocess=preprocess, embed_dim=embed_dim)
+
+
+def test_a_graph_that_is_not_a_student(tmp_path: Path) -> None:
+    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    out = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Identity", ["x"], ["y"])
+    graph = onnx.helper.make_graph([node], "g", [value], [out])
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10
+    )
+    onnx.save(model, tmp_path / "m.onnx")
+    with pytest.raises(CheckpointError, match=r"takes \{'x': .* the manifest says \{'image'"):
+        OnnxRuntimeEngine(tmp_path / "m.onnx", preprocess=PreprocessSpec(32), embed_dim=24)
+    node.op_type = "Nonesuch"
+    onnx.save(
+        onnx.helper.make_model(onnx.helper.make_graph([node], "g", [value], [out])),
+        tmp_path / "m.onnx",
+    )
+    with pytest.raises(CheckpointError, match=r"cannot load .*m\.onnx: .*\n  try: pip install"):
+        OnnxRuntimeEngine(tmp_path / "m.onnx", preprocess=PreprocessSpec(32), embed_dim=24)
+
+
+def test_threads_default_to_the_cores_of_this_process(exported_bundle: Path) -> None:
+    assert 1 <= count_physical_cores() <= (os.cpu_count() or 1)
+    bundle = load_bundle(exported_bundle)
+    for threads, expected in ((0, count_physical_cores()), (3, 3)):
+        engine = load_engine(bundle, threads=threads)
+        assert isinstance(engine, OnnxRuntimeEngine)
+        assert engine.threads == expected
+        assert engine._session.get_session_options().intra_op_num_threads == expected
+
+
+def test_loading_and_running_print_nothing(exported_bundle: Path) -> None:
+    code = (
+        "import sys; import numpy as np; from dimefm_edge.runtime import *\n"
+        "engine = load_engine(load_bundle(sys.argv[1]))\n"
+        "engine.encode_pixels(np.zeros((2, 32, 32, 3), np.uint8))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(exported_bundle)],
+        capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[3],
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
