@@ -28,9 +28,9 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dimefm_edge.data import scenes
 from dimefm_edge.data.scene_drawing import IMAGE_SIZE
@@ -287,6 +287,8 @@ def train(args: argparse.Namespace) -> None:
     model = open_clip.CLIP(config["embed_dim"], vision, dict(config["text_cfg"]))
     if args.kind == "labelled":
         model.visual = model.visual.to(memory_format=torch.channels_last)
+    if args.init:
+        model.load_state_dict(load_file(args.init / "open_clip_model.safetensors"))
     decay = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
     plain = [p for n, p in model.named_parameters() if p.ndim < 2 or "embedding" in n]
     optimizer = torch.optim.AdamW(
@@ -313,6 +315,8 @@ def train(args: argparse.Namespace) -> None:
             # The schedule follows the clock, so a slower machine still ends its cosine.
             progress = min(1.0, (time.monotonic() - begun) / (deadline - begun))
             warm = min(1.0, (step + 1) / 300)
+            if progress > 0.75:  # the last quarter sees whole images (FLIP, arXiv 2212.00794)
+                model.visual.patch_dropout = torch.nn.Identity()
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * warm * (0.5 * (1 + np.cos(np.pi * progress)) + 0.01)
             batch = augment(normalise(images[rows]), pairs, generator)
@@ -392,6 +396,7 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--vocab", type=int, default=None)
     parser.add_argument("--patch-dropout", type=float, default=0.5)
+    parser.add_argument("--init", type=Path, help="a folder written before: train on from it")
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
     args.lr = args.lr or (1e-3 if args.kind == "scenes" else 2e-3)

@@ -89,8 +89,7 @@ class RunReport:
             "",
             f"Distilled from `{self.teacher.name}`; budget {self.budget_ms:.3g} ms on "
             f"{self.target} ({self.runtime} {self.target_precision}), estimated "
-            f"{self.student.target_ms:.3g} ms: "
-            + ("met." if self.fits_budget else "NOT MET."),
+            f"{self.student.target_ms:.3g} ms: " + ("met." if self.fits_budget else "NOT MET."),
             "",
             "| zero-shot top-1 | classes | chance | teacher | student | retention |",
             "|---|---:|---:|---:|---:|---:|",

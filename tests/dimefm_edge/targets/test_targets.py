@@ -32,7 +32,7 @@ def test_every_mode_is_complete(device):
         assert set(target.precisions) == set(target.peak_tflops)
         peaks = target.peak_tflops
         known = [peaks[p] for p in ("fp32", "fp16", "int8") if p in peaks]
-        assert 0 < known[0]
+        assert known[0] > 0
         assert known == sorted(known)
         assert min(target.bandwidth_gbs, target.launch_us, target.latency_ms) > 0
         assert set(target.efficiency) == {"dense", "attention", "depthwise", "bandwidth"}
