@@ -19,8 +19,10 @@ from torch import Tensor
 
 from dimefm_edge.config import TrainConfig
 from dimefm_edge.data.augment import random_crops, seeded_generator
+from dimefm_edge.data.images import ImagePool, PixelCache, decode_batches
 from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.distributed import Ranks
+from dimefm_edge.errors import DataError
 from dimefm_edge.preprocess import PreprocessSpec
 
 Rows = npt.NDArray[np.int64]
@@ -109,6 +111,36 @@ class BatchPlan:
             rng = np.random.default_rng([self._train.seed, _IMAGES, epoch])
             self._epoch = (epoch, rng.permutation(self._valid_rows))
         return self._epoch[1]
+
+
+@dataclass(frozen=True)
+class CachedPixels:
+    """Pixels that were kept when the images were embedded."""
+
+    cache: PixelCache
+
+    def __call__(self, batches: Iterable[Rows]) -> Iterator[npt.NDArray[np.uint8]]:
+        return (self.cache.gather(rows) for rows in batches)
+
+
+@dataclass(frozen=True)
+class DecodedPixels:
+    """Pixels decoded anew in every epoch, for pools too large to keep."""
+
+    pool: ImagePool
+    preprocess: PreprocessSpec
+    workers: int
+
+    def __call__(self, batches: Iterable[Rows]) -> Iterator[npt.NDArray[np.uint8]]:
+        for batch in decode_batches(self.pool, batches, self.preprocess, workers=self.workers):
+            if batch.bad_rows:
+                row, reason = batch.bad_rows[0]
+                raise DataError(
+                    f"image {self.pool.name(row)} could be read when it was embedded and "
+                    f"cannot now: {reason}",
+                    hint="bring the file back and run again with --resume",
+                )
+            yield batch.pixels
 
 
 def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:

@@ -28,6 +28,7 @@ from dimefm_edge.data.augment import crop_batch, seeded_generator
 from dimefm_edge.distributed import Ranks
 from dimefm_edge.errors import CheckpointError, ConfigError, TrainingError
 from dimefm_edge.losses import distillation_loss
+from dimefm_edge.optimizer import build_optimizer, count_steps, learning_rate
 from dimefm_edge.run_log import (
     STATE_FILE,
     RunLog,
@@ -93,35 +94,6 @@ def distill(
     if resume and (run_dir / STATE_FILE).is_file():
         loop.restore()
     return loop.run()
-
-
-def count_steps(train: TrainConfig, num_images: int) -> int:
-    """Optimiser steps of a run over `num_images` images."""
-    return train.steps or max(1, round(train.epochs * num_images / train.batch_size))
-
-
-def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:
-    """Linear warm-up from lr / 200, then cosine to lr * min_lr_ratio (the paper's schedule)."""
-    warmup = max(1, round(train.warmup_ratio * total_steps))
-    if step < warmup:
-        return train.lr * (1 / 200 + (1 - 1 / 200) * step / warmup)
-    progress = (step - warmup) / max(1, total_steps - warmup)
-    floor = train.lr * train.min_lr_ratio
-    return floor + (train.lr - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-
-def build_optimizer(student: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; biases, norms, position and class embeddings are not decayed."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for name, parameter in student.named_parameters():
-        is_plain = parameter.ndim < 2 or name.endswith(("pos_embed", "cls_token", "embedding"))
-        (plain if is_plain else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": train.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.999))
 
 
 class _Loop:
@@ -316,7 +288,10 @@ class _Loop:
 
     def deployed(self) -> nn.Module:
         """The weights that are exported: the moving average where there is one."""
-        return self.ema.module if self.ema is not None else self.student
+        if self.ema is None:
+            return self.student
+        averaged: nn.Module = self.ema.module
+        return averaged
 
     def _save_and_evaluate(self, log: RunLog | None, *, is_stopping: bool) -> None:
         is_end = self.step == self.total

@@ -14,9 +14,8 @@ import contextlib
 import dataclasses
 import json
 import logging
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,17 +23,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from dimefm_edge import config as config_file
-from dimefm_edge.batches import DistillData, PixelSource, Rows
+from dimefm_edge.batches import CachedPixels, DecodedPixels, DistillData, PixelSource
 from dimefm_edge.config import RunConfig, StudentConfig
 from dimefm_edge.data.images import (
     ImagePool,
-    LabelledSet,
     PixelCache,
-    decode_batches,
     open_images,
     open_labelled,
 )
@@ -43,19 +39,17 @@ from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.distill import distill
 from dimefm_edge.distributed import Ranks, join_ranks
 from dimefm_edge.embed import embed_images, embed_texts
-from dimefm_edge.encoders import EncodePixels, module_encoder
-from dimefm_edge.errors import ConfigError, DataError, ExportError, ParityError
-from dimefm_edge.evaluate.zero_shot import ZeroShotReport, evaluate_zero_shot
-from dimefm_edge.export import export_onnx, export_student, record_accuracy
+from dimefm_edge.errors import ConfigError, DataError
+from dimefm_edge.export import export_student, record_accuracy
 from dimefm_edge.fit import FitReport, fit_student, plot_fit
-from dimefm_edge.labels import LabelBank, build_label_bank
-from dimefm_edge.latency.estimate import estimate_latency, trace_ops
-from dimefm_edge.latency.measure import LatencyReport, machine_info, measure_interleaved
+from dimefm_edge.judge import Scorer, compare_accuracy, compare_latency, model_row
+from dimefm_edge.labels import build_label_bank
+from dimefm_edge.latency.estimate import trace_ops
+from dimefm_edge.latency.measure import machine_info
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
-from dimefm_edge.report import AccuracyRow, ModelRow, RunReport
+from dimefm_edge.report import RunReport
 from dimefm_edge.run_log import atomic_file
-from dimefm_edge.runtime import load_bundle, load_engine
-from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine
+from dimefm_edge.runtime import load_bundle
 from dimefm_edge.students import (
     StudentSpec,
     build_student,
@@ -93,9 +87,9 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     pool = open_images(config.data.images, column=config.data.image_column)
     sentences = open_sentences(config.data.texts, column=config.data.text_column)
     eval_sets = [open_labelled(source) for source in config.data.eval_sets]
-    run_dir = _open_run(config, resume=resume, ranks=ranks)
     with clock("fit"):
         fit = _fit(config.student, target, teacher)
+    run_dir = _open_run(config, resume=resume, ranks=ranks)
     if ranks.is_main:
         plot_fit(fit, run_dir / "fit.png")
     preprocess = dataclasses.replace(teacher.preprocess, image_size=fit.chosen.image_size)
@@ -120,7 +114,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             train=config.train,
             run_dir=run_dir,
             save_weights=_Saver(fit.chosen, preprocess, _metadata(config, teacher)),
-            evaluate=_Scorer(eval_sets, banks, preprocess) if eval_sets else None,
+            evaluate=Scorer(eval_sets, banks, preprocess) if eval_sets else None,
             resume=resume,
             ranks=ranks,
         )
@@ -139,9 +133,9 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             extra={"target": target.name, "teacher": teacher.name, "budget_ms": fit.budget_ms},
         )
     with clock("evaluate"):
-        accuracy = _accuracy(eval_sets, banks, teacher, bundle_dir)
+        accuracy = compare_accuracy(eval_sets, banks, teacher, bundle_dir)
     with clock("measure"):
-        latencies = _measure(teacher, bundle_dir)
+        latencies = compare_latency(teacher, bundle_dir)
     report = RunReport(
         run_dir=str(run_dir),
         bundle=str(bundle_dir),
@@ -150,10 +144,10 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         target_precision=target.precision,
         precision=config.precision,
         budget_ms=fit.budget_ms,
-        teacher=_model_row(
+        teacher=model_row(
             teacher.name, teacher.image_tower, target, latencies[0], teacher.preprocess
         ),
-        student=_model_row(fit.chosen.name, student, target, latencies[1], preprocess),
+        student=model_row(fit.chosen.name, student, target, latencies[1], preprocess),
         student_spec=fit.chosen.to_dict(),
         inherited=inherited,
         accuracy=accuracy,
@@ -261,36 +255,10 @@ def _open_data(
     pixels: PixelSource
     if cache_path.is_file():
         cache = PixelCache.open(cache_path, len(pool), preprocess, pool.fingerprint)
-        pixels = _CachedPixels(cache)
+        pixels = CachedPixels(cache)
     else:
-        pixels = _DecodedPixels(pool, preprocess, config.data.workers)
+        pixels = DecodedPixels(pool, preprocess, config.data.workers)
     return DistillData(images, texts, pixels, preprocess, teacher.logit_scale)
-
-
-@dataclass(frozen=True)
-class _CachedPixels:
-    cache: PixelCache
-
-    def __call__(self, batches: Iterable[Rows]) -> Iterator[npt.NDArray[np.uint8]]:
-        return (self.cache.gather(rows) for rows in batches)
-
-
-@dataclass(frozen=True)
-class _DecodedPixels:
-    pool: ImagePool
-    preprocess: PreprocessSpec
-    workers: int
-
-    def __call__(self, batches: Iterable[Rows]) -> Iterator[npt.NDArray[np.uint8]]:
-        for batch in decode_batches(self.pool, batches, self.preprocess, workers=self.workers):
-            if batch.bad_rows:
-                row, reason = batch.bad_rows[0]
-                raise DataError(
-                    f"image {self.pool.name(row)} could be read when it was embedded and "
-                    f"cannot now: {reason}",
-                    hint="bring the file back and run again with --resume",
-                )
-            yield batch.pixels
 
 
 def _initial_student(
@@ -333,117 +301,11 @@ class _Saver:
         save_student(path, module, self.spec, self.preprocess, self.metadata)
 
 
-@dataclass(frozen=True)
-class _Scorer:
-    """Zero-shot top-1 of a module on every test set, in percent, by name."""
-
-    eval_sets: Sequence[LabelledSet]
-    banks: Sequence[LabelBank]
-    preprocess: PreprocessSpec
-
-    def __call__(self, module: nn.Module) -> dict[str, float]:
-        encode = module_encoder(module, self.preprocess)
-        reports = _score(encode, self.preprocess, self.eval_sets, self.banks)
-        return {f"{r.name}_top1_pct": r.top1_pct for r in reports}
-
-
-def _score(
-    encode: EncodePixels,
-    preprocess: PreprocessSpec,
-    eval_sets: Sequence[LabelledSet],
-    banks: Sequence[LabelBank],
-) -> list[ZeroShotReport]:
-    return [
-        evaluate_zero_shot(encode, preprocess, labelled, bank)
-        for labelled, bank in zip(eval_sets, banks, strict=True)
-    ]
-
-
 def _parity_images(
     pool: ImagePool, data: DistillData, preprocess: PreprocessSpec
 ) -> npt.NDArray[np.float32]:
     rows = data.images.valid_rows()[:_NUM_PARITY_IMAGES]
     return preprocess_images([pool.load(int(row)) for row in rows], preprocess)
-
-
-def _accuracy(
-    eval_sets: Sequence[LabelledSet], banks: Sequence[LabelBank], teacher: Teacher, bundle_dir: Path
-) -> tuple[AccuracyRow, ...]:
-    """The student's accuracy is that of the exported graph, not of the torch module."""
-    bundle = load_bundle(bundle_dir)
-    engine = load_engine(bundle)
-    teacher_reports = _score(teacher.encode_images, teacher.preprocess, eval_sets, banks)
-    student_reports = _score(engine.encode_pixels, bundle.preprocess, eval_sets, banks)
-    return tuple(AccuracyRow(t, s) for t, s in zip(teacher_reports, student_reports, strict=True))
-
-
-class _Towered(nn.Module):
-    """A teacher's image tower that normalises its embeddings, as students do."""
-
-    def __init__(self, tower: nn.Module) -> None:
-        super().__init__()
-        self.tower = tower
-
-    def forward(self, image: Tensor) -> Tensor:
-        return F.normalize(self.tower(image), dim=-1)
-
-
-def _measure(teacher: Teacher, bundle_dir: Path) -> tuple[LatencyReport, LatencyReport]:
-    """Teacher and student on one image, in turn, both as ONNX graphs in the same runtime.
-
-    A teacher that cannot be exported is measured in PyTorch, and named so.
-    """
-    student = load_engine(load_bundle(bundle_dir))
-    side = teacher.preprocess.image_size
-    image = np.random.default_rng(0).normal(size=(1, 3, side, side)).astype(np.float32)
-    small = np.zeros((1, 3, *[load_bundle(bundle_dir).preprocess.image_size] * 2), np.float32)
-    tower = _Towered(teacher.image_tower).cpu()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "teacher.onnx"
-        call: Callable[[], object]
-        try:
-            export_onnx(
-                tower, path, image_size=side, precision="fp32", parity_images=image, metadata={}
-            )
-            engine = OnnxRuntimeEngine(
-                path, preprocess=teacher.preprocess, embed_dim=teacher.embed_dim
-            )
-            name, call = "ONNX Runtime", lambda: engine.encode_image(image)
-        except (ExportError, ParityError) as error:
-            logger.warning("the teacher is measured in PyTorch: %s", error)
-            name, call = "PyTorch", lambda: _run_eager(tower, image)
-        first, second = measure_interleaved(
-            {name: call, "student": lambda: student.encode_image(small)}
-        )
-    return first, second
-
-
-def _run_eager(tower: nn.Module, image: npt.NDArray[np.float32]) -> Tensor:
-    with torch.inference_mode():
-        embeds: Tensor = tower(torch.from_numpy(image))
-        return embeds
-
-
-def _model_row(
-    name: str,
-    tower: nn.Module,
-    target: Target,
-    latency: LatencyReport,
-    preprocess: PreprocessSpec,
-) -> ModelRow:
-    ops = trace_ops(tower, preprocess.image_size, 1)
-    estimate = estimate_latency(ops, target, precision=target.precision)
-    return ModelRow(
-        name=name,
-        params_m=sum(p.numel() for p in tower.parameters()) / 1e6,
-        gmacs=estimate.gmacs,
-        target_ms=estimate.latency_ms,
-        target_low_ms=estimate.low_ms,
-        target_high_ms=estimate.high_ms,
-        here_runtime=latency.name if latency.name == "PyTorch" else "ONNX Runtime",
-        here_p50_ms=latency.p50_ms,
-        here_p90_ms=latency.p90_ms,
-    )
 
 
 def _data_summary(data: DistillData) -> dict[str, Any]:

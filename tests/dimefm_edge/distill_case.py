@@ -51,11 +51,10 @@ def write_rows(folder: Path, kind: str, rows: np.ndarray) -> None:
         embed_dim=EMBED_DIM,
         logit_scale=20.0,
         num_rows=len(rows),
-        shard_rows=64,
+        shard_rows=2048,
     )
     writer = StoreWriter.create_or_resume(folder, manifest)
-    for shard in writer.missing_shards():
-        writer.write_shard(shard, rows[shard * 64 : (shard + 1) * 64].astype(np.float16))
+    writer.write_shard(0, rows.astype(np.float16))
     writer.finish()
 
 
