@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -71,10 +72,13 @@ def embed_images(
         shard_rows: Rows per shard.
 
     Raises:
-        DataError: If too many images are bad, or the pool is empty.
+        DataError: If too many images are bad, the pool is empty, or an image that was embedded
+            cannot be read again for the cache.
         StoreError: If the store is another teacher's or other images'.
     """
-    manifest = StoreManifest(
+    if not len(pool):
+        raise DataError("there is no image to embed", hint="check --images")
+    wanted = StoreManifest(
         kind="images",
         teacher=teacher.name,
         weights_hash=teacher.weights_hash,
@@ -85,10 +89,14 @@ def embed_images(
         num_rows=len(pool),
         shard_rows=shard_rows,
     )
-    writer = StoreWriter.create_or_resume(store_dir, manifest)
+    writer = StoreWriter.create_or_resume(store_dir, wanted)
+    manifest = writer.manifest  # a store that is there keeps its own shard_rows
     missing = writer.missing_shards()
-    kept = sorted(set(range(manifest.num_shards)) - set(missing))
-    guard = _BadImages(pool, max_bad, list(writer.manifest.bad_rows))
+    kept = {shard: manifest.rows_of(shard) for shard in range(manifest.num_shards)}
+    for shard in missing:
+        del kept[shard]
+    known_bad = [bad for bad in manifest.bad_rows if bad[0] // manifest.shard_rows in kept]
+    guard = _BadImages(pool, max_bad, known_bad)
     rows_todo = sum(len(manifest.rows_of(shard)) for shard in missing)
     with embed_progress("embed images", rows_todo) as advance:
         batches = _row_batches([manifest.rows_of(shard) for shard in missing], batch_size)
@@ -109,8 +117,9 @@ def embed_images(
             writer.write_shard(shard, embeds, bad_rows=bad)
     if cache is not None and not cache.is_complete:
         # Shards of an earlier run were embedded without this cache: decode them for it.
-        batches = _row_batches([manifest.rows_of(shard) for shard in kept], batch_size)
+        batches = _row_batches(kept.values(), batch_size)
         for batch in decode_batches(pool, batches, teacher.preprocess, workers=workers):
+            _check_still_bad(pool, batch.bad_rows, known_bad)
             if len(batch.rows):
                 cache.write(batch.rows, batch.pixels)
         cache.mark_complete()
@@ -129,9 +138,12 @@ def embed_texts(
     """Embed a pool of sentences; shards that are there already are kept.
 
     Raises:
+        DataError: If the pool is empty, or became shorter while it was read.
         StoreError: If the store is another teacher's or other sentences'.
     """
-    manifest = StoreManifest(
+    if not len(sentences):
+        raise DataError("there is no sentence to embed", hint="check --texts")
+    wanted = StoreManifest(
         kind="texts",
         teacher=teacher.name,
         weights_hash=teacher.weights_hash,
@@ -142,7 +154,8 @@ def embed_texts(
         num_rows=len(sentences),
         shard_rows=shard_rows,
     )
-    writer = StoreWriter.create_or_resume(store_dir, manifest)
+    writer = StoreWriter.create_or_resume(store_dir, wanted)
+    manifest = writer.manifest  # a store that is there keeps its own shard_rows
     missing = set(writer.missing_shards())
     todo = sum(len(manifest.rows_of(shard)) for shard in missing)
     stream = iter(sentences)
@@ -150,12 +163,11 @@ def embed_texts(
         for shard in range(max(missing, default=-1) + 1):
             rows = manifest.rows_of(shard)
             if shard not in missing:
-                for _ in rows:
-                    next(stream)
+                _take(stream, len(rows))
                 continue
             embeds = np.empty((len(rows), teacher.embed_dim), np.float16)
             for start in range(0, len(rows), batch_size):
-                batch = [next(stream) for _ in range(start, min(start + batch_size, len(rows)))]
+                batch = _take(stream, min(batch_size, len(rows) - start))
                 embeds[start : start + len(batch)] = teacher.encode_texts(batch)
                 advance(len(batch))
             writer.write_shard(shard, embeds)
@@ -190,7 +202,7 @@ class _BadImages:
     def __init__(self, pool: ImagePool, max_bad: float, known: list[tuple[int, str]]) -> None:
         self._pool = pool
         self._limit = max_bad if max_bad >= 1 else max_bad * len(pool)
-        self._bad = known
+        self._bad = list(known)
 
     def add(self, bad_rows: Sequence[tuple[int, str]]) -> None:
         self._bad.extend(bad_rows)
@@ -208,7 +220,34 @@ class _BadImages:
     def _examples(self) -> str:
         shown = [f"{self._pool.name(row)} ({why})" for row, why in self._bad[:_SHOWN_BAD]]
         more = len(self._bad) - len(shown)
-        return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
+        text = "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
+        return " ".join(text.split())  # a name or a reason may hold line ends
+
+
+def _check_still_bad(
+    pool: ImagePool, bad_rows: Sequence[tuple[int, str]], known: Sequence[tuple[int, str]]
+) -> None:
+    """Refuse to leave a hole in the cache where the store has an embedding."""
+    if not bad_rows:
+        return
+    rows = {row for row, _ in known}
+    for row, reason in bad_rows:
+        if row not in rows:
+            raise DataError(
+                f"image {pool.name(row)} could be read when it was embedded and cannot now: "
+                f"{reason}",
+                hint="bring the file back and run the same command again",
+            )
+
+
+def _take(stream: Iterator[str], count: int) -> list[str]:
+    taken = list(itertools.islice(stream, count))
+    if len(taken) < count:
+        raise DataError(
+            "the sentences became fewer while they were embedded",
+            hint="leave their files alone and run again, with another --store",
+        )
+    return taken
 
 
 def _row_batches(ranges: Iterable[range], batch_size: int) -> Iterator[Rows]:
