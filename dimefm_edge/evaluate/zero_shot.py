@@ -42,6 +42,9 @@ def evaluate_zero_shot(
 ) -> ZeroShotReport:
     """Classify every image of a test set.
 
+    Of classes that score the same the first wins, as in the runtime's classifier; an
+    embedding that is not finite finds no class.
+
     Args:
         encode_pixels: (B, S, S, 3) uint8 -> (B, E), L2-normalised.
         preprocess: How the images become S x S pixels: the model's own.
@@ -71,9 +74,7 @@ def evaluate_zero_shot(
             continue
         scores = encode_pixels(batch.pixels) @ bank.embeds.T
         labels = labelled.labels[batch.rows]
-        # Rank of the true class: how many classes score higher.
-        own = scores[np.arange(len(labels)), labels][:, None]
-        ranks = (scores > own).sum(1)
+        ranks = _ranks(scores, labels)
         read += len(labels)
         top1 += int((ranks < 1).sum())
         top5 += int((ranks < 5).sum())
@@ -88,3 +89,11 @@ def evaluate_zero_shot(
         num_classes=len(labelled.classnames),
         num_bad=bad,
     )
+
+
+def _ranks(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """(B, C) scores, (B,) classes -> (B,) how many classes come before the true one."""
+    own = scores[np.arange(len(labels)), labels][:, None]
+    is_earlier = np.arange(scores.shape[1]) < labels[:, None]
+    ranks = ((scores > own) | ((scores == own) & is_earlier)).sum(1)
+    return np.where(np.isfinite(scores).all(1), ranks, np.iinfo(np.int64).max)
