@@ -101,6 +101,8 @@ def measure_interleaved(
     Raises:
         ValueError: If there is no subject, or a count is not positive.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     warmups, samples = sample_interleaved(subjects, min_runs=min_runs, max_seconds=max_seconds)
     peak = peak_rss_mib()
     return [
@@ -133,7 +135,7 @@ def sample_interleaved(
     Raises:
         ValueError: If there is no subject, or a count is not positive.
     """
-    if not subjects or min_runs < 1 or max_seconds <= 0:
+    if not subjects or min_runs < 1 or not max_seconds > 0:
         raise ValueError("measuring needs a subject, min_runs >= 1 and max_seconds > 0")
     warmups = {name: _warm_up(call, max_seconds) for name, call in subjects.items()}
     times: dict[str, list[float]] = {name: [] for name in subjects}
@@ -150,6 +152,12 @@ def sample_interleaved(
 
 def peak_rss_mib() -> float:
     """The most memory that this process has had resident since it started."""
+    # Not getrusage where there is a choice: its peak begins at that of the process that
+    # started this one.
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
     try:
         import resource
     except ImportError:  # not on Windows
