@@ -30,6 +30,7 @@ PROG = "dimefm-edge"
 _STOPPED = 130
 _ENVIRONMENT = {
     errno.ENOSPC: "free some space, or name another folder",
+    errno.EFBIG: "allow larger files (ulimit -f), or name another folder",
     errno.EDQUOT: "free some space, or name another folder",
     errno.EACCES: "check who owns it and its permissions, or name another folder",
     errno.EPERM: "check who owns it and its permissions, or name another folder",

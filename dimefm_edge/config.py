@@ -65,7 +65,7 @@ class StudentConfig:
     `timm:NAME`."""
     latency_ms: float | None = None
     """Budget for one image on the target, in ms. Default: the smaller of the target's own
-    and 0.4 of the teacher's estimated latency there."""
+    and half of the teacher's estimated latency there."""
     image_size: int | None = None
     """Input side in pixels. Default: the teacher's."""
     init: Literal["auto", "random", "teacher", "pretrained"] = "auto"

@@ -28,7 +28,7 @@ from dimefm_edge.targets import Target, load_target
 
 logger = logging.getLogger(__name__)
 
-TEACHER_LATENCY_SHARE = 0.4
+TEACHER_LATENCY_SHARE = 0.5
 """Of the teacher's estimated latency, what a student may take by default."""
 TEACHER_GMACS_SHARE = 0.4
 """Of the teacher's multiply-adds, likewise."""

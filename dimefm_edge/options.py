@@ -73,7 +73,7 @@ class FitOptions(CommonOptions):
     target: str = RunConfig.target
     """Device, with or without a power mode: jetson-orin@30w."""
     latency_ms: float | None = None
-    """Budget for one image, in ms. Default: the target's, or 0.4 of the teacher's if less."""
+    """Budget for one image, in ms. Default: the target's, or half of the teacher's if less."""
     teacher: str | None = None
     """Give it to consider students that inherit from it, its image size and embedding size."""
     image_size: int | None = None
@@ -145,7 +145,8 @@ class EvalOptions(CommonOptions):
     subject: Positional[str] = ""
     """A run, a bundle (folder or .zip), a model.onnx of ours, or a teacher."""
     data: tuple[str, ...] = ()
-    """Labelled sets: class folders, CLIP-benchmark folders, `scenes`, `scenes-relations`."""
+    """Labelled sets: class folders, CLIP-benchmark folders, `scenes`, `scenes-relations`.
+    Default: those of the run."""
     teacher: str | None = None
     """Whose text side embeds class names that a bundle does not carry."""
     batch_size: int = 250

@@ -153,7 +153,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         accuracy=accuracy,
         parity=load_bundle(bundle_dir).manifest["parity"],
         training=dataclasses.asdict(trained),
-        data=_data_summary(data),
+        data=_data_summary(data, pool),
         seconds=clock.seconds,
         machine=machine_info(),
     )
@@ -308,13 +308,13 @@ def _parity_images(
     return preprocess_images([pool.load(int(row)) for row in rows], preprocess)
 
 
-def _data_summary(data: DistillData) -> dict[str, Any]:
+def _data_summary(data: DistillData, pool: ImagePool) -> dict[str, Any]:
     bad = data.images.manifest.bad_rows
     return {
         "num_images": len(data.images),
         "num_bad": len(bad),
         "num_texts": len(data.texts),
-        "bad_examples": [str(row) for row in list(bad)[:10]],
+        "bad_examples": [f"{pool.name(row)}: {why}" for row, why in bad[:10]],
     }
 
 

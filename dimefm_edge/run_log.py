@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
-import pickle
 import signal
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
-from zipfile import BadZipFile
 
 import torch
 from rich.console import Console
@@ -35,9 +35,9 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self._path = run_dir / METRICS_FILE
-        kept = [line for line in _lines(self._path) if _step(line) < start_step]
+        kept = [row for row in read_metrics(run_dir) if row["step"] < start_step]
         with atomic_file(self._path) as stream:
-            stream.write("".join(kept).encode())
+            stream.write("".join(json.dumps(row) + "\n" for row in kept).encode())
         self._file: IO[str] = self._path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step)
 
@@ -62,14 +62,27 @@ class RunLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Every row of a run's metrics; a last line cut by a kill is left out."""
-    return [json.loads(line) for line in _lines(run_dir / METRICS_FILE)]
+    """Every row of a run's metrics; a line that a kill cut or a crash damaged is left out."""
+    path = run_dir / METRICS_FILE
+    if not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
 
 
 def save_state(run_dir: Path, state: dict[str, Any]) -> None:
     """Write the training state: whole or not at all."""
+    buffer = io.BytesIO()  # torch.save hides why a write to disk fails
+    torch.save(state, buffer)
     with atomic_file(run_dir / STATE_FILE) as stream:
-        torch.save(state, stream)
+        stream.write(buffer.getbuffer())
 
 
 def load_state(run_dir: Path) -> dict[str, Any]:
@@ -80,18 +93,20 @@ def load_state(run_dir: Path) -> dict[str, Any]:
     """
     path = run_dir / STATE_FILE
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums and never looks at them
+            if damaged := archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"it holds a {type(state).__name__}, not a state")
     except FileNotFoundError as error:
         raise CheckpointError(f"nothing to resume: {path} does not exist") from error
-    except (
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        BadZipFile,
-        ValueError,
-    ) as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # on damaged bytes zipfile and torch raise nearly anything
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise CheckpointError(
-            f"{path} is damaged: {str(error).splitlines()[0][:200]}",
+            f"{path} is damaged: {reason}",
             hint=f"delete {path} and run again: the embeddings are kept, training starts anew",
         ) from error
     return state
@@ -107,6 +122,9 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -149,14 +167,3 @@ def training_progress(
     with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:
         task = bar.add_task("distil", total=total, completed=done, rate=0.0, loss=math.nan)
         yield lambda rate, loss: bar.update(task, advance=1, rate=rate, loss=loss)
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("}\n")]
-
-
-def _step(line: str) -> int:
-    return int(json.loads(line)["step"])

@@ -27,13 +27,14 @@ _FAILED = 1
 
 def run_eval(options: EvalOptions) -> Outcome:
     """Zero-shot accuracy on labelled sets."""
-    if not options.data:
+    sources = options.data or _own_sets(options.subject)
+    if not sources:
         raise InputError("eval needs a labelled set", hint="--data scenes, or a folder of classes")
     from dimefm_edge.data.images import open_labelled
     from dimefm_edge.evaluate.zero_shot import evaluate_zero_shot
     from dimefm_edge.subjects import load_subject
 
-    labelled_sets = [open_labelled(source) for source in options.data]
+    labelled_sets = [open_labelled(source) for source in sources]
     subject = load_subject(options.subject)
     encode_texts = subject.encode_texts
     if options.teacher is not None:
@@ -61,6 +62,18 @@ def run_eval(options: EvalOptions) -> Outcome:
         "results": [asdict(r) for r in reports],
     }
     return Outcome(values, text)
+
+
+def _own_sets(subject: str) -> tuple[str, ...]:
+    """The test sets of the run that this is, or whose bundle it is."""
+    from dimefm_edge import config as config_file
+    from dimefm_edge.config import RunConfig
+
+    path = Path(subject).expanduser()
+    for folder in (path, path.parent) if path.is_dir() else ():
+        if (folder / "config.toml").is_file():
+            return config_file.load(folder / "config.toml", RunConfig).data.eval_sets
+    return ()
 
 
 def _text_side(teacher: str, subject: Subject) -> EncodeTexts:

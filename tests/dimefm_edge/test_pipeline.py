@@ -1,0 +1,320 @@
+"""The whole walk with a tiny real teacher: what it leaves, resumes and refuses."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dimefm_edge import cli
+from dimefm_edge.config import DataConfig, RunConfig, StudentConfig, TrainConfig, load
+from dimefm_edge.data.scenes import scene_image, scene_sentence
+from dimefm_edge.errors import ConfigError
+from dimefm_edge.pipeline import resolve, run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    for index in range(40):
+        scene_image(index).save(folder / f"{index:03d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "sentences.txt.gz"
+    with gzip.open(path, "wt") as stream:
+        stream.writelines(f"{scene_sentence(index)}\n" for index in range(30))
+    return path
+
+
+@pytest.fixture
+def words(tiny_teacher_dir: Path, images: Path, texts: Path, labelled_dir: Path, tmp_path: Path):
+    """A command line that distils in seconds, writing to `tmp_path / "run"`."""
+    return [
+        "distill", "--teacher", str(tiny_teacher_dir), "--images", str(images),
+        "--texts", str(texts), "--eval-sets", str(labelled_dir), "--steps", "6",
+        "--batch-size", "8", "--text-batch-size", "8", "--out", str(tmp_path / "run"),
+        "--student", "vit-p16-w32-d2", "--latency-ms", "1",
+    ]  # fmt: skip
+
+
+def _replaced(words: list[str], flag: str, value: object) -> list[str]:
+    index = words.index(flag)
+    return [*words[: index + 1], str(value), *words[index + 2 :]]
+
+
+def _run_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, dict]:
+    code = cli.main([*words, "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_the_walk_leaves_what_the_contract_says(words, tmp_path, labelled_dir, capsys):
+    code, report = _run_json(words, capsys)
+    assert code == 0, report
+    run_dir = tmp_path / "run"
+    for name in ("config.toml", "checkpoint.safetensors", "training_state.pt", "metrics.jsonl",
+                 "report.json", "report.md", "fit.png", "bundle/model.onnx",
+                 "bundle/manifest.json", "bundle/labels.npz", "store/images/manifest.json"):  # fmt: skip
+        assert (run_dir / name).is_file(), name
+    assert json.loads((run_dir / "report.json").read_text()) == report
+    assert report["data"] == {
+        "num_images": 40, "num_bad": 0, "num_texts": 30, "bad_examples": [],
+    }  # fmt: skip
+    assert report["fits_budget"]
+    assert report["student"]["target_ms"] <= report["budget_ms"]
+    assert report["inherited"]
+    assert report["parity"]["max_abs_diff"] <= 1e-4
+    assert report["parity"]["num_images"] == 32
+    assert 0 < report["student"]["here_p50_ms"] <= report["student"]["here_p90_ms"]
+    accuracy = report["accuracy"][0]
+    assert accuracy["student"]["num_images"] == 12
+    # The commands that read the run agree with its report.
+    for subject, expected in ((run_dir / "bundle", "student"), (run_dir, "student")):
+        code, values = _run_json(["eval", str(subject)], capsys)
+        assert code == 0, values
+        assert values["results"][0]["top1_pct"] == accuracy[expected]["top1_pct"], subject
+    code, values = _run_json(["eval", words[2], "--data", str(labelled_dir)], capsys)
+    assert code == 0, values
+    assert values["results"][0]["top1_pct"] == accuracy["teacher"]["top1_pct"]
+
+
+def test_report_page_says_the_figures(words, tmp_path, capsys):
+    assert cli.main(words) == 0
+    page = capsys.readouterr().out
+    assert page.strip() == (tmp_path / "run" / "report.md").read_text().strip()
+    values = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert f"| {values['student']['here_p50_ms']:.2f} /" in page
+    assert f"{values['accuracy'][0]['student']['top1_pct']:.1f}%" in page
+
+
+def test_a_second_run_is_refused_and_resuming_a_finished_one_changes_nothing(
+    words, tmp_path, capsys
+):
+    assert cli.main(words) == 0
+    before = load_file(tmp_path / "run" / "checkpoint.safetensors")
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert "already holds a run" in said
+    assert "--resume" in said
+    # Without the other flags: the run's own config.toml gives them.
+    assert cli.main(["distill", "--resume", "--out", str(tmp_path / "run")]) == 0
+    after = load_file(tmp_path / "run" / "checkpoint.safetensors")
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
+def test_a_killed_run_resumes_to_the_same_weights(words, tmp_path, capsys):
+    words = [*_replaced(words, "--steps", 40), "--save-every", "2", "--amp", "off", "--threads", "1"]  # fmt: skip
+    assert cli.main(words) == 0
+    killed_dir = tmp_path / "killed"
+    killed = _replaced(words, "--out", killed_dir)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dimefm_edge", *killed], env=environment,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (killed_dir / "training_state.pt").is_file():
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert cli.main([*killed, "--resume"]) == 0
+    whole, resumed = (
+        load_file(folder / "checkpoint.safetensors") for folder in (tmp_path / "run", killed_dir)
+    )
+    assert all(np.array_equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_unreadable_images_are_counted_skipped_and_reported(words, images, tmp_path, capsys):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(images, mixed)
+    (mixed / "cut.png").write_bytes((images / "000.png").read_bytes()[:300])
+    (mixed / "text.jpg").write_text("not an image")
+    words = _replaced(words, "--images", mixed)
+    code, report = _run_json(words, capsys)
+    assert code == 0, report
+    assert (report["data"]["num_images"], report["data"]["num_bad"]) == (42, 2)
+    shown = " ".join(report["data"]["bad_examples"])
+    assert "cut.png" in shown
+    assert "text.jpg" in shown
+
+
+def _cases(tmp_path: Path, tiny_teacher_dir: Path, images: Path) -> dict[str, tuple]:
+    """name -> (flag, value, exit code, what the message holds, what the hint holds)."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    blank = tmp_path / "blank.txt"
+    blank.write_bytes(b"\n\xff\xfe\xff\n  \n")
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_teacher_dir, broken)
+    weights = broken / "open_clip_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    shutil.copy(images / "000.png", bad)
+    for index in range(5):
+        (bad / f"{index}.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
+    foreign = tmp_path / "foreign"
+    foreign.write_text("a file")
+    return {
+        "no images": ("--images", tmp_path / "nowhere", 2, "nowhere"),
+        "no tar": ("--images", tmp_path / "{00..01}.tar", 2, ".tar"),
+        "no texts": ("--texts", tmp_path / "nowhere.txt", 2, "nowhere.txt"),
+        "empty pool": ("--images", empty, 2, "no image"),
+        "no usable line": ("--texts", blank, 2, "no sentence"),
+        "teacher folder": ("--teacher", tmp_path / "nobody", 2, "nobody"),
+        "teacher name": ("--teacher", "ViT-B-23:openai", 2, "Did you mean 'ViT-B-32'"),
+        "truncated teacher": ("--teacher", broken, 2, "cannot be read"),
+        "too many bad": ("--images", bad, 2, "more than --max-bad allows"),
+        "out is a file": ("--out", foreign, 2, "is a file"),
+        "test set": ("--eval-sets", tmp_path / "notest", 2, "notest"),
+    }
+
+
+CASES = (
+    "no images", "no tar", "no texts", "empty pool", "no usable line", "teacher folder",
+    "teacher name", "truncated teacher", "too many bad", "out is a file", "test set",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_line_that_names_the_mend(
+    name, words, tmp_path, tiny_teacher_dir, images, capsys
+):
+    flag, value, code, expected = _cases(tmp_path, tiny_teacher_dir, images)[name]
+    assert cli.main(_replaced(words, flag, value)) == code
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith(("error:", "  try:"))]
+    assert expected in said
+    assert lines[0].startswith("error:")
+    assert "Did you mean" in lines[0] or lines[1].startswith("  try:"), said
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "expected"),
+    [
+        (["--target", "jetson-orinn"], 2, "Did you mean 'jetson-orin'?"),
+        (["--student", "vit-tini"], 2, "Did you mean 'vit-tiny'?"),
+        (["--latency-ms", "0.000001"], 3, "no student meets"),
+        (["--image-size", "31", "--student", "auto"], 2, "31 px"),
+        (["--batch-size", "0"], 2, "batch_size must be positive"),
+    ],
+)
+def test_bad_settings(flags, code, expected, words, tmp_path, capsys):
+    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+        words = _replaced(words, flag, value) if flag in words else [*words, flag, value]
+    assert cli.main(words) == code
+    said = capsys.readouterr().err
+    assert expected in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_empty_or_unreadable_line_of_text_is_skipped(words, tmp_path, capsys):
+    path = tmp_path / "mixed.txt"
+    path.write_bytes(b"a red star\n\n\xff\xfe broken\na blue ring\n   \n")
+    code, report = _run_json(_replaced(words, "--texts", path), capsys)
+    assert code == 0, report
+    assert report["data"]["num_texts"] == 2
+
+
+def test_a_store_of_another_teacher_is_refused_by_name(
+    words, tiny_run_dir, tiny_teacher_dir, tmp_path, capsys
+):
+    store = ["--store", str(tmp_path / "store")]
+    assert cli.main([*words, *store]) == 0
+    other = _replaced(_replaced(words, "--teacher", tiny_run_dir), "--out", tmp_path / "other")
+    other = _replaced(other, "--student", "vit-nano")
+    capsys.readouterr()
+    assert cli.main([*other, *store]) == 2
+    said = capsys.readouterr().err
+    assert str(tiny_teacher_dir) in said
+    assert str(tiny_run_dir) in said
+    assert "--store" in said
+    # A second run with the same teacher shares it.
+    assert cli.main([*_replaced(words, "--out", tmp_path / "third"), *store]) == 0
+
+
+def test_a_truncated_checkpoint_is_named(words, tmp_path, capsys):
+    assert cli.main(words) == 0
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[:2000])
+    capsys.readouterr()
+    for command in (["eval", str(tmp_path / "run")], ["export", str(tmp_path / "run")]):
+        assert cli.main(command) == 2
+        said = capsys.readouterr().err
+        assert "checkpoint.safetensors" in said
+        assert "Traceback" not in said
+    state = tmp_path / "run" / "training_state.pt"
+    state.write_bytes(state.read_bytes()[:2000])
+    assert cli.main([*words, "--resume"]) == 2
+    assert "training_state.pt" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(words, tmp_path):
+    """A limit on the size of files stands for the disk: the state of training exceeds it."""
+    script = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))\n"
+        "from dimefm_edge.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode in (1, 2), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "error:" in done.stderr
+    assert (tmp_path / "run" / "store" / "images" / "manifest.json").is_file()
+    assert cli.main([*words, "--resume"]) == 0
+
+
+def test_resolve_says_what_depends_on_the_data(tmp_path):
+    scenes = resolve(RunConfig())
+    assert scenes.data.eval_sets == ("scenes", "scenes-relations")
+    assert scenes.train.flip is False
+    own = resolve(RunConfig(data=DataConfig(images=("photos",), texts=("lines.txt",))))
+    assert own.data.eval_sets == ()
+    assert own.train.flip is True
+    chosen = resolve(RunConfig(train=TrainConfig(flip=True, epochs=3)))
+    assert chosen.train.flip is True
+    assert chosen.train.epochs == 3
+
+
+def test_as_a_function(tiny_teacher_dir, images, texts, tmp_path):
+    config = RunConfig(
+        teacher=str(tiny_teacher_dir),
+        out=str(tmp_path / "run"),
+        data=DataConfig(images=(str(images),), texts=(str(texts),)),
+        student=StudentConfig(student="hybrid", image_size=64, init="random", latency_ms=5.0),
+        train=TrainConfig(steps=2, batch_size=4, text_batch_size=4),
+        precision="fp16",
+    )
+    report = run(config)
+    assert report is not None
+    assert report.accuracy == ()
+    assert report.inherited == ()
+    assert report.student_spec["family"] == "hybrid"
+    assert report.parity["min_cosine"] >= 0.999
+    assert load(tmp_path / "run" / "config.toml", RunConfig) == resolve(config)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run(config)
