@@ -401,7 +401,7 @@ def test_an_empty_pool_is_refused_and_leaves_no_store(tmp_path):
 
 
 KILLED = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from dimefm_edge.data.images import open_images
 from dimefm_edge.embed import embed_images
@@ -419,6 +419,7 @@ class Slow:
         self.images += len(pixels)
         return np.full((len(pixels), 8), 0.125, np.float32)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)
 embed_images(Slow(), open_images([sys.argv[1]]), Path(sys.argv[2]), shard_rows=2048)
 """
 
