@@ -39,13 +39,15 @@ def map_files(paths: Sequence[Path], *, stride_bytes: int) -> npt.NDArray[np.uin
 
     Raises:
         OSError: If a file cannot be mapped.
-        ValueError: If stride_bytes is not a whole number of pages.
+        ValueError: If stride_bytes is not a whole number of pages, or a file has another size.
     """
     sizes = [path.stat().st_size for path in paths]
     if len(paths) == 1:
         return np.memmap(paths[0], np.uint8, "r")
     if stride_bytes % mmap.PAGESIZE:
         raise ValueError(f"{stride_bytes} bytes are not a whole number of {mmap.PAGESIZE}-B pages")
+    if any(size != stride_bytes for size in sizes[:-1]) or not 0 < sizes[-1] <= stride_bytes:
+        raise ValueError(f"all files but the last must have {stride_bytes} bytes")
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [
@@ -78,11 +80,10 @@ def map_files(paths: Sequence[Path], *, stride_bytes: int) -> npt.NDArray[np.uin
         libc.munmap(base, total)
         raise
     buffer = (ctypes.c_uint8 * total).from_address(base)
-    array = np.frombuffer(buffer, np.uint8)
-    array.flags.writeable = False
-    # Views keep `buffer` alive through their base; the range is given back with the last one.
-    weakref.finalize(buffer, libc.munmap, base, total)
-    return array
+    # Views keep `buffer` alive through their base; the range is given back with the last one,
+    # but not at exit, where threads may still be reading.
+    weakref.finalize(buffer, libc.munmap, base, total).atexit = False
+    return np.frombuffer(memoryview(buffer).toreadonly(), np.uint8)
 
 
 def _checked(address: int | None) -> int:
