@@ -7,6 +7,7 @@ entered in the manifest, so a killed run loses at most the shard it was at. No t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -14,7 +15,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,9 @@ from dimefm_edge.errors import StoreError
 
 MANIFEST_FILE = "manifest.json"
 DEFAULT_SHARD_ROWS = 65_536
-"""100 MB at 768 dimensions. A multiple of 2048 keeps every shard a whole number of pages."""
+"""100 MB at 768 dimensions."""
+_SHARD_ROWS_UNIT = 2048
+"""Keeps every shard but the last a whole number of pages."""
 _FORMAT = "dimefm_edge.store/1"
 
 Rows = npt.NDArray[np.int64]
@@ -86,19 +88,20 @@ def read_manifest(store_dir: Path) -> StoreManifest:
     path = store_dir / MANIFEST_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values.pop("format") != _FORMAT:
+        if values.pop("format", None) != _FORMAT:
             raise ValueError("another format")
         values["shards"] = tuple(None if s is None else Shard(**s) for s in values["shards"])
-        values["bad_rows"] = tuple((int(row), str(why)) for row, why in values["bad_rows"])
+        values["bad_rows"] = tuple((row, why) for row, why in values["bad_rows"])
         manifest = StoreManifest(**values)
         _check_values(manifest)
-    except FileNotFoundError as error:
+        _check_shards(manifest)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise StoreError(
             f"no embedding store at {store_dir}", hint="dimefm-edge embed --help"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(
-            f"{path} is damaged or not a store's manifest: {str(error)[:120]}",
+            f"{path} is damaged or not a store's manifest: {' '.join(str(error).split())[:120]}",
             hint=f"delete {store_dir} and embed again",
         ) from error
     return manifest
@@ -149,8 +152,9 @@ class EmbeddingStore:
 
     def valid_rows(self) -> Rows:
         """Every row that could be read, ascending, int64."""
-        bad = np.asarray([row for row, _ in self.manifest.bad_rows], np.int64)
-        return np.setdiff1d(np.arange(len(self), dtype=np.int64), bad, assume_unique=True)
+        is_valid = np.ones(len(self), np.bool_)
+        is_valid[[row for row, _ in self.manifest.bad_rows]] = False
+        return np.flatnonzero(is_valid)
 
     def verify(self) -> None:
         """Compare every shard with its checksum.
@@ -161,7 +165,7 @@ class EmbeddingStore:
         for shard in self.manifest.shards:
             assert shard is not None
             path = self.store_dir / shard.file
-            if hashlib.sha256(np.memmap(path, np.uint8, "r")).hexdigest() != shard.sha256:
+            if hashlib.sha256(np.memmap(path, np.uint8, "r").data).hexdigest() != shard.sha256:
                 raise StoreError(
                     f"{path} does not match its checksum",
                     hint=f"delete {path} and run the same command again",
@@ -180,14 +184,14 @@ class StoreWriter:
         """Start a store, or go on with one of the same teacher and data.
 
         Raises:
-            StoreError: If the folder holds another teacher's store, or other data's.
+            StoreError: If the folder holds another teacher's store, other data's, or no store.
+            ValueError: If a value of the manifest wanted is out of range.
         """
-        if wanted.shard_rows % 2048:
-            raise StoreError(f"shard_rows must be a multiple of 2048, got {wanted.shard_rows}")
+        _check_values(wanted)
         if not (store_dir / MANIFEST_FILE).is_file():
-            if store_dir.is_dir() and any(store_dir.iterdir()):
+            if store_dir.exists() and not _is_empty(store_dir):
                 raise StoreError(
-                    f"{store_dir} is not empty and not a store", hint="another --store"
+                    f"{store_dir} is not an empty folder and not a store", hint="another --store"
                 )
             store_dir.mkdir(parents=True, exist_ok=True)
             empty = dataclasses.replace(wanted, shards=(None,) * wanted.num_shards)
@@ -218,16 +222,20 @@ class StoreWriter:
 
         Raises:
             StoreError: If the disk is full; finished shards are kept.
-            ValueError: If the shape is not the shard's.
+            ValueError: If there is no such shard, or it has another shape or type.
         """
+        if not 0 <= index < self.manifest.num_shards:
+            raise ValueError(f"there is no shard {index} of {self.manifest.num_shards}")
         rows = self.manifest.rows_of(index)
         expected = (len(rows), self.manifest.embed_dim)
         if embeds.shape != expected or embeds.dtype != np.float16:
-            raise ValueError(f"shard {index} must be {expected} float16, got {embeds.shape}")
-        content = np.ascontiguousarray(embeds).astype("<f2", copy=False)
-        name = f"shard-{index:06d}.f16"
-        self._replace(name, lambda stream: stream.write(memoryview(content).cast("B")))
-        shard = Shard(name, len(rows), hashlib.sha256(memoryview(content).cast("B")).hexdigest())
+            raise ValueError(
+                f"shard {index} must be {expected} float16, got {embeds.shape} {embeds.dtype}"
+            )
+        content = np.ascontiguousarray(embeds, "<f2").data.cast("B")
+        name = _shard_file(index)
+        self._replace(name, content)
+        shard = Shard(name, len(rows), hashlib.sha256(content).hexdigest())
         shards = list(self.manifest.shards)
         shards[index] = shard
         others = [bad for bad in self.manifest.bad_rows if bad[0] not in rows]
@@ -246,41 +254,73 @@ class StoreWriter:
 
     def _write_manifest(self) -> None:
         values = {"format": _FORMAT, **dataclasses.asdict(self.manifest)}
-        text = json.dumps(values, indent=1) + "\n"
-        self._replace(MANIFEST_FILE, lambda stream: stream.write(text.encode()))
+        self._replace(MANIFEST_FILE, (json.dumps(values, indent=1) + "\n").encode())
 
-    def _replace(self, name: str, write: Any) -> None:
-        temporary = self.store_dir / f".{name}.tmp"
+    def _replace(self, name: str, content: bytes | memoryview) -> None:
+        temporary = _temporary(self.store_dir, name)
         try:
             with temporary.open("wb") as stream:
-                _write_durably(stream, write)
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
             os.replace(temporary, self.store_dir / name)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             done = self.manifest.num_shards - len(self.manifest.missing)
             raise StoreError(
                 f"cannot write {self.store_dir / name}: {error.strerror}; "
                 f"{done} of {self.manifest.num_shards} shards are kept",
-                hint="make room and run the same command again with --resume: "
+                hint="make room and run the same command again (distill: with --resume): "
                 "it does what is missing",
             ) from error
 
 
-def _write_durably(stream: IO[bytes], write: Any) -> None:
-    write(stream)
-    stream.flush()
-    os.fsync(stream.fileno())
+def _shard_file(index: int) -> str:
+    return f"shard-{index:06d}.f16"
+
+
+def _temporary(store_dir: Path, name: str) -> Path:
+    return store_dir / f".{name}.tmp"
+
+
+def _is_empty(store_dir: Path) -> bool:
+    """Whether nothing is there but what a run leaves that is killed as it begins."""
+    begun = _temporary(store_dir, MANIFEST_FILE)
+    return store_dir.is_dir() and all(path == begun for path in store_dir.iterdir())
 
 
 def _check_values(manifest: StoreManifest) -> None:
-    numbers = (manifest.embed_dim, manifest.num_rows, manifest.shard_rows)
-    if not all(isinstance(n, int) and n > 0 for n in numbers):
-        raise ValueError("embed_dim, num_rows and shard_rows must be positive")
+    names = ("kind", "teacher", "weights_hash", "preprocess_hash", "source")
+    for name in names:
+        if not isinstance(getattr(manifest, name), str):
+            raise ValueError(f"{name} must be text")
+    for name in ("embed_dim", "num_rows", "shard_rows"):
+        count = getattr(manifest, name)
+        if type(count) is not int or not 0 < count < 2**40:
+            raise ValueError(f"{name} must be a positive number, got {count!r}")
+    if manifest.shard_rows % _SHARD_ROWS_UNIT:
+        raise ValueError(
+            f"shard_rows must be a multiple of {_SHARD_ROWS_UNIT}, got {manifest.shard_rows}"
+        )
+    scale = manifest.logit_scale
+    if not isinstance(scale, int | float) or not 0 < scale < 1e9:
+        raise ValueError(f"logit_scale must be a positive number, got {scale!r}")
+
+
+def _check_shards(manifest: StoreManifest) -> None:
     if len(manifest.shards) != manifest.num_shards:
         raise ValueError(f"{len(manifest.shards)} shards listed, {manifest.num_shards} expected")
-    for shard in manifest.shards:
-        if shard is not None and Path(shard.file).name != shard.file:
-            raise ValueError(f"shard file {shard.file!r} leaves the folder")
+    for index, shard in enumerate(manifest.shards):
+        if shard is None:
+            continue
+        if shard.file != _shard_file(index):  # a path could lead out of the folder
+            raise ValueError(f"shard {index} must be {_shard_file(index)}, not {shard.file!r}")
+        if shard.rows != len(manifest.rows_of(index)) or not isinstance(shard.sha256, str):
+            raise ValueError(f"wrong rows or checksum of {shard.file}")
+    for row, why in manifest.bad_rows:
+        if type(row) is not int or not 0 <= row < manifest.num_rows or not isinstance(why, str):
+            raise ValueError(f"bad row {row!r}")
 
 
 def _is_whole(store_dir: Path, manifest: StoreManifest, index: int, shard: Shard | None) -> bool:
