@@ -96,8 +96,8 @@ class RunReport:
         ]
         for row in self.accuracy:
             lines.append(
-                f"| {row.teacher.name} | {row.teacher.num_classes} | {row.teacher.chance_pct:.1f}% "
-                f"| {row.teacher.top1_pct:.1f}% | {row.student.top1_pct:.1f}% "
+                f"| {_cell(row.teacher.name)} | {row.teacher.num_classes} "
+                f"| {row.teacher.chance_pct:.1f}% | {row.teacher.top1_pct:.1f}% | {row.student.top1_pct:.1f}% "
                 f"| {row.retention_pct:.1f}% |"
             )
         if not self.accuracy:
@@ -109,7 +109,7 @@ class RunReport:
         ]
         for model in (self.teacher, self.student):
             lines.append(
-                f"| {model.name} | {model.params_m:.2f} M | {model.gmacs:.3f} "
+                f"| {_cell(model.name)} | {model.params_m:.2f} M | {model.gmacs:.3f} "
                 f"| {model.here_p50_ms:.2f} / {model.here_p90_ms:.2f} ms "
                 f"| {model.target_ms:.3g} ms ({model.target_low_ms:.2g} to "
                 f"{model.target_high_ms:.2g}) |"
@@ -139,3 +139,8 @@ class RunReport:
             "",
         ]
         return "\n".join(lines)
+
+
+def _cell(name: str) -> str:
+    """A name as one cell of a table: folders may hold bars and line ends in theirs."""
+    return " ".join(name.replace("|", "\\|").split())
