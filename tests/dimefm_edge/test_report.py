@@ -1,0 +1,168 @@
+"""The page about a run: derived figures, JSON with everything, tables that hold together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from dimefm_edge.evaluate.zero_shot import ZeroShotReport
+from dimefm_edge.report import AccuracyRow, ModelRow, RunReport
+
+TEACHER = ModelRow("ViT-L-14", 303.97, 77.83, 41.7, 31.2, 55.5, "PyTorch", 812.25, 850.75)
+STUDENT = ModelRow("vit_s16", 22.05, 4.25, 4.36, 3.27, 5.81, "ONNX Runtime", 81.23, 97.5)
+
+
+def scored(name: str, top1: float, num_classes: int = 8) -> ZeroShotReport:
+    return ZeroShotReport(name, top1, top1 + 1.25, 100 / num_classes, 4321, num_classes, 17)
+
+
+def accuracy(name: str, teacher: float, student: float) -> AccuracyRow:
+    return AccuracyRow(scored(name, teacher), scored(name, student))
+
+
+def make(**changes) -> RunReport:
+    report = RunReport(
+        run_dir="runs/a",
+        bundle="runs/a/bundle",
+        target="Jetson Orin Nano",
+        runtime="TensorRT",
+        target_precision="fp16",
+        precision="fp32",
+        budget_ms=5.0,
+        teacher=TEACHER,
+        student=STUDENT,
+        student_spec={"family": "vit", "depth": 12, "stages": (1, 2)},
+        inherited=("blocks.0", "blocks.1", "head"),
+        accuracy=(accuracy("cifar10", 90.0, 72.0), accuracy("scenes", 64.25, 64.25)),
+        parity={"num_images": 32, "max_abs_diff": 3.5e-7, "min_cosine": 0.9999987},
+        training={"steps": 1234, "images_per_s": 567.8, "data_wait_pct": 8.76, "final_loss": 0.25},
+        data={"num_images": 12_000, "num_bad": 19, "num_texts": 20_011, "bad_examples": ["3"]},
+        seconds={"embed": 61.4, "train": 3723.0},
+        machine={"cpu": "Test CPU 9000", "cores_available": 2},
+    )
+    return dataclasses.replace(report, **changes)
+
+
+def tables(markdown: str) -> list[list[list[str]]]:
+    """Every table as rows of stripped cells, by GitHub's rules; bars after a backslash are text."""
+    found: list[list[list[str]]] = []
+    is_inside = False
+    for line in markdown.splitlines():
+        if not line.startswith("|"):
+            is_inside = False
+            continue
+        assert line.endswith("|")
+        if not is_inside:
+            found.append([])
+        is_inside = True
+        found[-1].append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "retention"),
+    [(90.0, 72.0, 80.0), (50.0, 55.0, 110.0), (80.0, 0.0, 0.0), (0.0, 0.0, 0.0)],
+)
+def test_retention_is_the_share_of_the_teachers_top1(teacher, student, retention):
+    assert accuracy("a", teacher, student).retention_pct == pytest.approx(retention)
+
+
+@pytest.mark.parametrize(
+    ("budget_ms", "fits"), [(5.0, True), (4.36, True), (4.359, False), (0.1, False)]
+)
+def test_the_budget_is_met_by_the_estimate_on_the_target(budget_ms, fits):
+    report = make(budget_ms=budget_ms)
+    assert report.fits_budget is fits
+    assert report.to_dict()["fits_budget"] is fits
+    assert ("met." in report.to_markdown()) is fits
+    assert ("NOT MET." in report.to_markdown()) is not fits
+
+
+def test_the_latency_ratio_is_of_what_was_measured_here():
+    assert make().latency_ratio == pytest.approx(81.23 / 812.25)
+
+
+def leaves(value) -> list:
+    if dataclasses.is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return [leaf for v in value.values() for leaf in leaves(v)]
+    if isinstance(value, list | tuple):
+        return [leaf for v in value for leaf in leaves(v)]
+    return [value]
+
+
+def test_json_has_every_figure():
+    report = make()
+    values = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    derived = [80.0, 100.0, True, report.latency_ratio]
+    assert sorted(map(repr, leaves(values))) == sorted(map(repr, leaves(report) + derived))
+    assert values["student"]["here_p90_ms"] == 97.5
+    assert values["accuracy"][0]["teacher"]["top1_pct"] == 90.0
+    assert values["accuracy"][0]["student"]["num_bad"] == 17
+    assert values["accuracy"][0]["retention_pct"] == pytest.approx(80)
+    assert values["inherited"] == ["blocks.0", "blocks.1", "head"]
+    assert values["latency_ratio"] == pytest.approx(81.23 / 812.25)
+
+
+def test_the_tables_have_the_figures():
+    scores, models = tables(make().to_markdown())
+    assert scores == [
+        ["zero-shot top-1", "classes", "chance", "teacher", "student", "retention"],
+        ["---", "---:", "---:", "---:", "---:", "---:"],
+        ["cifar10", "8", "12.5%", "90.0%", "72.0%", "80.0%"],
+        ["scenes", "8", "12.5%", "64.2%", "64.2%", "100.0%"],
+    ]
+    assert models == [
+        ["image tower", "parameters", "GMACs", "here p50 / p90", "estimate on the target"],
+        ["---", "---:", "---:", "---:", "---:"],
+        ["ViT-L-14", "303.97 M", "77.830", "812.25 / 850.75 ms", "41.7 ms (31 to 56)"],
+        ["vit_s16", "22.05 M", "4.250", "81.23 / 97.50 ms", "4.36 ms (3.3 to 5.8)"],
+    ]
+
+
+def test_the_text_has_the_figures():
+    page = make().to_markdown()
+    for part in (
+        "# vit_s16 for Jetson Orin Nano\n",
+        "Distilled from `ViT-L-14`; budget 5 ms on Jetson Orin Nano (TensorRT fp16), estimated "
+        "4.36 ms: met.",
+        "one image on Test CPU 9000, teacher (PyTorch) and student (ONNX Runtime) in turn: "
+        "the student takes 0.10 of the teacher's time",
+        "Parity of the exported graph with PyTorch on 32 images: max abs difference 3.5e-07, "
+        "least cosine 0.999999",
+        "1234 steps, 568 images/s, data wait 8.8%; 12000 images (19 unreadable), 20011 sentences",
+        "Initial weights: 3 tensors from the teacher.",
+        "Time: embed 61 s, train 3723 s.",
+        "Bundle: `runs/a/bundle`",
+    ):
+        assert part in page
+    assert page.endswith("\n")
+
+
+def test_without_test_sets_the_table_says_so():
+    report = make(accuracy=())
+    assert json.loads(json.dumps(report.to_dict()))["accuracy"] == []
+    scores, models = tables(report.to_markdown())
+    assert len(scores) == 3
+    assert scores[2] == ["none given (`--eval-sets`)", "", "", "", "", ""]
+    assert len(models) == 4
+
+
+@pytest.mark.parametrize("name", ["a|b", "a\nb", "||", "x | y"])
+def test_names_with_bars_and_line_ends_stay_in_their_cell(name):
+    student = dataclasses.replace(STUDENT, name=name)
+    report = make(student=student, accuracy=(accuracy(name, 90.0, 72.0),))
+    scores, models = tables(report.to_markdown())
+    assert [len(row) for row in scores] == [6, 6, 6]
+    assert [len(row) for row in models] == [5, 5, 5, 5]
+    assert scores[2][0] == models[3][0] == " ".join(name.replace("|", r"\|").split())
+
+
+def test_a_random_start_and_an_unknown_machine_are_said():
+    page = make(inherited=(), machine={}).to_markdown()
+    assert "- Initial weights: random.\n" in page
+    assert "one image on this CPU, " in page
