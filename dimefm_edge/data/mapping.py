@@ -23,6 +23,7 @@ _MAP_SHARED, _MAP_PRIVATE, _MAP_FIXED = 0x01, 0x02, 0x10
 _MAP_ANONYMOUS = 0x20 if sys.platform.startswith("linux") else 0x1000
 _MAP_NORESERVE = 0x4000 if sys.platform.startswith("linux") else 0x40
 _MADV_RANDOM = 1
+_HUGE_PAGE_BYTES = 2 << 20
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -43,7 +44,7 @@ def map_files(paths: Sequence[Path], *, stride_bytes: int) -> npt.NDArray[np.uin
     """
     sizes = [path.stat().st_size for path in paths]
     if len(paths) == 1:
-        return np.memmap(paths[0], np.uint8, "r")
+        return np.memmap(paths[0], np.uint8, "r").view(np.ndarray)
     if stride_bytes % mmap.PAGESIZE:
         raise ValueError(f"{stride_bytes} bytes are not a whole number of {mmap.PAGESIZE}-B pages")
     if any(size != stride_bytes for size in sizes[:-1]) or not 0 < sizes[-1] <= stride_bytes:
@@ -56,8 +57,11 @@ def map_files(paths: Sequence[Path], *, stride_bytes: int) -> npt.NDArray[np.uin
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     total = stride_bytes * (len(paths) - 1) + sizes[-1]
+    # Begun on a huge page's boundary, cached files are mapped by huge pages, as one file is.
+    reserved = total + _HUGE_PAGE_BYTES
     flags = _MAP_PRIVATE | _MAP_ANONYMOUS | _MAP_NORESERVE
-    base = _checked(libc.mmap(None, total, _PROT_NONE, flags, -1, 0))
+    start = _checked(libc.mmap(None, reserved, _PROT_NONE, flags, -1, 0))
+    base = -(-start // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     try:
         for index, (path, size) in enumerate(zip(paths, sizes, strict=True)):
             descriptor = os.open(path, os.O_RDONLY)
@@ -77,12 +81,12 @@ def map_files(paths: Sequence[Path], *, stride_bytes: int) -> npt.NDArray[np.uin
         # Rows are read at random: reading ahead would fetch a hundred rows for one.
         libc.madvise(base, total, _MADV_RANDOM)
     except BaseException:
-        libc.munmap(base, total)
+        libc.munmap(start, reserved)
         raise
     buffer = (ctypes.c_uint8 * total).from_address(base)
     # Views keep `buffer` alive through their base; the range is given back with the last one,
     # but not at exit, where threads may still be reading.
-    weakref.finalize(buffer, libc.munmap, base, total).atexit = False
+    weakref.finalize(buffer, libc.munmap, start, reserved).atexit = False
     return np.frombuffer(memoryview(buffer).toreadonly(), np.uint8)
 
 

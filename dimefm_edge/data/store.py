@@ -148,7 +148,7 @@ class EmbeddingStore:
 
     def gather(self, rows: Rows) -> Embeds:
         """Copy rows out of the store: (B,) int64 in [0, len) -> (B, E) float16."""
-        return self._array[rows]
+        return self._array.take(rows, axis=0)  # faster than self._array[rows]
 
     def valid_rows(self) -> Rows:
         """Every row that could be read, ascending, int64."""

@@ -94,6 +94,11 @@ def test_array_can_be_read_to_the_very_end_of_the_process(tmp_path):
     assert (done.returncode, done.stdout) == (0, f"{sum(content)}\n")
 
 
+def test_files_can_be_mapped_by_huge_pages(tmp_path):
+    paths, _ = write_parts(tmp_path, [PAGE] * 2)
+    assert map_files(paths, stride_bytes=PAGE).ctypes.data % 2**21 == 0
+
+
 def test_stride_must_be_whole_pages(tmp_path):
     paths, _ = write_parts(tmp_path, [100, 100])
     with pytest.raises(ValueError, match="100 bytes are not a whole number of"):
