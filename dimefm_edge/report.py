@@ -97,8 +97,8 @@ class RunReport:
         for row in self.accuracy:
             lines.append(
                 f"| {_cell(row.teacher.name)} | {row.teacher.num_classes} "
-                f"| {row.teacher.chance_pct:.1f}% | {row.teacher.top1_pct:.1f}% | {row.student.top1_pct:.1f}% "
-                f"| {row.retention_pct:.1f}% |"
+                f"| {row.teacher.chance_pct:.1f}% | {row.teacher.top1_pct:.1f}% "
+                f"| {row.student.top1_pct:.1f}% | {row.retention_pct:.1f}% |"
             )
         if not self.accuracy:
             lines.append("| none given (`--eval-sets`) | | | | | |")
