@@ -7,8 +7,8 @@
 study on real images: Tiny-ImageNet and CIFAR-10 labels, as sentences made from class names,
 synonyms and WordNet glosses. Both are open_clip models with a byte-level BPE of their own
 (`tokenizer.json`), trained with a contrastive loss whose targets are shared by all pairs of
-equal label (UniCL, arXiv 2204.03610; CLIP's own loss when no label repeats). On scenes a linear
-head on the image embedding also names the attributes drawn: contrast alone learns them slowly.
+equal label (UniCL, arXiv 2204.03610; CLIP's own loss when no label repeats). On scenes, linear
+heads also name what was drawn, of the image and of each patch: contrast alone learns it slowly.
 """
 
 from __future__ import annotations
@@ -43,7 +43,6 @@ SCENES_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
     "vision_cfg": {
         "image_size": 64, "patch_size": 8, "width": 192, "layers": 8, "head_width": 32,
-        "patch_dropout": 0.0,
     },
     "text_cfg": {"context_length": 32, "width": 128, "heads": 4, "layers": 3},
 }  # fmt: skip
@@ -64,8 +63,29 @@ class Pairs:
     corpus: list[str]
     flip: bool
     min_scale: float
-    attributes: np.ndarray | None = None
-    """(N, A) bool: what each image holds, for an auxiliary loss."""
+    drawn: SceneLabels | None = None
+
+
+@dataclass
+class SceneLabels:
+    """What was drawn, for the auxiliary losses."""
+
+    attributes: np.ndarray
+    """(N, A) bool: what each image holds."""
+    objects: np.ndarray
+    """(N, 2, 6) float32: texture, colour, shape, x, y, radius; radius 0 for no object."""
+
+    SIZES = (len(scenes.TEXTURES), len(scenes.COLOURS), len(scenes.SHAPES))
+
+    @classmethod
+    def of(cls, drawn: list[scenes.Scene]) -> SceneLabels:
+        names = (scenes.TEXTURES, tuple(scenes.COLOURS), scenes.SHAPES)
+        objects = np.zeros((len(drawn), 2, 6), np.float32)
+        for row, scene in enumerate(drawn):
+            for slot, item in enumerate(scene.objects):
+                kinds = [known.index(word) for known, word in zip(names, item.combo, strict=True)]
+                objects[row, slot] = (*kinds, item.x, item.y, item.radius)
+        return cls(scene_attributes(drawn), objects)
 
 
 def scene_pairs(count: int) -> Pairs:
@@ -82,7 +102,7 @@ def scene_pairs(count: int) -> Pairs:
         [scenes.scene_sentence(i) for i in range(50_000)],
         flip=False,
         min_scale=0.8,
-        attributes=scene_attributes(drawn),
+        drawn=SceneLabels.of(drawn),
     )
 
 
@@ -170,9 +190,8 @@ def train_tokenizer(corpus: list[str], *, vocab_size: int, context_length: int) 
     return tokenizer
 
 
-def augment(batch: torch.Tensor, pairs: Pairs, generator: torch.Generator) -> torch.Tensor:
-    """Random resized crop and flip of a float batch (B, 3, S, S), one grid_sample."""
-    count = batch.shape[0]
+def random_crops(count: int, pairs: Pairs, generator: torch.Generator) -> torch.Tensor:
+    """Random resized crops and flips: (B, 2, 3) affine matrices, crop to image."""
     rand = torch.rand(count, 4, generator=generator)
     side = (pairs.min_scale + (1 - pairs.min_scale) * rand[:, 0]).sqrt()
     aspect = torch.exp((rand[:, 1] - 0.5) * (0.4 if pairs.flip else 0.1))
@@ -183,8 +202,47 @@ def augment(batch: torch.Tensor, pairs: Pairs, generator: torch.Generator) -> to
     theta[:, 1, 2] = (rand[:, 3] * 2 - 1) * (1 - theta[:, 1, 1])
     if pairs.flip:
         theta[:, 0, 0] *= torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0)
+    return theta
+
+
+def crop(batch: torch.Tensor, theta: torch.Tensor) -> torch.Tensor:
+    """Cut crops out of a float batch (B, 3, S, S), one grid_sample."""
     grid = F.affine_grid(theta, list(batch.shape), align_corners=False)
     return F.grid_sample(batch, grid, padding_mode="reflection", align_corners=False)
+
+
+class SceneHeads(torch.nn.Module):
+    """Auxiliary losses on scenes: the embedding names the attributes of the image, and each
+    patch the object that it lies in (token labelling, arXiv 2104.10858)."""
+
+    def __init__(self, embed_dim: int, width: int, labels: SceneLabels) -> None:
+        super().__init__()
+        self.labels = labels
+        self.of_image = torch.nn.Linear(embed_dim, labels.attributes.shape[1])
+        self.of_patch = torch.nn.Linear(width, 1 + sum(labels.SIZES))
+        torch.nn.init.constant_(self.of_image.bias, -4.0)
+
+    def forward(
+        self, embeds: torch.Tensor, patches: torch.Tensor, theta: torch.Tensor, rows: np.ndarray
+    ) -> torch.Tensor:
+        truth = torch.from_numpy(self.labels.attributes[rows]).float()
+        image_loss = F.binary_cross_entropy_with_logits(
+            self.of_image(embeds), truth, reduction="sum"
+        )
+        side = int(patches.shape[1] ** 0.5)
+        centres = F.affine_grid(theta, [len(rows), 1, side, side], align_corners=False)
+        centres = centres.view(len(rows), 1, -1, 2)
+        objects = torch.from_numpy(self.labels.objects[rows])[:, :, None]
+        distance = (centres - (2 * objects[..., 3:5] - 1)).norm(dim=-1)  # (B, 2, patches)
+        inside = distance < 2 * objects[..., 5]
+        slot = inside.float().argmax(1)
+        is_inside = inside.any(1)
+        logits = self.of_patch(patches)
+        patch_loss = F.binary_cross_entropy_with_logits(logits[..., 0], is_inside.float())
+        which = objects[:, :, 0, :3].gather(1, slot[..., None].expand(-1, -1, 3))[is_inside].long()
+        for k, part in enumerate(logits[..., 1:][is_inside].split(self.labels.SIZES, dim=1)):
+            patch_loss = patch_loss + F.cross_entropy(part, which[:, k])
+        return 0.1 * image_loss / len(rows) + patch_loss
 
 
 def encode_text(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
@@ -280,7 +338,6 @@ def save_teacher(
         for k, v in model.state_dict().items()
     }
     config = json.loads(json.dumps(config))
-    config["vision_cfg"].pop("patch_dropout", None)
     preprocess = {
         "mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": "shortest",
     }  # fmt: skip
@@ -302,8 +359,6 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = train_tokenizer(pairs.corpus, vocab_size=args.vocab, context_length=context)
     config["text_cfg"]["vocab_size"] = tokenizer.get_vocab_size()
     vision = dict(config["vision_cfg"])
-    if args.kind == "scenes":
-        vision["patch_dropout"] = args.patch_dropout
     if args.kind == "labelled":
         tokenizer.enable_truncation(20)  # in training only: glosses are long, names are not
     model = open_clip.CLIP(config["embed_dim"], vision, dict(config["text_cfg"]))
@@ -321,11 +376,10 @@ def train(args: argparse.Namespace) -> None:
         lr=args.lr,
         betas=(0.9, 0.98),
     )
-    attribute_head = None
-    if pairs.attributes is not None:
-        attribute_head = torch.nn.Linear(config["embed_dim"], pairs.attributes.shape[1])
-        torch.nn.init.constant_(attribute_head.bias, -4.0)
-        optimizer.add_param_group({"params": attribute_head.parameters(), "weight_decay": 0.0})
+    heads = None
+    if pairs.drawn is not None:
+        heads = SceneHeads(config["embed_dim"], vision["width"], pairs.drawn)
+        optimizer.add_param_group({"params": heads.parameters(), "weight_decay": 0.0})
     image_tower = torch.compile(model.visual) if args.compile else model.visual
     sets = test_sets(args)
     images = torch.from_numpy(pairs.images).permute(0, 3, 1, 2)
@@ -343,28 +397,24 @@ def train(args: argparse.Namespace) -> None:
             # The schedule follows the clock, so a slower machine still ends its cosine.
             progress = min(1.0, (time.monotonic() - begun) / (deadline - begun))
             warm = min(1.0, (step + 1) / 300)
-            if progress > 0.75:  # the last quarter sees whole images (FLIP, arXiv 2212.00794)
-                model.visual.patch_dropout = torch.nn.Identity()
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * warm * (0.5 * (1 + np.cos(np.pi * progress)) + 0.01)
-            batch = augment(normalise(images[rows]), pairs, generator)
+            theta = random_crops(len(rows), pairs, generator)
+            batch = crop(normalise(images[rows]), theta)
             ids = [tokenizer.encode(pairs.sentence(int(i), rng)).ids for i in rows]
             with torch.autocast("cpu", torch.bfloat16):
-                features = image_tower(
-                    batch.contiguous(memory_format=torch.channels_last)
-                    if args.kind == "labelled"
-                    else batch
-                ).float()
+                if heads is None:
+                    features = image_tower(batch.contiguous(memory_format=torch.channels_last))
+                else:
+                    model.visual.output_tokens = True
+                    features, patches = image_tower(batch)
+                    model.visual.output_tokens = False
                 text_embeds = encode_text(model, torch.tensor(ids))
             scale = model.logit_scale.exp().clamp(max=100)
-            image_embeds = F.normalize(features, dim=-1)
+            image_embeds = F.normalize(features.float(), dim=-1)
             loss = unicl_loss(image_embeds, text_embeds.float(), labels[rows], scale)
-            if attribute_head is not None:
-                truth = torch.from_numpy(pairs.attributes[rows]).float()
-                wrong = F.binary_cross_entropy_with_logits(
-                    attribute_head(features), truth, reduction="sum"
-                )
-                loss = loss + args.attribute_weight * wrong / len(rows)
+            if heads is not None:
+                loss = loss + heads(features.float(), patches.float(), theta, rows)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -429,9 +479,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=None)
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--vocab", type=int, default=None)
-    parser.add_argument("--patch-dropout", type=float, default=0.5)
     parser.add_argument("--init", type=Path, help="a folder written before: train on from it")
-    parser.add_argument("--attribute-weight", type=float, default=0.1)
     parser.add_argument("--compile", action="store_true", help="a third faster, needs g++")
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
