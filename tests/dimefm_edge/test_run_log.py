@@ -60,6 +60,14 @@ class TestAtomicFile:
             assert path.read_bytes() == content
         assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
+    def test_who_reads_the_former_file_reads_it_to_its_end(self, tmp_path):
+        path = tmp_path / "report.json"
+        path.write_bytes(b"former")
+        with path.open("rb") as reader:
+            with atomic_file(path) as stream:
+                stream.write(b"next")
+            assert reader.read() == b"former"  # put in place by rename, not written over
+
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
     def test_an_error_leaves_the_former_file(self, tmp_path, error):
         path = tmp_path / "report.json"
