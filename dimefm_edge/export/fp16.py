@@ -40,6 +40,11 @@ def convert_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers import float16  # type: ignore[import-untyped]
     from onnxruntime.transformers.onnx_model import OnnxModel  # type: ignore[import-untyped]
 
+    # Else the converter takes the norms' own weights for tensors that it has made fp16.
+    weights = {tensor.name for tensor in model.graph.initializer}
+    shapes = [value for value in model.graph.value_info if value.name not in weights]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(shapes)
     half = float16.convert_float_to_float16(
         model,
         keep_io_types=True,

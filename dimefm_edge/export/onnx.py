@@ -11,6 +11,7 @@ import contextlib
 import copy
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ def export_onnx(
 
     Args:
         student: (B, 3, S, S) -> (B, E), L2-normalised; not changed.
-        path: The file to write; its folder exists.
+        path: The file to write, which appears when its parity is proven; its folder exists.
         image_size: S.
         precision: fp32, or fp16 (weights and products; input, output, norms, softmax in fp32).
         parity_images: (N, 3, S, S) float32, preprocessed real images.
@@ -122,10 +123,16 @@ def export_onnx(
         reason = " ".join(str(error).split())
         raise ExportError(f"torch exported a graph that is not valid ONNX: {reason}") from error
     if precision == "fp16":
-        peak = check_fp16_range(model, parity_images[:_MAX_RANGE_IMAGES])
+        with _onnxruntime_errors():
+            peak = check_fp16_range(model, parity_images[:_MAX_RANGE_IMAGES])
         logger.info("the largest fp16 activation is %.4g of 65504", peak)
-    path.write_bytes(model.SerializeToString(deterministic=True))
-    parity = check_parity(path, expected, images=parity_images, precision=precision)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(model.SerializeToString(deterministic=True))
+        parity = check_parity(part, expected, images=parity_images, precision=precision)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return OnnxGraph(path, opset, _count_ops(model), parity)
 
 
@@ -251,12 +258,21 @@ def _trace(student: nn.Module, *, image_size: int, opset: int) -> onnx.ModelProt
 
 
 def _for_inference(student: nn.Module) -> nn.Module:
-    """A CPU copy in eval mode and float32, with train-time branches merged."""
+    """A CPU copy in eval mode and float32, with train-time branches merged.
+
+    A ViT's attention spells itself out: torch's fused one becomes a dozen shape computations
+    around the same two products, which hide them from TensorRT's fused kernel. FastViT's
+    stays: ONNX Runtime 1.32 fails on an fp16 graph of its spelt-out form (AttentionFusion).
+    """
+    from timm.models.vision_transformer import Attention  # type: ignore[attr-defined]
+    from timm.utils.model import reparameterize_model
+
     module = copy.deepcopy(student).cpu().float().eval()
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    from timm.utils.model import reparameterize_model
-
+    for part in module.modules():
+        if isinstance(part, Attention):
+            part.fused_attn = False  # type: ignore[misc]
     merged: nn.Module = reparameterize_model(module, inplace=True)
     return merged
 
@@ -312,7 +328,7 @@ def _graph_embeds(
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    try:
+    with _onnxruntime_errors():
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]
         )
@@ -326,9 +342,20 @@ def _graph_embeds(
             (embeds,) = session.run([OUTPUT_NAME], {INPUT_NAME: batch})
             pieces.append(np.asarray(embeds, np.float32))
             start += size
+    return np.concatenate(pieces), rows
+
+
+@contextlib.contextmanager
+def _onnxruntime_errors() -> Iterator[None]:
+    """Turn what ONNX Runtime raises, which has no base but Exception, into ExportErrors."""
+    import onnxruntime
+
+    try:
+        yield
+    except ParityError:
+        raise
     except Exception as error:
         raise ExportError(
             f"ONNX Runtime {onnxruntime.__version__} cannot run the exported graph: "
             + " ".join(str(error).split())
         ) from error
-    return np.concatenate(pieces), rows

@@ -17,7 +17,7 @@ from torch import nn
 
 from dimefm_edge.data.scenes import scene_image
 from dimefm_edge.errors import ExportError, ParityError, UnknownNameError
-from dimefm_edge.export.onnx import OnnxGraph, check_parity, export_onnx
+from dimefm_edge.export.onnx import OnnxGraph, _student_embeds, check_parity, export_onnx
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.students import StudentSpec, build_student, hybrid_spec, vit_spec
 
@@ -36,11 +36,13 @@ def images() -> npt.NDArray[np.float32]:
 
 
 def trained_like(family: str) -> nn.Module:
-    """A student whose norms have statistics of real images, as after training."""
+    """A student without two equal weights, its norms with statistics of images."""
     torch.manual_seed(0)
     student = build_student(SPECS[family])
     pictures = [scene_image(1000 + i) for i in range(32)]
     with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
         student(torch.from_numpy(preprocess_images(pictures, PreprocessSpec(SIDE))))
     return student.eval()
 
@@ -65,6 +67,45 @@ def vit(images: npt.NDArray[np.float32], tmp_path_factory: pytest.TempPathFactor
             for precision in ("fp32", "fp16")
         },
     )  # fmt: skip
+
+
+# Operators that the ONNX parser of TensorRT 10.1 reads (operators.md of onnx-tensorrt, branch
+# 10.1-GA, the newest public table below 10.3), among those that image encoders come out as.
+TENSORRT_OPS = """
+    Add AveragePool BatchNormalization Cast Clip Concat Constant Conv Div Einsum Erf Exp Expand
+    Flatten Gather Gelu Gemm GlobalAveragePool GlobalMaxPool GroupNormalization HardSigmoid
+    HardSwish Identity InstanceNormalization LayerNormalization LeakyRelu LpNormalization MatMul
+    Max MaxPool Min Mul Neg PRelu Pad Pow Reciprocal ReduceL2 ReduceMax ReduceMean ReduceSum Relu
+    Reshape Resize Shape Sigmoid Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh Transpose
+    Unsqueeze Where
+"""
+# The input that it wants as an initializer.
+TENSORRT_CONSTANT_INPUTS = {
+    "Slice": 3, "Squeeze": 1, "Unsqueeze": 1, "ReduceL2": 1, "ReduceMean": 1, "ReduceMax": 1,
+    "ReduceSum": 1, "Pad": 3, "Conv": 1, "BatchNormalization": 1,
+}  # fmt: skip
+TENSORRT_TYPES = {
+    onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT32,
+    onnx.TensorProto.INT64, onnx.TensorProto.BOOL,
+}  # fmt: skip
+
+
+def check_tensorrt_limits(model: onnx.ModelProto) -> None:
+    """What can be told without TensorRT about whether JetPack 6's 10.3 would read a graph."""
+    assert model.ir_version <= 10  # onnx 1.16, which its parser is built with
+    assert [(o.domain, o.version <= 20) for o in model.opset_import] == [("", True)]
+    assert not model.functions
+    graph = model.graph
+    assert {node.op_type for node in graph.node} <= set(TENSORRT_OPS.split())
+    assert {tensor.data_type for tensor in graph.initializer} <= TENSORRT_TYPES
+    assert {v.type.tensor_type.elem_type for v in graph.value_info} <= TENSORRT_TYPES
+    constants = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        place = TENSORRT_CONSTANT_INPUTS.get(node.op_type, len(node.input))
+        assert len(node.input) <= place or node.input[place] in constants, node
+        assert len(node.output) == 1 or node.op_type == "Split", node  # no indices, no statistics
+        if node.op_type == "Cast":
+            assert node.input[0] not in constants, node
 
 
 def has_attention(student: nn.Module) -> bool:
@@ -101,6 +142,9 @@ def test_every_family_exports_and_answers_as_torch_does(
     model = onnx.load(path)
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
     assert {p.key: p.value for p in model.metadata_props} == {"student": "a test"}
+    check_tensorrt_limits(model)
+    norms = [m for m in student.modules() if isinstance(m, nn.LayerNorm)]
+    assert graph.op_counts.get("LayerNormalization", 0) == len(norms)
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
     assert str(Path(torch.__file__).parent).encode() not in path.read_bytes()
     # The hybrid's attention has one in front, which no convolution can absorb.
@@ -132,6 +176,8 @@ def test_vit_graph_has_norms_and_gelu_as_single_nodes(vit: Exported) -> None:
         assert graph.op_counts["LayerNormalization"] == norms
         assert graph.op_counts["Gelu"] == 2
         assert graph.op_counts["Softmax"] == 2
+        assert graph.op_counts["MatMul"] == 2 * 6  # qkv, both products, output, mlp: nothing else
+        assert graph.op_counts["Shape"] == 1  # of the batch: attention computes no shapes
         assert not {"Erf", "Sqrt", "Pow", "Constant", "Identity"} & set(graph.op_counts)
     half = {k: n for k, n in vit.graphs["fp16"].op_counts.items() if k != "Cast"}
     assert half == vit.graphs["fp32"].op_counts
@@ -152,6 +198,9 @@ def test_fp16_keeps_norms_softmax_and_the_last_division_in_fp32(vit: Exported) -
     seen = set()
     producers = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
+        if node.op_type == "LayerNormalization":
+            assert [types[name] for name in node.input] == [full] * 3
+            assert set(node.input[1:]) <= {i.name for i in graph.initializer}
         if node.op_type in wanted:
             seen.add(node.op_type)
             assert types[node.output[0]] == wanted[node.op_type], node.op_type
@@ -181,6 +230,26 @@ def test_parity_error_names_the_worst_image_and_both_figures(
     expected[:] = np.nan
     with pytest.raises(ParityError, match="max abs difference nan, cosine nan"):
         check_parity(path, expected, images=images, precision=precision)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_failed_export_keeps_the_file_that_was_there(
+    precision: str,
+    images: npt.NDArray[np.float32],
+    vit: Exported,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"good")
+    wrong = -_student_embeds(vit.student, images)
+    monkeypatch.setattr("dimefm_edge.export.onnx._student_embeds", lambda *_: wrong)
+    with pytest.raises(ParityError, match="does not answer as the student does"):
+        export_onnx(
+            vit.student, path, image_size=SIDE, precision=precision, parity_images=images,
+            metadata={},
+        )  # fmt: skip
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("model.onnx", b"good")]
 
 
 def test_parity_runs_every_batch_size_on_a_single_image(
