@@ -9,6 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import stat
+import struct
+import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,8 +28,17 @@ INPUT_NAME = "image"
 OUTPUT_NAME = "image_embeds"
 MAX_MANIFEST_BYTES = 2**23
 EXPORT_AGAIN = "export it again: dimefm-edge export RUN --out BUNDLE"
+ARCHIVE_ERRORS = (
+    OSError, EOFError, RuntimeError, ValueError, struct.error, zlib.error,
+    zipfile.BadZipFile, zipfile.LargeZipFile,
+)  # fmt: skip
+"""What zipfile raises, all in all, on an archive that is damaged or forged."""
 
 _MAX_IMAGE_SIZE = 8192
+_MAX_UNPACKED_BYTES = 2**32
+# Weights hardly compress; 64 MiB may be empty space (a model of zeros), more must be earned.
+_MAX_RATIO = 100
+_FREE_BYTES = 2**26
 
 
 def parse_manifest(data: bytes, *, where: str) -> dict[str, Any]:
@@ -73,6 +86,43 @@ def is_safe_name(name: str) -> bool:
         return False
     parts = name.split("/")
     return not PurePosixPath(name).is_absolute() and not any(p in ("", ".", "..") for p in parts)
+
+
+def checked_members(archive: zipfile.ZipFile, *, where: str) -> dict[str, zipfile.ZipInfo]:
+    """An archive's files by name, once none of them can do harm when unpacked.
+
+    Raises:
+        CheckpointError: If a name leaves the bundle or comes twice, a member is a link,
+            encrypted or packed in an unusual way, or all of them unpack to too much.
+    """
+    members: dict[str, zipfile.ZipInfo] = {}
+    hint = "get the bundle from somewhere you trust, or " + EXPORT_AGAIN
+    for member in archive.infolist():
+        # zipfile itself mends some names; the raw one tells the intent.
+        name = member.orig_filename
+        if not is_safe_name(name.rstrip("/")) or name.startswith("/"):
+            raise CheckpointError(f"{where}: the file name {name!r} leaves the bundle", hint=hint)
+        kind = stat.S_IFMT(member.external_attr >> 16)
+        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise CheckpointError(
+                f"{where}: {name} is a link; a bundle holds files only", hint=hint
+            )
+        if name in members:
+            raise CheckpointError(f"{where} holds {name} twice", hint=hint)
+        if member.flag_bits & 1:
+            raise CheckpointError(f"{where}: {name} is encrypted", hint=hint)
+        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise CheckpointError(f"{where}: {name} is compressed in an unusual way", hint=hint)
+        members[name] = member
+    total = sum(member.file_size for member in members.values())
+    packed = sum(member.compress_size for member in members.values())
+    if total > _MAX_UNPACKED_BYTES or total > _FREE_BYTES + _MAX_RATIO * packed:
+        raise CheckpointError(
+            f"{where} would unpack from {packed / 2**20:.1f} MiB to {total / 2**20:.0f} MiB: "
+            "no bundle does",
+            hint=hint,
+        )
+    return members
 
 
 def sha256_of(path: Path) -> str:

@@ -1,11 +1,15 @@
 """Bundles on disk: everything is built beside the destination and moved there when whole.
 
 A destination that is not a bundle of ours is never replaced, nor one that holds other files.
+Where the system can (Linux), the old bundle and the new one change places in a single step;
+what a killed export left beside the destination is cleared away by the next.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import glob
 import json
 import os
 import shutil
@@ -20,11 +24,13 @@ from typing import Any
 from dimefm_edge.errors import CheckpointError, ExportError, InputError
 from dimefm_edge.labels import LabelBank, save_label_banks
 from dimefm_edge.manifest import (
+    ARCHIVE_ERRORS,
     BUNDLE_FORMAT,
     FORMAT_VERSION,
     LABELS_FILE,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
+    checked_members,
     parse_manifest,
     sha256_of,
 )
@@ -33,6 +39,7 @@ _PACKAGES = (
     "dimefm_edge", "torch", "timm", "open_clip_torch", "onnx", "onnxscript", "onnxruntime",
     "numpy", "pillow",
 )  # fmt: skip
+_COPY_BYTES = 2**20
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # equal bundles make equal archives
 
 
@@ -49,6 +56,10 @@ def check_destination(out: Path) -> None:
         raise InputError(f"{out} is a link and is not replaced", hint=hint)
     if out.is_dir() and is_zip_path(out):
         raise InputError(f"{out} is a folder but names a .zip", hint=hint)
+    if out.resolve() == Path.cwd():
+        raise InputError(
+            "the current folder would be replaced under your feet", hint="--out bundle"
+        )
     if out.is_file() and not is_zip_path(out):
         raise InputError(f"{out} is a file; a bundle there would be a folder", hint=hint)
     try:
@@ -56,7 +67,7 @@ def check_destination(out: Path) -> None:
         if not found and out.is_dir():
             return
         manifest = parse_manifest(found.pop(MANIFEST_FILE, b""), where=str(out))
-    except (CheckpointError, OSError, zipfile.BadZipFile) as error:
+    except (CheckpointError, *ARCHIVE_ERRORS) as error:
         raise InputError(f"{out} exists and is not a bundle of ours", hint=hint) from error
     others = sorted(set(found) - set(manifest["files"]))
     if others:
@@ -85,9 +96,11 @@ def building(out: Path) -> Iterator[Path]:
     check_destination(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _clear_leftovers(out)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
     except OSError as error:
         raise _cannot_write(out, error) from error
+    lock = _lock(work)
     try:
         folder = work / "bundle"
         folder.mkdir()
@@ -95,13 +108,17 @@ def building(out: Path) -> Iterator[Path]:
         check_destination(out)
         if is_zip_path(out):
             _pack(folder, work / "bundle.zip")
+            _flush(work / "bundle.zip")
             (work / "bundle.zip").replace(out)
         else:
+            _flush(*(folder / name for name in _list_folder(folder)))
             _swap(folder, out, work / "old")
     except OSError as error:
         raise _cannot_write(out, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def write_bundle(
@@ -151,8 +168,8 @@ def record_accuracy(bundle: Path, accuracy: Mapping[str, Any]) -> None:
         raise CheckpointError(f"no bundle at {bundle}", hint="dimefm-edge export RUN")
     with building(bundle) as folder:
         if is_zip_path(bundle):
-            check_destination(bundle)
             with zipfile.ZipFile(bundle) as archive:
+                checked_members(archive, where=str(bundle))
                 archive.extractall(folder)
         else:
             shutil.copytree(bundle, folder, dirs_exist_ok=True)
@@ -200,7 +217,14 @@ def _pack(folder: Path, path: Path) -> None:
             member = zipfile.ZipInfo(name, _ZIP_DATE)
             member.external_attr = 0o644 << 16
             with (folder / name).open("rb") as source, archive.open(member, "w") as sink:
-                shutil.copyfileobj(source, sink, 2**20)
+                shutil.copyfileobj(source, sink, _COPY_BYTES)
+
+
+def _flush(*paths: Path) -> None:
+    """See that files are on the disk before a rename makes them count."""
+    for path in paths:
+        with path.open("rb" if os.name == "posix" else "rb+") as stream:
+            os.fsync(stream.fileno())
 
 
 def _swap(folder: Path, out: Path, old: Path) -> None:
@@ -208,12 +232,54 @@ def _swap(folder: Path, out: Path, old: Path) -> None:
     if not out.exists():
         folder.rename(out)
         return
-    out.rename(old)
+    if _exchange(folder, out):
+        return
     try:
+        out.rename(old)
         folder.rename(out)
     except BaseException:
-        old.rename(out)
+        if old.exists() and not out.exists():
+            old.rename(out)
         raise
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where the system cannot."""
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # not Linux with glibc
+        return False
+    return bool(rename(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold a folder as long as this process lives; None if it is held, or cannot be."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _clear_leftovers(out: Path) -> None:
+    """Remove what killed exports to `out` left behind; those that still run hold theirs."""
+    for work in out.parent.glob(f".{glob.escape(out.name)}.{'?' * 8}.part"):
+        lock = _lock(work)
+        if lock is None:
+            continue
+        if (work / "old").exists() and not out.exists():  # killed between two renames
+            (work / "old").rename(out)
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
 
 
 def _cannot_write(out: Path, error: OSError) -> ExportError:

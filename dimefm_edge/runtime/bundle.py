@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import stat
 import tempfile
 import weakref
 import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,22 +18,19 @@ from typing import Any
 from dimefm_edge.errors import CheckpointError
 from dimefm_edge.labels import LabelBank, load_label_banks
 from dimefm_edge.manifest import (
+    ARCHIVE_ERRORS,
     EXPORT_AGAIN,
     LABELS_FILE,
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     MODEL_FILE,
-    is_safe_name,
+    checked_members,
     parse_manifest,
     preprocess_of,
     sha256_of,
 )
 from dimefm_edge.preprocess import PreprocessSpec
 
-_MAX_UNPACKED_BYTES = 2**32
-# Weights hardly compress; 64 MiB may be empty space (a model of zeros), more must be earned.
-_MAX_RATIO = 100
-_FREE_BYTES = 2**26
 _CHUNK_BYTES = 2**20
 _COPY_AGAIN = "copy or download the bundle again, or " + EXPORT_AGAIN
 
@@ -88,7 +83,7 @@ def load_bundle(path: Path | str) -> Bundle:
             return _load_folder(path)
         if path.is_file():
             return _load_zip(path)
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+    except ARCHIVE_ERRORS as error:
         raise CheckpointError(
             f"cannot read the bundle {path}: {error}", hint=_COPY_AGAIN
         ) from error
@@ -125,7 +120,7 @@ def _load_zip(path: Path) -> Bundle:
             f"{path} is no bundle: neither a folder nor a whole .zip archive", hint=_COPY_AGAIN
         )
     with zipfile.ZipFile(path) as archive:
-        members = _checked_members(archive, path)
+        members = checked_members(archive, where=str(path))
         prefix = _prefix(members, path)
         head = members[prefix + MANIFEST_FILE]
         if head.file_size > MAX_MANIFEST_BYTES:
@@ -146,36 +141,6 @@ def _load_zip(path: Path) -> Bundle:
             raise
     weakref.finalize(bundle, shutil.rmtree, folder, ignore_errors=True)
     return bundle
-
-
-def _checked_members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
-    """The archive's files by name, once none of them can do harm."""
-    members: dict[str, zipfile.ZipInfo] = {}
-    hint = "get the bundle from somewhere you trust, or " + EXPORT_AGAIN
-    for member in archive.infolist():
-        # zipfile itself mends some names; the raw one tells the intent.
-        name = member.orig_filename
-        if not is_safe_name(name.rstrip("/")) or name.startswith("/"):
-            raise CheckpointError(f"{path}: the file name {name!r} leaves the bundle", hint=hint)
-        kind = stat.S_IFMT(member.external_attr >> 16)
-        if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise CheckpointError(f"{path}: {name} is a link; a bundle holds files only", hint=hint)
-        if name in members:
-            raise CheckpointError(f"{path} holds {name} twice", hint=hint)
-        if member.flag_bits & 1:
-            raise CheckpointError(f"{path}: {name} is encrypted", hint=hint)
-        if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise CheckpointError(f"{path}: {name} is compressed in an unusual way", hint=hint)
-        members[name] = member
-    total = sum(member.file_size for member in members.values())
-    packed = sum(member.compress_size for member in members.values())
-    if total > _MAX_UNPACKED_BYTES or total > _FREE_BYTES + _MAX_RATIO * packed:
-        raise CheckpointError(
-            f"{path} would unpack from {packed / 2**20:.1f} MiB to {total / 2**20:.0f} MiB: "
-            "no bundle does",
-            hint=hint,
-        )
-    return members
 
 
 def _prefix(members: dict[str, zipfile.ZipInfo], path: Path) -> str:

@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -19,13 +21,17 @@ import torch
 from dimefm_edge.data.scenes import scene_image
 from dimefm_edge.errors import CheckpointError, ExportError, InputError, UnknownNameError
 from dimefm_edge.export import export_student, record_accuracy
-from dimefm_edge.export.bundle import building
+from dimefm_edge.export.bundle import building, write_bundle
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.runtime import load_bundle, load_engine
 from dimefm_edge.students import LoadedStudent, build_student, vit_spec
 
 SIDE, DIM = 32, 24
+FIELDS = {
+    "name": "x", "spec": {}, "precision": "fp32", "opset": 20, "parity": {}, "logit_scale": 1.0,
+    "preprocess": PreprocessSpec(SIDE).to_dict(), "embed_dim": DIM,
+}  # fmt: skip
 
 
 def bank(name: str = "pets", dim: int = DIM) -> LabelBank:
@@ -246,6 +252,101 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
     assert not list(tmp_path.iterdir())
+
+
+REPLACE_FOREVER = """
+import shutil, sys
+from pathlib import Path
+from dimefm_edge.export.bundle import building
+out, source = Path(sys.argv[1]), Path(sys.argv[2])
+print("ready", flush=True)
+while True:
+    with building(out) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["bundle", "bundle.zip"])
+def test_a_killed_export_destroys_nothing(name: str, exported: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / name
+    source = exported.rename(tmp_path / "source")
+    with building(out) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
+    for pause_ms in (1, 7, 20):
+        with subprocess.Popen(
+            [sys.executable, "-c", REPLACE_FOREVER, str(out), str(source)],
+            stdout=subprocess.PIPE, cwd=Path(__file__).parents[3],
+        ) as child:  # fmt: skip
+            assert child.stdout is not None
+            assert child.stdout.readline() == b"ready\n"
+            time.sleep(pause_ms / 1000)
+            child.kill()
+        assert load_bundle(out).logit_scale == 10.0
+    record_accuracy(out, {})  # the next one clears away what the killed ones left
+    assert [p.name for p in out.parent.iterdir()] == [name]
+
+
+def test_what_another_export_is_building_is_left_alone(tmp_path: Path) -> None:
+    with building(tmp_path / "bundle") as first:
+        with building(tmp_path / "bundle") as second:
+            (second / "model.onnx").write_bytes(b"weights")
+            write_bundle(second, FIELDS, label_banks=())
+        assert first.is_dir()
+        (first / "model.onnx").write_bytes(b"others")
+        write_bundle(first, FIELDS, label_banks=())
+    assert (tmp_path / "bundle" / "model.onnx").read_bytes() == b"others"
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_where_two_folders_cannot_change_places(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cannot = ("dimefm_edge.export.bundle._exchange", lambda *_: False)
+    monkeypatch.setattr(*cannot)
+    record_accuracy(exported, {"a": 1})
+    assert load_bundle(exported).manifest["accuracy"] == {"a": 1}
+    rename, moved = Path.rename, []
+
+    def fail_at_the_second(self: Path, target: Path) -> Path:
+        moved.append(target)
+        if len(moved) == 2:
+            raise OSError(5, "no")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", fail_at_the_second)
+        with pytest.raises(ExportError, match=r"cannot write .*bundle: Input/output error"):
+            record_accuracy(exported, {"a": 2})
+    assert len(moved) == 3
+    assert load_bundle(exported).manifest["accuracy"] == {"a": 1}
+    # Killed between the two renames: the old bundle is in what was left.
+    work = tmp_path / ".bundle.abcdefgh.part"
+    work.mkdir()
+    exported.rename(work / "old")
+    with pytest.raises(RuntimeError, match="fails"), building(exported):
+        raise RuntimeError("this one fails as well")
+    assert load_bundle(exported).manifest["accuracy"] == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_the_current_folder_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in (Path(), tmp_path):
+        with pytest.raises(InputError, match=r"current folder .*\n  try: --out"), building(out):
+            pass
+
+
+def test_a_bomb_is_not_unpacked_to_note_its_accuracy(exported: Path, tmp_path: Path) -> None:
+    with (exported / "model.onnx").open("wb") as stream:
+        stream.truncate(200 * 2**20)  # zeros: 200 MiB that deflate to 200 KiB
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in exported.iterdir():
+            archive.write(file, file.name)
+    with pytest.raises(CheckpointError, match="MiB to 200 MiB: no bundle does"):
+        record_accuracy(tmp_path / "bomb.zip", {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["bomb.zip", "bundle"]
 
 
 def test_equal_bundles_make_equal_archives(tmp_path: Path) -> None:

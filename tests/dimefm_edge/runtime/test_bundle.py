@@ -225,6 +225,16 @@ def test_a_member_that_is_longer_than_it_says(bundle_dir: Path) -> None:
     refused(path, "cannot read the bundle")
 
 
+def test_names_that_are_no_text_in_an_archive(bundle_dir: Path) -> None:
+    path = zip_folder(bundle_dir)
+    data = bytearray(path.read_bytes())
+    place = data.rindex(b"PK\x01\x02")
+    data[place + 9] |= 8  # the name is said to be UTF-8
+    data[place + 46] = 0xFF
+    path.write_bytes(data)
+    refused(path, "cannot read the bundle")
+
+
 def test_an_encrypted_archive_is_refused(bundle_dir: Path) -> None:
     path = zip_folder(bundle_dir)
     data = bytearray(path.read_bytes())
