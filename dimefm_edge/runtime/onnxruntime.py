@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dimefm_edge.errors import CheckpointError, MissingExtraError
+from dimefm_edge.errors import CheckpointError, DimeFMError, MissingExtraError
 from dimefm_edge.manifest import EXPORT_AGAIN, INPUT_NAME, OUTPUT_NAME
 from dimefm_edge.preprocess import PreprocessSpec, normalise_pixels
 
@@ -50,7 +50,12 @@ class OnnxRuntimeEngine:
         self._check_signature(model_path)
 
     def encode_image(self, image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Embed preprocessed images: (B, 3, S, S) float32 -> (B, E) float32, L2-normalised."""
+        """Embed preprocessed images: (B, 3, S, S) float32 -> (B, E) float32, L2-normalised.
+
+        Raises:
+            DimeFMError: If ONNX Runtime fails, for want of memory say.
+            ValueError: If the shape or type is another.
+        """
         side = self._preprocess.image_size
         if image.ndim != 4 or image.shape[1:] != (3, side, side) or image.dtype != np.float32:
             raise ValueError(
@@ -58,7 +63,13 @@ class OnnxRuntimeEngine:
             )
         if not len(image):
             return np.empty((0, self.embed_dim), np.float32)
-        (embeds,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: image})
+        try:
+            (embeds,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: image})
+        except Exception as error:  # no public base but Exception
+            raise DimeFMError(
+                f"ONNX Runtime cannot run the model on {len(image)} images: {_reason(error)}",
+                hint="fewer images at once, or close something: memory may have run out",
+            ) from error
         return np.asarray(embeds, np.float32)
 
     def encode_pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
@@ -105,11 +116,15 @@ def _load_session(model_path: Path, threads: int) -> Any:
         )
     # ONNX Runtime's own exceptions share no public base but Exception.
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {model_path}: {reason}",
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {model_path}: {_reason(error)}",
             hint="pip install --upgrade onnxruntime, or " + EXPORT_AGAIN,
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what ONNX Runtime says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def count_physical_cores() -> int:

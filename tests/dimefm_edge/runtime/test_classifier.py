@@ -51,7 +51,7 @@ def test_any_mode_and_size(exported_bundle: Path, mode: str, size: tuple[int, in
 
 def test_bad_requests(exported_bundle: Path) -> None:
     classifier = ZeroShotClassifier(str(exported_bundle), threads=1)
-    with pytest.raises(UnknownNameError, match="unknown label set 'pairs'. Did you mean 'pair'"):
+    with pytest.raises(UnknownNameError, match=r"unknown label set 'pairs'\. Did you mean 'pair'"):
         classifier.classify([scene_image(0)], labels="pairs")
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
         classifier.classify([scene_image(0)], top_k=0)

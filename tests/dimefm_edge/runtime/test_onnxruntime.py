@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from dimefm_edge.data.scenes import scene_image
-from dimefm_edge.errors import CheckpointError, UnknownNameError
+from dimefm_edge.errors import CheckpointError, DimeFMError, UnknownNameError
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images, resize_image
 from dimefm_edge.runtime import load_bundle, load_engine
 from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine, count_physical_cores
@@ -48,8 +48,21 @@ def test_wrong_shapes_are_value_errors(exported_bundle: Path) -> None:
         engine.encode_pixels(np.zeros((1, 32, 32, 3), np.float32))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="threads must not be negative, got -1"):
         load_engine(load_bundle(exported_bundle), threads=-1)
-    with pytest.raises(UnknownNameError, match="unknown engine 'onnx'. Did you mean 'onnxruntime'"):
+    with pytest.raises(UnknownNameError, match=r"unknown engine 'onnx'\. Did you mean"):
         load_engine(load_bundle(exported_bundle), engine="onnx")
+
+
+def test_a_failing_run_is_one_line(exported_bundle: Path) -> None:
+    engine = load_engine(load_bundle(exported_bundle), threads=1)
+    assert isinstance(engine, OnnxRuntimeEngine)
+
+    class Exhausted:
+        def run(self, *_: object) -> None:
+            raise RuntimeError("bad allocation\nand a stack trace")
+
+    engine._session = Exhausted()
+    with pytest.raises(DimeFMError, match=r"run the model on 2 images: bad allocation\n  try: few"):
+        engine.encode_pixels(np.zeros((2, 32, 32, 3), np.uint8))
 
 
 def test_a_graph_of_other_sizes_than_the_manifest_says(exported_bundle: Path) -> None:
