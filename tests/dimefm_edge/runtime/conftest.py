@@ -1,4 +1,4 @@
-"""One real bundle, exported once: a tiny ViT with two label sets."""
+"""One real student, exported once in each precision: a tiny ViT with two label sets."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def exported_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Do not change it: `bundle_dir` is a copy."""
+def exported_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By precision. Do not change them: `bundle_dir` is a copy."""
     import torch
 
     from dimefm_edge.data.scenes import scene_image
@@ -31,11 +31,19 @@ def exported_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         LabelBank("images", tuple(f"image {i}" for i in range(4)), ("{c}",), embeds),
         LabelBank("pair", ("second", "first"), ("{c}",), np.ascontiguousarray(embeds[1::-1])),
     ]
-    out = tmp_path_factory.mktemp("exported") / "bundle"
-    return export_student(
-        LoadedStudent(student, spec, PreprocessSpec(32), {}), out,
-        label_banks=banks, parity_images=images, logit_scale=100.0,
-    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("exported")
+    return {
+        precision: export_student(
+            LoadedStudent(student, spec, PreprocessSpec(32), {}), folder / precision,
+            precision=precision, label_banks=banks, parity_images=images, logit_scale=100.0,
+        )
+        for precision in ("fp32", "fp16")
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def exported_bundle(exported_bundles: dict[str, Path]) -> Path:
+    return exported_bundles["fp32"]
 
 
 @pytest.fixture
