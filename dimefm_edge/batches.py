@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dimefm_edge.config import TrainConfig
+from dimefm_edge.config import DEFAULT_MIN_CROP, TrainConfig
 from dimefm_edge.data.augment import random_crops, seeded_generator
 from dimefm_edge.data.images import ImagePool, PixelCache, decode_batches
 from dimefm_edge.data.store import EmbeddingStore
@@ -62,7 +62,7 @@ class BatchPlan:
     def __init__(self, data: DistillData, train: TrainConfig, ranks: Ranks) -> None:
         self._data, self._train, self._ranks = data, train, ranks
         self._valid_rows = data.images.valid_rows()
-        self._epoch: tuple[int, Rows] = (-1, self._valid_rows)
+        self._epochs: dict[int, Rows] = {}
 
     def image_rows(self, step: int) -> Rows:
         """(batch_size,) rows of the global batch: consecutive pieces of shuffled epochs."""
@@ -87,7 +87,7 @@ class BatchPlan:
         text_rows = np.sort(rng.integers(0, len(data.texts), train.text_batch_size))
         crops = random_crops(
             train.batch_size,
-            min_crop=train.min_crop,
+            min_crop=DEFAULT_MIN_CROP if train.min_crop is None else train.min_crop,
             flip=train.flip is not False,
             generator=seeded_generator(train.seed, _CROPS, step),
         )
@@ -107,10 +107,12 @@ class BatchPlan:
             yield self.batch(step, batch_pixels)
 
     def _order(self, epoch: int) -> Rows:
-        if self._epoch[0] != epoch:
+        if epoch not in self._epochs:
             rng = np.random.default_rng([self._train.seed, _IMAGES, epoch])
-            self._epoch = (epoch, rng.permutation(self._valid_rows))
-        return self._epoch[1]
+            # Pixels are fetched ahead of their batches: the epoch before is still asked for.
+            self._epochs = {e: rows for e, rows in self._epochs.items() if e == epoch - 1}
+            self._epochs[epoch] = rng.permutation(self._valid_rows)
+        return self._epochs[epoch]
 
 
 @dataclass(frozen=True)

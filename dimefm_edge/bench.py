@@ -7,7 +7,6 @@ the memory that took, in a process of its own.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -266,26 +265,17 @@ def _memory_mib(path: Path, *, batch_size: int, image_size: int, threads: int) -
         return None
 
 
-def _peak_mib() -> float:
-    """Of this program alone: getrusage's peak starts at that of the process that started it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**10
-    return peak_rss_mib()
-
-
 def _main(words: Sequence[str]) -> None:
     import onnxruntime  # noqa: F401  (part of the bare process)
 
     path, batch_size, image_size, threads = words
-    before = _peak_mib()
+    before = peak_rss_mib()
     call = onnx_call(
         Path(path), batch_size=int(batch_size), image_size=int(image_size), threads=int(threads)
     )
     for _ in range(3):
         call()
-    sys.stdout.write(json.dumps({"memory_mib": _peak_mib() - before}))
+    sys.stdout.write(json.dumps({"memory_mib": peak_rss_mib() - before}))
 
 
 if __name__ == "__main__":

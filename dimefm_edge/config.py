@@ -24,6 +24,8 @@ else:  # JetPack 6 has Python 3.10
 
 C = TypeVar("C")
 
+DEFAULT_EPOCHS, DEFAULT_MIN_CROP = 20.0, 0.5
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -37,7 +39,7 @@ class DataConfig:
     `scenes[:COUNT]`."""
     eval_sets: tuple[str, ...] = ()
     """Labelled test sets: class folders or CLIP-benchmark folders, `scenes`,
-    `scenes-relations`. Default: the scenes sets when the images are scenes, else none."""
+    `scenes-relations`. Default: `scenes` when the images are scenes, else none."""
     image_column: str = "image"
     """Column of images in Parquet files and Hugging Face data sets."""
     text_column: str = "text"
@@ -108,11 +110,11 @@ class LossConfig:
 class TrainConfig:
     """How the student is trained."""
 
-    epochs: float = 20.0
-    """Passes over the images; `steps` overrides it."""
+    epochs: float | None = None
+    """Passes over the images; `steps` overrides it. Default: 20, or 5 for scenes."""
     steps: int | None = None
     """Optimiser steps in all."""
-    batch_size: int = 256
+    batch_size: int = 128
     """Images per step, over all ranks."""
     text_batch_size: int = 512
     """Sentences per step, over all ranks."""
@@ -130,8 +132,9 @@ class TrainConfig:
     """Gradient norm is clipped to this; 0 does not clip."""
     ema_decay: float = 0.998
     """Exponential moving average of the weights, which is what is exported; 0 turns it off."""
-    min_crop: float = 0.5
-    """Smallest area of the random crop, as a share of the image."""
+    min_crop: float | None = None
+    """Smallest area of the random crop, as a share of the image. Default: 0.5, or 0.9 for
+    scenes, whose few objects a crop cuts away."""
     flip: bool | None = None
     """Mirror half of the images. Default: on, but off for scenes, where left and right
     matter."""
@@ -147,16 +150,15 @@ class TrainConfig:
     """CPU threads of torch; 0 leaves the default."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "text_batch_size", "accumulate", "lr"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.steps is not None and self.steps <= 0:
-            raise ConfigError(f"steps must be positive, got {self.steps}")
+        for name in ("epochs", "steps", "batch_size", "text_batch_size", "accumulate", "lr"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} must be positive, got {value}")
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})"
             )
-        if not 0 < self.min_crop <= 1:
+        if self.min_crop is not None and not 0 < self.min_crop <= 1:
             raise ConfigError(f"min_crop must be in (0, 1], got {self.min_crop}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")

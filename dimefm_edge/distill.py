@@ -125,7 +125,7 @@ class _Loop:
         self.data, self.loss, self.train, self.run_dir = data, loss, train, run_dir
         self.save_weights, self.evaluate = save_weights, evaluate
         # Convolutions are a quarter faster in this layout, on CPUs and GPUs.
-        self.student = student.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.student: nn.Module = student.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
         self.net: nn.Module = self.student
         if self.ranks.world_size > 1:
             self.net = nn.parallel.DistributedDataParallel(self.student)
@@ -333,7 +333,7 @@ class _Loop:
             CheckpointError: If it is damaged, or its settings or data are not this run's.
         """
         state = load_state(self.run_dir)
-        wanted, found = self._identity(), state["plan"]
+        wanted, found = self._identity(), state.get("plan", {})
         changed = [key for key in wanted if wanted[key] != found.get(key)]
         if changed:
             pairs = ", ".join(f"{k} was {found.get(k)} and is {wanted[k]}" for k in changed)
@@ -341,12 +341,18 @@ class _Loop:
                 f"cannot resume {self.run_dir}: {pairs}",
                 hint="give the same flags, or another --out",
             )
-        self.student.load_state_dict(state["student"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best, self.last_loss = state["step"], state["best"], state["loss"]
+        try:
+            self.student.load_state_dict(state["student"])
+            if self.ema is not None:
+                self.ema.module.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.step, self.best, self.last_loss = state["step"], state["best"], state["loss"]
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise CheckpointError(
+                f"{self.run_dir / STATE_FILE} is not this student's: {str(error)[:120]}",
+                hint="another --out",
+            ) from error
         logger.info("resuming at step %d of %d", self.step, self.total)
 
     def _identity(self) -> dict[str, Any]:

@@ -7,14 +7,15 @@ import math
 import torch
 from torch import nn
 
-from dimefm_edge.config import TrainConfig
+from dimefm_edge.config import DEFAULT_EPOCHS, TrainConfig
 
 _UNDECAYED = ("pos_embed", "cls_token", "embedding", "gamma")
 
 
 def count_steps(train: TrainConfig, num_images: int) -> int:
     """Optimiser steps of a run over `num_images` images."""
-    return train.steps or max(1, round(train.epochs * num_images / train.batch_size))
+    epochs = DEFAULT_EPOCHS if train.epochs is None else train.epochs
+    return train.steps or max(1, round(epochs * num_images / train.batch_size))
 
 
 def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:

@@ -27,7 +27,7 @@ from torch import nn
 
 from dimefm_edge import config as config_file
 from dimefm_edge.batches import CachedPixels, DecodedPixels, DistillData, PixelSource
-from dimefm_edge.config import RunConfig, StudentConfig
+from dimefm_edge.config import DEFAULT_EPOCHS, DEFAULT_MIN_CROP, RunConfig, StudentConfig
 from dimefm_edge.data.images import (
     ImagePool,
     PixelCache,
@@ -65,6 +65,12 @@ logger = logging.getLogger(__name__)
 _PIXEL_CACHE_BYTES = 4 * 2**30
 _NUM_PARITY_IMAGES = 32
 _SCENES = "scenes"
+_TRAIN = {
+    "epochs": config_file.DEFAULT_EPOCHS,
+    "min_crop": config_file.DEFAULT_MIN_CROP,
+    "flip": True,
+}
+_SCENES_TRAIN = {"epochs": 5.0, "min_crop": 0.9, "flip": False}
 
 
 def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
@@ -164,12 +170,13 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
 def resolve(config: RunConfig) -> RunConfig:
     """Fill in the defaults that depend on the data, so that the saved config says them."""
     is_scenes = all(source.partition(":")[0] == _SCENES for source in config.data.images)
-    eval_sets = config.data.eval_sets or ((_SCENES, "scenes-relations") if is_scenes else ())
-    flip = not is_scenes if config.train.flip is None else config.train.flip
+    defaults: dict[str, Any] = _SCENES_TRAIN if is_scenes else _TRAIN
+    unset = {k: v for k, v in defaults.items() if getattr(config.train, k) is None}
+    eval_sets = config.data.eval_sets or ((_SCENES,) if is_scenes else ())
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, eval_sets=eval_sets),
-        train=dataclasses.replace(config.train, flip=flip),
+        train=dataclasses.replace(config.train, **unset),
     )
 
 

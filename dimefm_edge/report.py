@@ -18,8 +18,10 @@ class AccuracyRow:
 
     @property
     def retention_pct(self) -> float:
-        """The student's top-1 as a share of the teacher's."""
-        return 100 * self.student.top1_pct / max(self.teacher.top1_pct, 1e-9)
+        """The student's top-1 as a share of the teacher's; 0 where the teacher knows nothing."""
+        if not self.teacher.top1_pct:
+            return 0.0
+        return 100 * self.student.top1_pct / self.teacher.top1_pct
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,12 @@ def test_the_walk_leaves_what_the_contract_says(words, tmp_path, labelled_dir, c
     code, report = _run_json(words, capsys)
     assert code == 0, report
     run_dir = tmp_path / "run"
-    for name in ("config.toml", "checkpoint.safetensors", "training_state.pt", "metrics.jsonl",
-                 "report.json", "report.md", "fit.png", "bundle/model.onnx",
-                 "bundle/manifest.json", "bundle/labels.npz", "store/images/manifest.json"):  # fmt: skip
+    files = (
+        "config.toml", "checkpoint.safetensors", "training_state.pt", "metrics.jsonl",
+        "report.json", "report.md", "fit.png", "bundle/model.onnx", "bundle/manifest.json",
+        "bundle/labels.npz", "store/images/manifest.json",
+    )  # fmt: skip
+    for name in files:
         assert (run_dir / name).is_file(), name
     assert json.loads((run_dir / "report.json").read_text()) == report
     assert report["data"] == {
@@ -118,7 +121,8 @@ def test_a_second_run_is_refused_and_resuming_a_finished_one_changes_nothing(
 
 
 def test_a_killed_run_resumes_to_the_same_weights(words, tmp_path, capsys):
-    words = [*_replaced(words, "--steps", 40), "--save-every", "2", "--amp", "off", "--threads", "1"]  # fmt: skip
+    words = [*_replaced(words, "--steps", 40), "--save-every", "2", "--amp", "off"]
+    words += ["--threads", "1"]
     assert cli.main(words) == 0
     killed_dir = tmp_path / "killed"
     killed = _replaced(words, "--out", killed_dir)
@@ -290,11 +294,11 @@ def test_a_full_disk_is_one_line_and_loses_nothing(words, tmp_path):
 
 def test_resolve_says_what_depends_on_the_data(tmp_path):
     scenes = resolve(RunConfig())
-    assert scenes.data.eval_sets == ("scenes", "scenes-relations")
-    assert scenes.train.flip is False
+    assert scenes.data.eval_sets == ("scenes",)
+    assert (scenes.train.flip, scenes.train.epochs, scenes.train.min_crop) == (False, 5, 0.9)
     own = resolve(RunConfig(data=DataConfig(images=("photos",), texts=("lines.txt",))))
     assert own.data.eval_sets == ()
-    assert own.train.flip is True
+    assert (own.train.flip, own.train.epochs, own.train.min_crop) == (True, 20, 0.5)
     chosen = resolve(RunConfig(train=TrainConfig(flip=True, epochs=3)))
     assert chosen.train.flip is True
     assert chosen.train.epochs == 3

@@ -93,7 +93,7 @@ def test_dry_run_prints_settings_that_make_the_same_run(tmp_path, capsys):
     path.write_text(capsys.readouterr().out)
     settings = load(path, RunConfig)
     assert settings.train.epochs == 3
-    assert settings.data.eval_sets == ("scenes", "scenes-relations")
+    assert settings.data.eval_sets == ("scenes",)
     assert settings == pipeline.resolve(settings)
     assert not (tmp_path / "run").exists()
     code, values = _json(capsys, *words)
