@@ -27,7 +27,7 @@ from torch import nn
 
 from dimefm_edge import config as config_file
 from dimefm_edge.batches import CachedPixels, DecodedPixels, DistillData, PixelSource
-from dimefm_edge.config import DEFAULT_EPOCHS, DEFAULT_MIN_CROP, RunConfig, StudentConfig
+from dimefm_edge.config import RunConfig, StudentConfig
 from dimefm_edge.data.images import (
     ImagePool,
     PixelCache,
