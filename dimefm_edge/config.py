@@ -111,7 +111,7 @@ class TrainConfig:
     """How the student is trained."""
 
     epochs: float | None = None
-    """Passes over the images; `steps` overrides it. Default: 20, or 5 for scenes."""
+    """Passes over the images; `steps` overrides it. Default: 20, or 6 for scenes."""
     steps: int | None = None
     """Optimiser steps in all."""
     batch_size: int = 128
