@@ -111,7 +111,7 @@ class TrainConfig:
     """How the student is trained."""
 
     epochs: float | None = None
-    """Passes over the images; `steps` overrides it. Default: 20, or 6 for scenes."""
+    """Passes over the images; `steps` overrides it. Default: 20, or 5 for scenes."""
     steps: int | None = None
     """Optimiser steps in all."""
     batch_size: int = 128
@@ -143,7 +143,7 @@ class TrainConfig:
     a CPU."""
     seed: int = 0
     eval_every: int = 0
-    """Steps between zero-shot evaluations; 0 makes about five."""
+    """Steps between zero-shot evaluations; 0 makes about three."""
     save_every: int = 0
     """Steps between checkpoints; 0 makes about ten."""
     threads: int = 0

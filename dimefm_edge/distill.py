@@ -139,7 +139,7 @@ class _Loop:
         )
         self.num_images = len(data.images.valid_rows())
         self.total = count_steps(train, self.num_images)
-        self.eval_every = train.eval_every or max(1, math.ceil(self.total / 5))
+        self.eval_every = train.eval_every or max(1, math.ceil(self.total / 3))
         self.save_every = train.save_every or max(1, math.ceil(self.total / 10))
         self.step = 0
         self.best: dict[str, float] = {}

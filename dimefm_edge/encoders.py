@@ -1,4 +1,4 @@
-"""A torch module as a function from pixels to embeddings, for evaluation."""
+"""A torch module as a function from pixels to embeddings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from dimefm_edge.preprocess import PreprocessSpec
@@ -14,18 +15,31 @@ from dimefm_edge.preprocess import PreprocessSpec
 EncodePixels = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 """(B, S, S, 3) uint8 pixels -> (B, E) float32, L2-normalised."""
 
+_CPU_BATCH = 64  # activations that stay in the cache: half as fast again as 256 at once
 
-def module_encoder(student: nn.Module, preprocess: PreprocessSpec) -> EncodePixels:
-    """Wrap a student, which normalises its own embeddings, on the device it lies on."""
-    device = next(student.parameters()).device
+
+def module_encoder(tower: nn.Module, preprocess: PreprocessSpec) -> EncodePixels:
+    """Wrap an image tower, on the device it lies on; in fp16 on a GPU.
+
+    Args:
+        tower: (B, 3, S, S) float, preprocessed -> (B, E), normalised or not.
+        preprocess: Mean and standard deviation of its pixels.
+    """
+    device = next(tower.parameters()).device
+    is_gpu = device.type == "cuda"
     mean = torch.tensor(preprocess.mean, device=device).view(1, 3, 1, 1) * 255
     std = torch.tensor(preprocess.std, device=device).view(1, 3, 1, 1) * 255
 
     def encode(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        batch = torch.from_numpy(np.array(pixels)).to(device)
-        with torch.inference_mode():
-            embeds = student((batch.permute(0, 3, 1, 2).float() - mean) / std)
-        array: npt.NDArray[np.float32] = embeds.float().cpu().numpy()
+        # The copy is for torch, which warns of read-only arrays such as memory maps.
+        batch = torch.from_numpy(np.array(pixels)).to(device, non_blocking=True)
+        size = len(batch) if is_gpu else _CPU_BATCH
+        embeds = []
+        with torch.inference_mode(), torch.autocast(device.type, torch.float16, enabled=is_gpu):
+            for start in range(0, len(batch), size):
+                images = batch[start : start + size].permute(0, 3, 1, 2).float()
+                embeds.append(tower((images - mean) / std).float())
+            array: npt.NDArray[np.float32] = F.normalize(torch.cat(embeds), dim=-1).cpu().numpy()
         return array
 
     return encode

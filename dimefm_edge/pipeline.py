@@ -70,7 +70,7 @@ _TRAIN = {
     "min_crop": config_file.DEFAULT_MIN_CROP,
     "flip": True,
 }
-_SCENES_TRAIN = {"epochs": 6.0, "min_crop": 0.9, "flip": False}
+_SCENES_TRAIN = {"epochs": 5.0, "min_crop": 0.9, "flip": False}
 
 
 def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:

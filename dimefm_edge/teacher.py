@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dimefm_edge.encoders import module_encoder
 from dimefm_edge.errors import CheckpointError, DimeFMError, UnknownNameError, lookup
 from dimefm_edge.preprocess import PreprocessSpec
 
@@ -31,8 +32,6 @@ OPEN_CLIP_CONFIG = "open_clip_config.json"
 RUN_CHECKPOINT = "checkpoint.safetensors"
 TEXT_TEACHER_KEY = "teacher"
 """Metadata key of a run's checkpoint: the teacher whose text side the student answers to."""
-
-_CPU_BATCH = 64  # activations that stay in the cache: half as fast again as 256 at once
 
 Tokenize = Callable[[Sequence[str]], Tensor]
 
@@ -72,23 +71,11 @@ class Teacher:
         self.image_tower = image_tower
         self.encode_text_tokens = encode_text
         self.tokenize = tokenize
-        self._mean = torch.tensor(preprocess.mean, device=device).view(1, 3, 1, 1) * 255
-        self._std = torch.tensor(preprocess.std, device=device).view(1, 3, 1, 1) * 255
+        self._encode_pixels = module_encoder(image_tower, preprocess)
 
-    @torch.inference_mode()
     def encode_images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Embed (B, S, S, 3) uint8 pixels, already resized: (B, E) float32, L2-normalised."""
-        # The copy is for torch, which warns of read-only arrays such as memory maps.
-        batch = torch.from_numpy(np.array(pixels)).to(self.device, non_blocking=True)
-        size = _CPU_BATCH if self.device.type == "cpu" else len(batch)
-        starts = range(0, len(batch), size)
-        return _normalised(torch.cat([self._image_embeds(batch[s : s + size]) for s in starts]))
-
-    def _image_embeds(self, pixels: Tensor) -> Tensor:
-        images = (pixels.permute(0, 3, 1, 2).float() - self._mean) / self._std
-        with self._autocast():
-            embeds: Tensor = self.image_tower(images)
-        return embeds
+        return self._encode_pixels(pixels)
 
     @torch.inference_mode()
     def encode_texts(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:

@@ -295,7 +295,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(words, tmp_path):
 def test_resolve_says_what_depends_on_the_data(tmp_path):
     scenes = resolve(RunConfig())
     assert scenes.data.eval_sets == ("scenes",)
-    assert (scenes.train.flip, scenes.train.epochs, scenes.train.min_crop) == (False, 6, 0.9)
+    assert (scenes.train.flip, scenes.train.epochs, scenes.train.min_crop) == (False, 5, 0.9)
     own = resolve(RunConfig(data=DataConfig(images=("photos",), texts=("lines.txt",))))
     assert own.data.eval_sets == ()
     assert (own.train.flip, own.train.epochs, own.train.min_crop) == (True, 20, 0.5)
