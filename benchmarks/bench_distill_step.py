@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--images", type=int, default=2048)
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--uncached", action="store_true", help="decode images in every step")
     parser.add_argument("--source", default=None, help="images; default: scenes")
     parser.add_argument("--json", action="store_true")
