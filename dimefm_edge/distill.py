@@ -270,10 +270,13 @@ class _Loop:
                 }
                 if log is not None:
                     log.write(self.step - 1, values)
-                self._save_and_evaluate(log, is_stopping=stop.is_set)
-                if stop.is_set:
+                is_stopping = stop.is_set  # asked once: a signal may come while saving
+                self._save_and_evaluate(log, is_stopping=is_stopping)
+                if is_stopping:
                     batches.close()  # type: ignore[attr-defined]
                     raise KeyboardInterrupt
+            if stop.is_set:  # while the last step was saved
+                raise KeyboardInterrupt
         seconds = time.perf_counter() - started
         done = self.step - first
         return DistillReport(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from open_clip.transformer import VisionTransformer
@@ -133,10 +131,3 @@ def test_the_report_is_plain_values_and_a_plot(report, tmp_path):
     with Image.open(tmp_path / "fit.png") as image:
         assert image.format == "PNG"
         assert len(image.convert("RGB").getcolors(1 << 20)) > 50
-
-
-def test_a_fit_takes_seconds(teacher):
-    trace_student.cache_clear()
-    start = time.perf_counter()
-    fit_student("jetson-orin-nano", **SIZES, **teacher)
-    assert time.perf_counter() - start < 20  # about 4 s when the machine is idle
