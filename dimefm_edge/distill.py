@@ -158,9 +158,8 @@ class _Loop:
         image_embeds = batch.image_embeds.to(self.device)
         text_embeds = batch.text_embeds.to(self.device)
         pixels = torch.from_numpy(batch.pixels).to(self.device, non_blocking=True)
-        images = crop_batch(
-            (pixels.permute(0, 3, 1, 2).float() - self.mean) / self.std, batch.crops
-        ).contiguous(memory_format=torch.channels_last)
+        images = crop_batch(pixels.permute(0, 3, 1, 2).float(), batch.crops)
+        images = images.sub_(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
         per_rank = image_embeds.view(ranks.world_size, -1, image_embeds.shape[1])
         terms: dict[str, float] = {}
         for index in range(train.accumulate):

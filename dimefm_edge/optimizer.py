@@ -39,4 +39,4 @@ def build_optimizer(student: nn.Module, train: TrainConfig) -> torch.optim.AdamW
         {"params": decayed, "weight_decay": train.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.999))
+    return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.999), fused=True)
