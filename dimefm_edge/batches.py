@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,7 +145,7 @@ class DecodedPixels:
             yield batch.pixels
 
 
-def prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
+def prefetch(batches: Iterator[Batch]) -> Generator[Batch]:
     """Prepare batches in a thread; its errors are raised here."""
     ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_PREFETCH_BATCHES)
     stopped = threading.Event()

@@ -247,8 +247,8 @@ class _Loop:
             else contextlib.nullcontext() as log,
             training_progress(self.total, self.step, show=self.ranks.is_main) as advance,
             StopSignal() as stop,
+            contextlib.closing(prefetch(plan.batches(self.step, self.total))) as batches,
         ):
-            batches = prefetch(plan.batches(self.step, self.total))
             while self.step < self.total:
                 begun = time.perf_counter()
                 batch = next(batches)
@@ -272,7 +272,6 @@ class _Loop:
                 is_stopping = stop.is_set  # asked once: a signal may come while saving
                 self._save_and_evaluate(log, is_stopping=is_stopping)
                 if is_stopping:
-                    batches.close()  # type: ignore[attr-defined]
                     raise KeyboardInterrupt
             if stop.is_set:  # while the last step was saved
                 raise KeyboardInterrupt
