@@ -1,4 +1,4 @@
-# make run: the main job, from nothing to a report.  make test: everything that must hold.
+# make run: the main job, from nothing to a report; stopped, it goes on where it was.  make test: everything that must hold.
 PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.10; do \
   $$p -c 'import sys; assert sys.version_info >= (3, 10)' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 run: setup
-	$(BIN)/dimefm-edge distill --target jetson-orin --out runs/first $(ARGS)
+	$(BIN)/dimefm-edge distill --target jetson-orin --out runs/first --resume $(ARGS)
 
 test: setup
 	$(BIN)/ruff check .
