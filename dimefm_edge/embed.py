@@ -6,21 +6,20 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dimefm_edge.data.images import ImagePool, PixelCache, decode_batches
+from dimefm_edge.data.images import ImagePool, PixelCache, decode_batches, row_batches
 from dimefm_edge.data.sentences import SentencePool
 from dimefm_edge.data.store import (
     DEFAULT_SHARD_ROWS,
     EmbeddingStore,
-    Rows,
     StoreManifest,
     StoreWriter,
 )
@@ -78,18 +77,7 @@ def embed_images(
     """
     if not len(pool):
         raise DataError("there is no image to embed", hint="check --images")
-    wanted = StoreManifest(
-        kind="images",
-        teacher=teacher.name,
-        weights_hash=teacher.weights_hash,
-        preprocess_hash=teacher.preprocess.digest(),
-        source=pool.fingerprint,
-        embed_dim=teacher.embed_dim,
-        logit_scale=teacher.logit_scale,
-        num_rows=len(pool),
-        shard_rows=shard_rows,
-    )
-    writer = StoreWriter.create_or_resume(store_dir, wanted)
+    writer = _open_writer(teacher, "images", pool, store_dir, shard_rows)
     manifest = writer.manifest  # a store that is there keeps its own shard_rows
     missing = writer.missing_shards()
     kept = {shard: manifest.rows_of(shard) for shard in range(manifest.num_shards)}
@@ -99,7 +87,7 @@ def embed_images(
     guard = _BadImages(pool, max_bad, known_bad)
     rows_todo = sum(len(manifest.rows_of(shard)) for shard in missing)
     with embed_progress("embed images", rows_todo) as advance:
-        batches = _row_batches([manifest.rows_of(shard) for shard in missing], batch_size)
+        batches = row_batches([manifest.rows_of(shard) for shard in missing], batch_size)
         decoded = decode_batches(pool, batches, teacher.preprocess, workers=workers)
         for shard in missing:
             rows = manifest.rows_of(shard)
@@ -117,7 +105,7 @@ def embed_images(
             writer.write_shard(shard, embeds, bad_rows=bad)
     if cache is not None and not cache.is_complete:
         # Shards of an earlier run were embedded without this cache: decode them for it.
-        batches = _row_batches(kept.values(), batch_size)
+        batches = row_batches(kept.values(), batch_size)
         for batch in decode_batches(pool, batches, teacher.preprocess, workers=workers):
             _check_still_bad(pool, batch.bad_rows, known_bad)
             if len(batch.rows):
@@ -143,18 +131,7 @@ def embed_texts(
     """
     if not len(sentences):
         raise DataError("there is no sentence to embed", hint="check --texts")
-    wanted = StoreManifest(
-        kind="texts",
-        teacher=teacher.name,
-        weights_hash=teacher.weights_hash,
-        preprocess_hash="",
-        source=sentences.fingerprint,
-        embed_dim=teacher.embed_dim,
-        logit_scale=teacher.logit_scale,
-        num_rows=len(sentences),
-        shard_rows=shard_rows,
-    )
-    writer = StoreWriter.create_or_resume(store_dir, wanted)
+    writer = _open_writer(teacher, "texts", sentences, store_dir, shard_rows)
     manifest = writer.manifest  # a store that is there keeps its own shard_rows
     missing = set(writer.missing_shards())
     todo = sum(len(manifest.rows_of(shard)) for shard in missing)
@@ -172,6 +149,27 @@ def embed_texts(
                 advance(len(batch))
             writer.write_shard(shard, embeds)
     return writer.finish()
+
+
+def _open_writer(
+    teacher: Encoder,
+    kind: Literal["images", "texts"],
+    pool: ImagePool | SentencePool,
+    store_dir: Path,
+    shard_rows: int,
+) -> StoreWriter:
+    wanted = StoreManifest(
+        kind=kind,
+        teacher=teacher.name,
+        weights_hash=teacher.weights_hash,
+        preprocess_hash=teacher.preprocess.digest() if kind == "images" else "",
+        source=pool.fingerprint,
+        embed_dim=teacher.embed_dim,
+        logit_scale=teacher.logit_scale,
+        num_rows=len(pool),
+        shard_rows=shard_rows,
+    )
+    return StoreWriter.create_or_resume(store_dir, wanted)
 
 
 @contextlib.contextmanager
@@ -248,9 +246,3 @@ def _take(stream: Iterator[str], count: int) -> list[str]:
             hint="leave their files alone and run again, with another --store",
         )
     return taken
-
-
-def _row_batches(ranges: Iterable[range], batch_size: int) -> Iterator[Rows]:
-    for rows in ranges:
-        for start in range(rows.start, rows.stop, batch_size):
-            yield np.arange(start, min(start + batch_size, rows.stop), dtype=np.int64)

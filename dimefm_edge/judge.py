@@ -24,7 +24,7 @@ from dimefm_edge.latency.estimate import estimate_latency, trace_ops
 from dimefm_edge.latency.measure import LatencyReport, measure_interleaved
 from dimefm_edge.preprocess import PreprocessSpec
 from dimefm_edge.report import AccuracyRow, ModelRow
-from dimefm_edge.runtime import load_bundle, load_engine
+from dimefm_edge.runtime import Bundle, load_engine
 from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine
 from dimefm_edge.targets import Target
 from dimefm_edge.teacher import Teacher
@@ -59,10 +59,9 @@ def _score(
 
 
 def compare_accuracy(
-    eval_sets: Sequence[LabelledSet], banks: Sequence[LabelBank], teacher: Teacher, bundle_dir: Path
+    eval_sets: Sequence[LabelledSet], banks: Sequence[LabelBank], teacher: Teacher, bundle: Bundle
 ) -> tuple[AccuracyRow, ...]:
     """The student's accuracy is that of the exported graph, not of the torch module."""
-    bundle = load_bundle(bundle_dir)
     engine = load_engine(bundle)
     teacher_reports = _score(teacher.encode_images, teacher.preprocess, eval_sets, banks)
     student_reports = _score(engine.encode_pixels, bundle.preprocess, eval_sets, banks)
@@ -80,15 +79,15 @@ class _Normalised(nn.Module):
         return F.normalize(self.tower(image), dim=-1)
 
 
-def compare_latency(teacher: Teacher, bundle_dir: Path) -> tuple[LatencyReport, LatencyReport]:
+def compare_latency(teacher: Teacher, bundle: Bundle) -> tuple[LatencyReport, LatencyReport]:
     """Teacher and student on one image, in turn, both as ONNX graphs in the same runtime.
 
     A teacher that cannot be exported is measured in PyTorch, and named so.
     """
-    student = load_engine(load_bundle(bundle_dir))
+    student = load_engine(bundle)
     side = teacher.preprocess.image_size
     image = np.random.default_rng(0).normal(size=(1, 3, side, side)).astype(np.float32)
-    small = np.zeros((1, 3, *[load_bundle(bundle_dir).preprocess.image_size] * 2), np.float32)
+    small = np.zeros((1, 3, *[bundle.preprocess.image_size] * 2), np.float32)
     tower = _Normalised(teacher.image_tower).cpu()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "teacher.onnx"

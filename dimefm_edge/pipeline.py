@@ -138,10 +138,11 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             logit_scale=teacher.logit_scale,
             extra={"target": target.name, "teacher": teacher.name, "budget_ms": fit.budget_ms},
         )
+        bundle = load_bundle(bundle_dir)
     with clock("evaluate"):
-        accuracy = compare_accuracy(eval_sets, banks, teacher, bundle_dir)
+        accuracy = compare_accuracy(eval_sets, banks, teacher, bundle)
     with clock("measure"):
-        latencies = compare_latency(teacher, bundle_dir)
+        latencies = compare_latency(teacher, bundle)
     report = RunReport(
         run_dir=str(run_dir),
         bundle=str(bundle_dir),
@@ -157,7 +158,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         student_spec=fit.chosen.to_dict(),
         inherited=inherited,
         accuracy=accuracy,
-        parity=load_bundle(bundle_dir).manifest["parity"],
+        parity=bundle.manifest["parity"],
         training=dataclasses.asdict(trained),
         data=_data_summary(data, pool),
         seconds=clock.seconds,

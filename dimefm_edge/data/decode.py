@@ -90,6 +90,13 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         raise BadImageError(name, str(error) or type(error).__name__) from error
 
 
+def row_batches(ranges: Iterable[range], batch_size: int) -> Iterator[Rows]:
+    """Cut ranges of rows into (B,) int64 pieces for `decode_batches`; none spans two ranges."""
+    for rows in ranges:
+        for start in range(rows.start, rows.stop, batch_size):
+            yield np.arange(start, min(start + batch_size, rows.stop), dtype=np.int64)
+
+
 def decode_batches(
     pool: ImagePool, batches: Iterable[Rows], spec: PreprocessSpec, *, workers: int = 0
 ) -> Iterator[DecodedBatch]:

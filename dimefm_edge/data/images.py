@@ -8,6 +8,7 @@ from dimefm_edge.data.decode import (
     ImagePool,
     decode_batches,
     decode_image,
+    row_batches,
 )
 from dimefm_edge.data.image_pools import open_images
 from dimefm_edge.data.labelled import LabelledSet, open_labelled
@@ -23,4 +24,5 @@ __all__ = [
     "decode_image",
     "open_images",
     "open_labelled",
+    "row_batches",
 ]

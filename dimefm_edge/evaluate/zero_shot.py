@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dimefm_edge.data.images import LabelledSet, decode_batches
+from dimefm_edge.data.images import LabelledSet, decode_batches, row_batches
 from dimefm_edge.errors import DataError
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.preprocess import PreprocessSpec
@@ -62,11 +62,7 @@ def evaluate_zero_shot(
             f"'{labelled.name}' ({len(labelled.classnames)} classes)",
             hint="build the labels from the test set's own class names",
         )
-    count = len(labelled.pool)
-    batches = (
-        np.arange(start, min(start + batch_size, count), dtype=np.int64)
-        for start in range(0, count, batch_size)
-    )
+    batches = row_batches([range(len(labelled.pool))], batch_size)
     top1 = top5 = read = bad = 0
     for batch in decode_batches(labelled.pool, batches, preprocess, workers=workers):
         bad += len(batch.bad_rows)
