@@ -178,20 +178,8 @@ def _image_module(name: str, kind: str) -> tuple[Any, int]:
 
         loaded = load_student(Path(name).expanduser())
         return loaded.student, loaded.spec.image_size
-    from torch import nn
-    from torch.nn import functional as F
-
+    from dimefm_edge.encoders import Normalised
     from dimefm_edge.teacher import load_teacher
-
-    class Normalised(nn.Module):
-        """Answers in unit length, as students do."""
-
-        def __init__(self, tower: nn.Module) -> None:
-            super().__init__()
-            self.tower = tower
-
-        def forward(self, image: Any) -> Any:
-            return F.normalize(self.tower(image), dim=-1)
 
     teacher = load_teacher(name, device="cpu")
     return Normalised(teacher.image_tower).eval(), teacher.preprocess.image_size

@@ -173,13 +173,14 @@ def parse_options(name: str, words: Sequence[str]) -> CommonOptions:
         SystemExit: After `--help` was printed.
     """
     from dimefm_edge import options as options_module
+    from dimefm_edge.config import RUN_FILE
     from dimefm_edge.options import DistillOptions, defaults_from
 
     kind: type[CommonOptions] = getattr(options_module, COMMANDS[name].options)
     parsed = _parse(name, words, kind())
     source = parsed.config
     if isinstance(parsed, DistillOptions) and parsed.resume and source is None:
-        saved = Path(parsed.run.out) / "config.toml"
+        saved = Path(parsed.run.out) / RUN_FILE
         source = saved if saved.is_file() else None
     if source is None:
         return parsed

@@ -25,6 +25,8 @@ else:  # JetPack 6 has Python 3.10
 C = TypeVar("C")
 
 DEFAULT_EPOCHS, DEFAULT_MIN_CROP = 20.0, 0.5
+RUN_FILE = "config.toml"
+"""A run's resolved settings, in its folder."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +202,16 @@ def load(path: Path, kind: type[C]) -> C:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     return from_dict(values, kind, where=str(path))
+
+
+def load_saved(run_dir: Path) -> RunConfig | None:
+    """The settings that a run keeps in its folder; None where there are none.
+
+    Raises:
+        ConfigError: As `load`.
+    """
+    path = run_dir / RUN_FILE
+    return load(path, RunConfig) if path.is_file() else None
 
 
 def save(config: Any, path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from dimefm_edge.preprocess import PreprocessSpec
 
@@ -16,6 +16,17 @@ EncodePixels = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 """(B, S, S, 3) uint8 pixels -> (B, E) float32, L2-normalised."""
 
 _CPU_BATCH = 64  # activations that stay in the cache: half as fast again as 256 at once
+
+
+class Normalised(nn.Module):
+    """A teacher's image tower that answers in unit length, as students do."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, image: Tensor) -> Tensor:
+        return F.normalize(self.tower(image), dim=-1)
 
 
 def module_encoder(tower: nn.Module, preprocess: PreprocessSpec) -> EncodePixels:

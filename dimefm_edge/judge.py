@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dimefm_edge.data.images import LabelledSet
-from dimefm_edge.encoders import EncodePixels, module_encoder
+from dimefm_edge.encoders import EncodePixels, Normalised, module_encoder
 from dimefm_edge.errors import ExportError, ParityError
 from dimefm_edge.evaluate.zero_shot import ZeroShotReport, evaluate_zero_shot
 from dimefm_edge.export import export_onnx
@@ -68,17 +67,6 @@ def compare_accuracy(
     return tuple(AccuracyRow(t, s) for t, s in zip(teacher_reports, student_reports, strict=True))
 
 
-class _Normalised(nn.Module):
-    """A teacher's image tower that normalises its embeddings, as students do."""
-
-    def __init__(self, tower: nn.Module) -> None:
-        super().__init__()
-        self.tower = tower
-
-    def forward(self, image: Tensor) -> Tensor:
-        return F.normalize(self.tower(image), dim=-1)
-
-
 def compare_latency(teacher: Teacher, bundle: Bundle) -> tuple[LatencyReport, LatencyReport]:
     """Teacher and student on one image, in turn, both as ONNX graphs in the same runtime.
 
@@ -88,7 +76,7 @@ def compare_latency(teacher: Teacher, bundle: Bundle) -> tuple[LatencyReport, La
     side = teacher.preprocess.image_size
     image = np.random.default_rng(0).normal(size=(1, 3, side, side)).astype(np.float32)
     small = np.zeros((1, 3, *[bundle.preprocess.image_size] * 2), np.float32)
-    tower = _Normalised(teacher.image_tower).cpu()
+    tower = Normalised(teacher.image_tower).cpu()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "teacher.onnx"
         call: Callable[[], object]

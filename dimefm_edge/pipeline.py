@@ -187,7 +187,7 @@ def resolve(config: RunConfig) -> RunConfig:
 def _open_run(config: RunConfig, *, resume: bool, ranks: Ranks) -> Path:
     """Make the run folder, or go on in one; another run is never overwritten."""
     run_dir = Path(config.out)
-    saved = run_dir / "config.toml"
+    saved = run_dir / config_file.RUN_FILE
     if ranks.is_main:
         if saved.is_file() and not resume:
             raise ConfigError(

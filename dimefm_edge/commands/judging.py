@@ -66,14 +66,13 @@ def run_eval(options: EvalOptions) -> Outcome:
 
 def _own_sets(subject: str) -> tuple[str, ...]:
     """The test sets of the run that this is, or whose bundle it is."""
-    from dimefm_edge import config as config_file
-    from dimefm_edge.config import RunConfig
+    from dimefm_edge.config import load_saved
 
     path = Path(subject).expanduser()
-    for folder in (path, path.parent) if path.is_dir() else ():
-        if (folder / "config.toml").is_file():
-            return config_file.load(folder / "config.toml", RunConfig).data.eval_sets
-    return ()
+    if not path.is_dir():
+        return ()
+    saved = load_saved(path) or load_saved(path.parent)
+    return saved.data.eval_sets if saved else ()
 
 
 def _text_side(teacher: str, subject: Subject) -> EncodeTexts:

@@ -146,8 +146,7 @@ def run_export(options: ExportOptions) -> Outcome:
 
 def _baked(run_dir: Path, metadata: dict[str, str]) -> tuple[Sequence[LabelBank], dict[str, Any]]:
     """Label banks and origin of a run: its bundle's, else made from its test sets."""
-    from dimefm_edge import config as config_file
-    from dimefm_edge.config import RunConfig
+    from dimefm_edge.config import load_saved
     from dimefm_edge.data.images import open_labelled
     from dimefm_edge.labels import build_label_bank
     from dimefm_edge.runtime import load_bundle
@@ -157,8 +156,8 @@ def _baked(run_dir: Path, metadata: dict[str, str]) -> tuple[Sequence[LabelBank]
     extra = {"target": metadata.get("target"), "teacher": teacher}
     if (run_dir / "bundle" / "manifest.json").is_file():
         return list(load_bundle(run_dir / "bundle").label_banks.values()), extra
-    settings = run_dir / "config.toml"
-    sources = config_file.load(settings, RunConfig).data.eval_sets if settings.is_file() else ()
+    saved = load_saved(run_dir)
+    sources = saved.data.eval_sets if saved else ()
     if not sources or teacher is None:
         return [], extra
     encode_texts = load_teacher(teacher).encode_texts
@@ -170,21 +169,19 @@ def _baked(run_dir: Path, metadata: dict[str, str]) -> tuple[Sequence[LabelBank]
 def _parity_images(
     options: ExportOptions, run_dir: Path, preprocess: PreprocessSpec
 ) -> npt.NDArray[np.float32]:
-    from dimefm_edge import config as config_file
-    from dimefm_edge.config import RunConfig
+    from dimefm_edge.config import load_saved
     from dimefm_edge.data.images import open_images
     from dimefm_edge.preprocess import preprocess_images
 
-    settings = run_dir / "config.toml"
     sources, column = options.images, options.image_column
     if not sources:
-        if not settings.is_file():
+        saved = load_saved(run_dir)
+        if saved is None:
             raise ConfigError(
                 f"{run_dir} has no config.toml that names images to check parity on",
                 hint="--images with a folder of real images",
             )
-        data = config_file.load(settings, RunConfig).data
-        sources, column = data.images, data.image_column
+        sources, column = saved.data.images, saved.data.image_column
     images = _first_images(open_images(sources, column=column))
     if not images:
         raise DataError("none of the images can be read", hint="--images with real images")
