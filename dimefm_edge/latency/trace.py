@@ -82,7 +82,7 @@ def _trace(module: nn.Module, image_size: int, batch: int) -> list[OpCost]:
     }
     image = torch.empty(batch, 3, image_size, image_size, device="meta", dtype=torch.float32)
     weights = {name for name, _ in module.named_parameters()}
-    recorder = _Recorder({id(value) for name, value in metas.items() if name in weights})
+    recorder = _Recorder([value for name, value in metas.items() if name in weights])
     was_training = [m for m in module.modules() if m.training]
     module.eval()
     try:
@@ -97,9 +97,10 @@ def _trace(module: nn.Module, image_size: int, batch: int) -> list[OpCost]:
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Writes down each operation; views are free, pointwise ones join the kernel before."""
 
-    def __init__(self, parameter_ids: set[int]) -> None:
+    def __init__(self, parameters: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.parameter_ids = parameter_ids
+        self.sizes = {id(p): _numel(p) for p in parameters}
+        self.parameter_ids = set(self.sizes)
         self.counted: set[int] = set()
         self.ops: list[OpCost] = []
         self.scores: tuple[int, float] | None = None  # a softmax: its kernel, its bytes
@@ -160,10 +161,11 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.ops[idx] = replace(first, flops=first.flops + op.flops, bytes=moved)
 
     def _new_params(self, tensors: list[Tensor]) -> int:
-        mine = {id(t): _numel(t) for t in tensors if id(t) in self.parameter_ids}
-        fresh = {i: n for i, n in mine.items() if self._root(i) not in self.counted}
-        self.counted |= {self._root(i) for i in fresh}
-        return sum(fresh.values())
+        """Weights that are read for the first time, whole or in part: of each, all of it."""
+        roots = {self._root(id(t)) for t in tensors if id(t) in self.parameter_ids}
+        fresh = roots - self.counted
+        self.counted |= fresh
+        return sum(self.sizes[root] for root in fresh)
 
     def _root(self, tensor_id: int) -> int:
         return self._roots.get(tensor_id, tensor_id)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dimefm_edge.errors import ConfigError, lookup
 from dimefm_edge.students import StudentSpec
+from dimefm_edge.students.class_token import read_class_token_only
 from dimefm_edge.students.student import Student
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
@@ -52,6 +53,7 @@ def build_vit(spec: StudentSpec) -> Student:
         norm_layer=partial(nn.LayerNorm, eps=_NORM_EPS),
         act_layer=lookup(_ACTIVATIONS, args["act"], kind="activation"),
     )
+    read_class_token_only(trunk)
     return Student(trunk, num_features=args["width"], embed_dim=spec.embed_dim)
 
 

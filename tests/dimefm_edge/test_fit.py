@@ -84,7 +84,7 @@ def test_a_bigger_budget_gives_a_bigger_student():
 
 def test_a_student_can_be_named(teacher):
     names = {
-        "vit-p8-w192-d5": (0.15, True),
+        "vit-p8-w192-d5": (0.12, True),
         "vit-nano": (0.02, False),
         "timm:resnet10t": (0.01, False),
     }
