@@ -51,6 +51,8 @@ class Target:
     """Time per kernel that no arithmetic explains, in microseconds."""
     efficiency: dict[str, float]
     """Reached share of the peak by kind of kernel: dense, attention, depthwise, bandwidth."""
+    providers: tuple[str, ...]
+    """ONNX Runtime's execution providers there, the preferred one first."""
     sm: str | None
     """CUDA architecture, such as sm_87; None on CPUs."""
     jetpack: str | None
@@ -120,6 +122,7 @@ def _target(profile: dict[str, Any], mode: str) -> Target:
         bandwidth_gbs=float(figures["bandwidth_gbs"]),
         launch_us=float(profile["launch_us"]),
         efficiency={k: float(v) for k, v in profile["efficiency"].items()},
+        providers=tuple(profile.get("providers", ("cpu",))),
         sm=profile.get("sm"),
         jetpack=profile.get("jetpack"),
         tensorrt=profile.get("tensorrt"),
