@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from dimefm_edge.data.scenes import scene_image
-from dimefm_edge.export import export_student
+from dimefm_edge.export import export_student, graph_spec
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.latency.estimate import total_gmacs, trace_ops
 from dimefm_edge.latency.measure import machine_info, measure_interleaved
@@ -140,8 +140,8 @@ def bench(
             bundles[precision] = Path(folder, precision)
             begun = time.perf_counter()
             export_student(
-                loaded, bundles[precision], precision=precision, parity_images=images,
-                logit_scale=100.0, label_banks=[random_bank(1000)],
+                loaded, bundles[precision], graph=graph_spec(None, precision=precision),
+                parity_images=images, logit_scale=100.0, label_banks=[random_bank(1000)],
             )  # fmt: skip
             values[precision] = {"export_s": time.perf_counter() - begun}
             values[precision] |= bundle_figures(bundles[precision])

@@ -150,14 +150,15 @@ def _torch_runnable(
 ) -> Runnable:
     import torch
 
-    from dimefm_edge.export import export_onnx
+    from dimefm_edge.export import export_onnx, graph_spec
 
     module, side = _image_module(name, kind)
     image = np.random.default_rng(0).normal(size=(batch_size, 3, side, side)).astype(np.float32)
     try:
         export_onnx(
-            module, path, image_size=side, precision="fp32", parity_images=image[:4], metadata={}
-        )
+            module, path, image_size=side, parity_images=image[:4], metadata={},
+            spec=graph_spec(None),
+        )  # fmt: skip
     except (ExportError, ParityError) as error:
         logger.warning("%s is measured in PyTorch: %s", name, error.args[0])
         torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ from dimefm_edge.data.images import LabelledSet
 from dimefm_edge.encoders import EncodePixels, Normalised, module_encoder
 from dimefm_edge.errors import ExportError, ParityError
 from dimefm_edge.evaluate.zero_shot import ZeroShotReport, evaluate_zero_shot
-from dimefm_edge.export import export_onnx
+from dimefm_edge.export import export_onnx, graph_spec
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.latency.estimate import estimate_latency, trace_ops
 from dimefm_edge.latency.measure import LatencyReport, measure_interleaved
@@ -82,8 +82,9 @@ def compare_latency(teacher: Teacher, bundle: Bundle) -> tuple[LatencyReport, La
         call: Callable[[], object]
         try:
             export_onnx(
-                tower, path, image_size=side, precision="fp32", parity_images=image, metadata={}
-            )
+                tower, path, image_size=side, parity_images=image, metadata={},
+                spec=graph_spec(None),
+            )  # fmt: skip
             engine = OnnxRuntimeEngine(
                 path, preprocess=teacher.preprocess, embed_dim=teacher.embed_dim
             )

@@ -26,6 +26,9 @@ MODEL_FILE = "model.onnx"
 LABELS_FILE = "labels.npz"
 INPUT_NAME = "image"
 OUTPUT_NAME = "image_embeds"
+LOGITS_NAME = "logits"
+IMAGE_INPUTS = ("float", "uint8", "image")
+"""What a graph takes: prepared numbers, resized pixels, or pixels of any size."""
 MAX_MANIFEST_BYTES = 2**23
 EXPORT_AGAIN = "export it again: dimefm-edge export RUN --out BUNDLE"
 ARCHIVE_ERRORS = (
@@ -159,6 +162,7 @@ def _check_fields(values: dict[str, Any]) -> None:
     _check_preprocess(values["preprocess"])
     _check_files(values["files"])
     _check_label_sets(values["label_sets"], LABELS_FILE in values["files"])
+    _check_graph(values.get("graph", {}), [entry["name"] for entry in values["label_sets"]])
 
 
 def _check_preprocess(values: Any) -> None:
@@ -213,6 +217,21 @@ def _check_label_sets(values: Any, has_file: bool) -> None:
             raise ValueError("label_sets: each needs a name")
         if not _is_int(entry["num_classes"]) or entry["num_classes"] <= 0:
             raise ValueError(f"label_sets: {entry['name']} has no classes")
+
+
+def _check_graph(values: Any, label_sets: list[str]) -> None:
+    if not isinstance(values, dict):
+        raise ValueError("graph must be an object")
+    batch_size, head = values.get("batch_size"), values.get("head")
+    if batch_size is not None and (not _is_int(batch_size) or batch_size <= 0):
+        raise ValueError(f"graph.batch_size must be a positive whole number, got {batch_size!r}")
+    if values.get("image_input", "float") not in IMAGE_INPUTS:
+        raise ValueError(f"graph.image_input must be one of {', '.join(IMAGE_INPUTS)}")
+    providers = values.get("providers", [])
+    if not isinstance(providers, list) or not all(isinstance(name, str) for name in providers):
+        raise ValueError("graph.providers must be a list of names")
+    if head is not None and head not in label_sets:
+        raise ValueError(f"graph.head names the label set {head!r}, which is not there")
 
 
 def _is_int(value: Any) -> bool:

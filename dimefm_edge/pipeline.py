@@ -40,7 +40,7 @@ from dimefm_edge.distill import distill
 from dimefm_edge.distributed import Ranks, join_ranks
 from dimefm_edge.embed import embed_images, embed_texts
 from dimefm_edge.errors import ConfigError, DataError
-from dimefm_edge.export import export_student, record_accuracy
+from dimefm_edge.export import export_student, graph_spec, record_accuracy
 from dimefm_edge.fit import FitReport, fit_student, plot_fit
 from dimefm_edge.judge import Scorer, compare_accuracy, compare_latency, model_row
 from dimefm_edge.labels import build_label_bank
@@ -132,7 +132,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             load_student(run_dir),
             bundle_dir,
             fmt="onnx",
-            precision=config.precision,
+            graph=graph_spec(target, precision=config.precision),
             label_banks=banks,
             parity_images=_parity_images(pool, data, preprocess),
             logit_scale=teacher.logit_scale,

@@ -103,7 +103,7 @@ def _settings(run: RunConfig) -> Outcome:
 
 def run_export(options: ExportOptions) -> Outcome:
     """Write a run as a bundle."""
-    from dimefm_edge.export import EXPORTERS, export_student
+    from dimefm_edge.export import EXPORTERS, export_student, graph_spec
     from dimefm_edge.runtime import load_bundle
     from dimefm_edge.students import load_student
     from dimefm_edge.subjects import run_logit_scale
@@ -120,7 +120,7 @@ def run_export(options: ExportOptions) -> Outcome:
         loaded,
         out,
         fmt=options.format,
-        precision=options.precision,
+        graph=graph_spec(None, precision=options.precision),
         label_banks=banks,
         parity_images=_parity_images(options, run_dir, loaded.preprocess),
         logit_scale=run_logit_scale(loaded.metadata, options.run),

@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from dimefm_edge.errors import ExportError, lookup
 from dimefm_edge.export.bundle import building, record_accuracy, write_bundle
-from dimefm_edge.export.onnx import OnnxGraph, ParityReport, check_parity, export_onnx
+from dimefm_edge.export.graph_spec import GraphSpec, graph_spec
+from dimefm_edge.export.onnx import FusionReport, OnnxGraph, export_onnx
+from dimefm_edge.export.parity import ParityReport, check_parity
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.manifest import MODEL_FILE
 
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from dimefm_edge.students import LoadedStudent
 
 __all__ = [
-    "EXPORTERS", "OnnxGraph", "ParityReport", "check_parity", "export_onnx", "export_student",
-    "record_accuracy",
+    "EXPORTERS", "FusionReport", "GraphSpec", "OnnxGraph", "ParityReport", "check_parity",
+    "export_onnx", "export_student", "graph_spec", "record_accuracy",
 ]  # fmt: skip
 
 EXPORTERS: dict[str, Callable[..., OnnxGraph]] = {"onnx": export_onnx}
@@ -33,7 +35,8 @@ def export_student(
     out: Path,
     *,
     fmt: str = "onnx",
-    precision: str = "fp32",
+    graph: GraphSpec | None = None,
+    head: str | None = None,
     label_banks: Sequence[LabelBank] = (),
     parity_images: npt.NDArray[np.float32],
     logit_scale: float,
@@ -45,7 +48,8 @@ def export_student(
         loaded: The student with its spec and preprocessing.
         out: Folder, or an archive when it ends in `.zip`. A bundle of ours there is replaced.
         fmt: A name in `EXPORTERS`.
-        precision: fp32 or fp16.
+        graph: Runtime, precision, opset, input; default: fp32 for TensorRT 10.3.
+        head: Name of a label set whose class scores the graph gives as well.
         label_banks: Label sets to bake in, the default one first.
         parity_images: (N, 3, S, S) float32, preprocessed real images; 64 are plenty.
         logit_scale: Exponentiated; the teacher's.
@@ -59,7 +63,7 @@ def export_student(
         ExportError: If the student cannot be exported or `out` cannot be written.
         InputError: If `out` exists and is not a bundle of ours.
         ParityError: If the exported graph does not answer as the student does.
-        UnknownNameError: If there is no such format or precision.
+        UnknownNameError: If there is no such format or label set.
     """
     export = lookup(EXPORTERS, fmt, kind="export format")
     spec, preprocess = loaded.spec, loaded.preprocess
@@ -74,28 +78,34 @@ def export_student(
                 f"label set '{bank.name}' has {bank.embeds.shape[1]} dimensions, the student "
                 f"{spec.embed_dim}: they are of different teachers"
             )
+    graph = graph or GraphSpec()
+    banks = {bank.name: bank for bank in label_banks}
+    head_bank = None if head is None else lookup(banks, head, kind="label set for the head")
     others = dict(extra or {})
     target, accuracy = others.pop("target", None), others.pop("accuracy", None)
     with building(out) as folder:
-        graph = export(
+        written = export(
             loaded.student,
             folder / MODEL_FILE,
             image_size=spec.image_size,
-            precision=precision,
             parity_images=parity_images,
-            metadata=_graph_metadata(loaded, precision, logit_scale),
+            metadata=_graph_metadata(loaded, graph, logit_scale),
+            spec=graph,
+            preprocess=preprocess,
+            head=head_bank,
+            logit_scale=logit_scale,
         )
         fields = {
             "name": spec.name,
             "spec": spec.to_dict(),
             "target": target,
-            "precision": precision,
+            "precision": graph.precision,
             "opset": graph.opset,
             "preprocess": preprocess.to_dict(),
             "embed_dim": spec.embed_dim,
             "logit_scale": float(logit_scale),
-            "graph": {"nodes": sum(graph.op_counts.values()), "op_counts": graph.op_counts},
-            "parity": asdict(graph.parity),
+            "graph": graph.to_dict() | {"head": head} | written.to_dict(),
+            "parity": asdict(written.parity),
             "accuracy": accuracy,
             "extra": others,
         }
@@ -103,14 +113,17 @@ def export_student(
     return out
 
 
-def _graph_metadata(loaded: LoadedStudent, precision: str, logit_scale: float) -> dict[str, str]:
+def _graph_metadata(
+    loaded: LoadedStudent, graph: GraphSpec, logit_scale: float
+) -> dict[str, str]:
     """What a `model.onnx` alone, without its bundle, should still tell."""
     preprocess = loaded.preprocess
     return {
         "producer": "dimefm_edge",
         "student": loaded.spec.name,
         "family": loaded.spec.family,
-        "precision": precision,
+        "precision": graph.precision,
+        "image_input": graph.image_input,
         "image_size": str(preprocess.image_size),
         "embed_dim": str(loaded.spec.embed_dim),
         "logit_scale": f"{logit_scale:.6g}",

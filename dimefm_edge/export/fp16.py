@@ -58,7 +58,9 @@ def convert_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     return inferred
 
 
-def check_fp16_range(model: onnx.ModelProto, images: npt.NDArray[np.float32]) -> float:
+def check_fp16_range(
+    model: onnx.ModelProto, images: npt.NDArray[np.float32], *, batch_size: int = 1
+) -> float:
     """Look for values that fp16 cannot hold, in every tensor of the graph.
 
     ONNX Runtime's CPU kernels compute much of an fp16 graph in fp32, where a GPU would not:
@@ -67,6 +69,7 @@ def check_fp16_range(model: onnx.ModelProto, images: npt.NDArray[np.float32]) ->
     Args:
         model: As `convert_to_fp16` returns it.
         images: (N, 3, S, S) float32, preprocessed; one at a time is run.
+        batch_size: The graph's, where it is fixed: the image is then repeated.
 
     Returns:
         The largest magnitude found; 65504 is the limit.
@@ -90,7 +93,8 @@ def check_fp16_range(model: onnx.ModelProto, images: npt.NDArray[np.float32]) ->
     )
     largest = 0.0
     for i in range(len(images)):
-        values = session.run(list(watched), {INPUT_NAME: images[i : i + 1]})
+        batch = images[i : i + 1].repeat(batch_size, axis=0)
+        values = session.run(list(watched), {INPUT_NAME: batch})
         for (name, node), value in zip(watched.items(), values, strict=True):
             peak = float(np.abs(value).max(initial=0))
             if not np.isfinite(peak):

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from dimefm_edge.errors import lookup
 from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine
+from dimefm_edge.runtime.providers import AUTO
 
 
 class Engine(Protocol):
@@ -25,16 +26,23 @@ class Engine(Protocol):
         """(B, S, S, 3) uint8, resized, RGB -> (B, E) float32, L2-normalised."""
 
 
-def _load_onnxruntime(bundle: Bundle, threads: int) -> Engine:
+def _load_onnxruntime(bundle: Bundle, threads: int, provider: str) -> Engine:
+    graph = bundle.manifest.get("graph", {})
     return OnnxRuntimeEngine(
         bundle.model_path,
         preprocess=bundle.preprocess,
         embed_dim=bundle.embed_dim,
         threads=threads,
+        batch_size=graph.get("batch_size"),
+        image_input=graph.get("image_input", "float"),
+        precision=bundle.precision,
+        providers=graph.get("providers", ()),
+        provider=provider or AUTO,
     )
 
 
-ENGINES: dict[str, Callable[[Bundle, int], Engine]] = {"onnxruntime": _load_onnxruntime}
+ENGINES: dict[str, Callable[[Bundle, int, str], Engine]] = {"onnxruntime": _load_onnxruntime}
+"""By name: (bundle, threads, what follows the name and a colon)."""
 
 
 def load_engine(bundle: Bundle, *, threads: int = 0, engine: str = "onnxruntime") -> Engine:
@@ -43,11 +51,14 @@ def load_engine(bundle: Bundle, *, threads: int = 0, engine: str = "onnxruntime"
     Args:
         bundle: A checked bundle; keep it while the engine is loaded.
         threads: CPU threads of one call; 0 takes one per physical core.
-        engine: A name in `ENGINES`.
+        engine: A name in `ENGINES`; ONNX Runtime's execution provider may follow, as in
+            `onnxruntime:cuda`, else it is the first of the target's that is installed.
 
     Raises:
         CheckpointError: If the engine cannot load the graph.
+        DimeFMError: If the execution provider does not start.
         MissingExtraError: If the engine's package is not installed.
-        UnknownNameError: If there is no such engine.
+        UnknownNameError: If there is no such engine or provider.
     """
-    return lookup(ENGINES, engine, kind="engine")(bundle, threads)
+    name, _, option = engine.partition(":")
+    return lookup(ENGINES, name, kind="engine")(bundle, threads, option)

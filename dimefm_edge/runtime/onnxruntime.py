@@ -1,8 +1,9 @@
-"""The ONNX Runtime engine: runs a bundle's graph on the CPU of any device."""
+"""The ONNX Runtime engine: runs a bundle's graph on the CPU of any device, or what it has."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import CheckpointError, DimeFMError, MissingExtraError
-from dimefm_edge.manifest import EXPORT_AGAIN, INPUT_NAME, OUTPUT_NAME
+from dimefm_edge.manifest import EXPORT_AGAIN, INPUT_NAME, LOGITS_NAME, OUTPUT_NAME
 from dimefm_edge.preprocess import PreprocessSpec, normalise_pixels
+from dimefm_edge.runtime.providers import (
+    AUTO,
+    check_started,
+    choose_providers,
+    session_providers,
+)
 
 _ERRORS_ONLY = 3
 _CPUS = Path("/sys/devices/system/cpu")
@@ -23,10 +30,21 @@ class OnnxRuntimeEngine:
     Attributes:
         threads: Threads of one call.
         embed_dim: Size E of the embeddings.
+        provider: What runs the graph, a name in `providers.PROVIDERS`.
     """
 
     def __init__(
-        self, model_path: Path, *, preprocess: PreprocessSpec, embed_dim: int, threads: int = 0
+        self,
+        model_path: Path,
+        *,
+        preprocess: PreprocessSpec,
+        embed_dim: int,
+        threads: int = 0,
+        batch_size: int | None = None,
+        image_input: str = "float",
+        precision: str = "fp32",
+        providers: Sequence[str] = ("cpu",),
+        provider: str = AUTO,
     ) -> None:
         """Load a graph.
 
@@ -35,18 +53,28 @@ class OnnxRuntimeEngine:
             preprocess: Gives the image size and the normalisation.
             embed_dim: Size E that the graph must answer in.
             threads: 0 takes one per physical core that this process may use.
+            batch_size: The graph's, where it is fixed.
+            image_input: One of `manifest.IMAGE_INPUTS`.
+            precision: The graph's.
+            providers: Names in `providers.PROVIDERS` that the target prefers, in order.
+            provider: One of them that must run the model, or `auto`.
 
         Raises:
             CheckpointError: If ONNX Runtime cannot load the graph, or it is not `image` to
                 `image_embeds` of these sizes.
-            MissingExtraError: If ONNX Runtime is not installed.
+            MissingExtraError: If ONNX Runtime, or the provider, is not installed.
+            UnknownNameError: If there is no such provider.
         """
         if threads < 0:
             raise ValueError(f"threads must not be negative, got {threads}")
         self.threads = threads or count_physical_cores()
         self.embed_dim = embed_dim
         self._preprocess = preprocess
-        self._session = _load_session(model_path, self.threads)
+        self._batch_size, self._image_input = batch_size, image_input
+        names = choose_providers(providers, _available_providers(), asked=provider)
+        given = session_providers(names, precision=precision)
+        self._session = _load_session(model_path, self.threads, given)
+        self.provider = check_started(names, self._session.get_providers(), asked=provider)
         self._check_signature(model_path)
 
     def encode_image(self, image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -54,37 +82,62 @@ class OnnxRuntimeEngine:
 
         Raises:
             DimeFMError: If ONNX Runtime fails, for want of memory say.
-            ValueError: If the shape or type is another.
+            ValueError: If the shape or type is another, or the graph takes pixels.
         """
+        if self._image_input != "float":
+            raise ValueError("this graph takes pixels and prepares them itself: encode_pixels")
         side = self._preprocess.image_size
         if image.ndim != 4 or image.shape[1:] != (3, side, side) or image.dtype != np.float32:
             raise ValueError(
                 f"image must be (B, 3, {side}, {side}) float32, got {image.shape} {image.dtype}"
             )
-        if not len(image):
-            return np.empty((0, self.embed_dim), np.float32)
-        try:
-            (embeds,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: image})
-        except Exception as error:  # no public base but Exception
-            raise DimeFMError(
-                f"ONNX Runtime cannot run the model on {len(image)} images: {_reason(error)}",
-                hint="fewer images at once, or close something: memory may have run out",
-            ) from error
-        return np.asarray(embeds, np.float32)
+        return self._run(image)
 
     def encode_pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Embed resized images: (B, S, S, 3) uint8, RGB -> (B, E) float32, L2-normalised."""
-        if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
+        """Embed resized images: (B, S, S, 3) uint8, RGB -> (B, E) float32, L2-normalised.
+
+        A graph that resizes takes (B, H, W, 3) of any height and width.
+        """
+        side = self._preprocess.image_size
+        is_resized = self._image_input == "image" or pixels.shape[1:3] == (side, side)
+        if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8 or not is_resized:
+            sides = "H, W" if self._image_input == "image" else f"{side}, {side}"
             raise ValueError(
-                f"pixels must be (B, S, S, 3) uint8, got {pixels.shape} {pixels.dtype}"
+                f"pixels must be (B, {sides}, 3) uint8, got {pixels.shape} {pixels.dtype}"
             )
+        if self._image_input != "float":
+            return self._run(pixels)
         return self.encode_image(normalise_pixels(pixels, self._preprocess))
+
+    def _run(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Any number of images; a graph of a fixed batch gets full ones, the last repeated."""
+        if not len(batch):
+            return np.empty((0, self.embed_dim), np.float32)
+        size = self._batch_size or len(batch)
+        rows = np.minimum(np.arange(-(-len(batch) // size) * size), len(batch) - 1)
+        try:
+            pieces = [
+                self._session.run([OUTPUT_NAME], {INPUT_NAME: batch[rows[i : i + size]]})[0]
+                for i in range(0, len(rows), size)
+            ]
+        except Exception as error:  # no public base but Exception
+            raise DimeFMError(
+                f"ONNX Runtime cannot run the model on {len(batch)} images: {_reason(error)}",
+                hint="fewer images at once, or close something: memory may have run out",
+            ) from error
+        return np.asarray(np.concatenate(pieces)[: len(batch)], np.float32)
 
     def _check_signature(self, model_path: Path) -> None:
         side = self._preprocess.image_size
         inputs = {i.name: (i.type, list(i.shape[1:])) for i in self._session.get_inputs()}
         outputs = {o.name: (o.type, list(o.shape[1:])) for o in self._session.get_outputs()}
-        wanted_in = {INPUT_NAME: ("tensor(float)", [3, side, side])}
+        outputs.pop(LOGITS_NAME, None)
+        kinds = {
+            "float": ("tensor(float)", [3, side, side]),
+            "uint8": ("tensor(uint8)", [side, side, 3]),
+            "image": ("tensor(uint8)", ["height", "width", 3]),
+        }
+        wanted_in = {INPUT_NAME: kinds[self._image_input]}
         wanted_out = {OUTPUT_NAME: ("tensor(float)", [self.embed_dim])}
         if inputs != wanted_in or outputs != wanted_out:
             raise CheckpointError(
@@ -94,13 +147,23 @@ class OnnxRuntimeEngine:
             )
 
 
-def _load_session(model_path: Path, threads: int) -> Any:
+def _import_onnxruntime() -> Any:
     try:
         import onnxruntime  # type: ignore[import-untyped]
     except ImportError as error:
         raise MissingExtraError(
             "ONNX Runtime is not installed", hint="pip install onnxruntime"
         ) from error
+    return onnxruntime
+
+
+def _available_providers() -> list[str]:
+    names: list[str] = _import_onnxruntime().get_available_providers()
+    return names
+
+
+def _load_session(model_path: Path, threads: int, providers: list[Any]) -> Any:
+    onnxruntime = _import_onnxruntime()
     options = onnxruntime.SessionOptions()
     # A count of our own also stops ONNX Runtime from pinning threads to cores, which fails
     # loudly where a container does not own them all.
@@ -111,9 +174,7 @@ def _load_session(model_path: Path, threads: int) -> Any:
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:
-        return onnxruntime.InferenceSession(
-            str(model_path), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(str(model_path), options, providers=providers)
     # ONNX Runtime's own exceptions share no public base but Exception.
     except Exception as error:
         raise CheckpointError(

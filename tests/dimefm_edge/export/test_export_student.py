@@ -20,7 +20,7 @@ import torch
 
 from dimefm_edge.data.scenes import scene_image
 from dimefm_edge.errors import CheckpointError, ExportError, InputError, UnknownNameError
-from dimefm_edge.export import export_student, record_accuracy
+from dimefm_edge.export import GraphSpec, export_student, record_accuracy
 from dimefm_edge.export.bundle import building, write_bundle
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
@@ -84,7 +84,7 @@ def test_a_bundle_tells_everything_and_answers(
 ) -> None:
     out = tmp_path / name
     returned = export_student(
-        loaded, out, precision=precision, label_banks=[bank(), bank("zoo")],
+        loaded, out, graph=GraphSpec(precision=precision), label_banks=[bank(), bank("zoo")],
         parity_images=images, logit_scale=42.5,
         extra={"target": "jetson-orin", "accuracy": {"pets": {"top1_pct": 90.0}}, "budget_ms": 3},
     )  # fmt: skip

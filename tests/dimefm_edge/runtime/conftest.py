@@ -15,7 +15,7 @@ def exported_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     import torch
 
     from dimefm_edge.data.scenes import scene_image
-    from dimefm_edge.export import export_student
+    from dimefm_edge.export import GraphSpec, export_student
     from dimefm_edge.labels import LabelBank
     from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
     from dimefm_edge.students import LoadedStudent, build_student, vit_spec
@@ -35,7 +35,8 @@ def exported_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path
     return {
         precision: export_student(
             LoadedStudent(student, spec, PreprocessSpec(32), {}), folder / precision,
-            precision=precision, label_banks=banks, parity_images=images, logit_scale=100.0,
+            graph=GraphSpec(precision=precision), label_banks=banks, parity_images=images,
+            logit_scale=100.0,
         )
         for precision in ("fp32", "fp16")
     }  # fmt: skip

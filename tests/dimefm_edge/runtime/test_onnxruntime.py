@@ -44,7 +44,7 @@ def test_wrong_shapes_are_value_errors(exported_bundle: Path) -> None:
         engine.encode_image(np.zeros((3, 32, 32), np.float32))
     with pytest.raises(ValueError, match=r"got \(1, 3, 64, 64\) float32"):
         engine.encode_image(np.zeros((1, 3, 64, 64), np.float32))
-    with pytest.raises(ValueError, match=r"pixels must be \(B, S, S, 3\) uint8, got .* float32"):
+    with pytest.raises(ValueError, match=r"pixels must be \(B, 32, 32, 3\) uint8, got .* float32"):
         engine.encode_pixels(np.zeros((1, 32, 32, 3), np.float32))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="threads must not be negative, got -1"):
         load_engine(load_bundle(exported_bundle), threads=-1)

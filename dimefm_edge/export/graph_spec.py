@@ -1,0 +1,113 @@
+"""How a graph is written: what its runtime wants, and what the user asked for.
+
+TensorRT 10 fuses attention that it finds as MatMul, Softmax, MatMul, and the parser of JetPack
+6's 10.3 reads opsets up to 20 (onnx-tensorrt's operators.md). ONNX Runtime runs its own
+MultiHeadAttention, and ONNX's Attention of opset 23 from release 1.23 on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from dimefm_edge.errors import ExportError, lookup
+from dimefm_edge.targets import Target
+
+PRECISIONS = ("fp32", "fp16", "int8")
+OPSETS = (18, 19, 20, 21, 22, 23)
+DEFAULT_OPSET = 20
+"""The newest that JetPack 6's TensorRT reads, and the first with GELU as one node."""
+ImageInput = Literal["float", "uint8", "image"]
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """What is written."""
+
+    runtime: str = "tensorrt"
+    """A key of `RUNTIME_ATTENTION`."""
+    runtime_version: str | None = None
+    """Such as 10.3; None: any."""
+    precision: str = "fp32"
+    """fp32, fp16 or int8."""
+    opset: int = DEFAULT_OPSET
+    attention: str = "decomposed"
+    """A name in `lower.ATTENTION_FORMS`."""
+    batch_size: int | None = None
+    """Images per call; None leaves it to the caller."""
+    image_input: ImageInput = "float"
+    """float: (B, 3, S, S) preprocessed; uint8: (B, S, S, 3) pixels, normalised in the graph;
+    image: (B, H, W, 3) pixels of any size, resized in the graph too."""
+    providers: tuple[str, ...] = ("cpu",)
+    """ONNX Runtime's execution providers to be tried, the preferred one first."""
+    quant_rules: str | None = None
+    """A name in `quantizers.QUANT_RULES`; int8 only."""
+
+    def __post_init__(self) -> None:
+        lookup(dict.fromkeys(PRECISIONS), self.precision, kind="ONNX precision")
+        if self.opset not in OPSETS:
+            raise ExportError(
+                f"opset {self.opset} is not one of {', '.join(map(str, OPSETS))}",
+                hint=f"leave it out: {DEFAULT_OPSET} is what TensorRT 10.3 and ONNX Runtime read",
+            )
+        allowed = lookup(RUNTIME_ATTENTION, self.runtime, kind="runtime")
+        lookup(dict.fromkeys(allowed), self.attention, kind=f"attention form for {self.runtime}")
+        if self.attention == "Attention" and self.opset < ATTENTION_OPSET:
+            raise ExportError(
+                f"opset {self.opset} has no Attention operator: it came with {ATTENTION_OPSET}",
+                hint=f"--opset {ATTENTION_OPSET}, or --attention decomposed",
+            )
+        if self.batch_size is not None and self.batch_size < 1:
+            raise ExportError(f"batch size must be positive, got {self.batch_size}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for the manifest, which has `precision` and `opset` elsewhere."""
+        values = dataclasses.asdict(self)
+        return {k: v for k, v in values.items() if k not in ("precision", "opset")}
+
+
+ATTENTION_OPSET = 23
+RUNTIME_ATTENTION: dict[str, tuple[str, ...]] = {
+    "tensorrt": ("decomposed",),
+    "onnxruntime": ("MultiHeadAttention", "decomposed", "Attention"),
+}
+"""Forms of attention that a runtime takes, the fastest one first (benchmarks/bench_export.py)."""
+
+
+def graph_spec(
+    target: Target | None,
+    *,
+    precision: str = "fp32",
+    opset: int | None = None,
+    attention: str | None = None,
+    batch_size: int | None = None,
+    image_input: ImageInput = "float",
+) -> GraphSpec:
+    """What a target's runtime wants, but for what the user wants otherwise.
+
+    Args:
+        target: Where it will run; None: ONNX Runtime anywhere.
+        precision: fp32, fp16 or int8.
+        opset: Default: the newest that is read everywhere, or what the attention needs.
+        attention: Default: the runtime's fastest.
+        batch_size: None leaves it to the caller.
+        image_input: See `GraphSpec`.
+
+    Raises:
+        ExportError: If two of them contradict each other.
+        UnknownNameError: If a name is not known.
+    """
+    runtime = "onnxruntime" if target is None else target.runtime
+    attention = attention or RUNTIME_ATTENTION[runtime][0]
+    default_opset = ATTENTION_OPSET if attention == "Attention" else DEFAULT_OPSET
+    return GraphSpec(
+        runtime=runtime,
+        runtime_version=None if target is None else target.tensorrt,
+        precision=precision,
+        opset=opset or default_opset,
+        attention=attention,
+        batch_size=batch_size,
+        image_input=image_input,
+        providers=("cpu",) if target is None else target.providers,
+    )

@@ -1,0 +1,160 @@
+"""Parity: an exported graph must answer as the module that it was made from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dimefm_edge.errors import ExportError, ParityError
+from dimefm_edge.manifest import INPUT_NAME, OUTPUT_NAME
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MAX_ABS_DIFF_FP32 = 1e-4
+MIN_COSINE = {"fp16": 0.999, "int8": 0.95}
+
+_BATCHES = (1, 7, 32)
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """How far an exported graph's embeddings are from the module's, over all images."""
+
+    max_abs_diff: float
+    min_cosine: float
+    num_images: int
+
+
+def module_embeds(module: nn.Module, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """(N, E) of a module as it is, on its own device, in float32.
+
+    Raises:
+        ExportError: If an embedding is not of unit length: the module itself is broken.
+    """
+    import torch
+
+    device = next(module.parameters()).device
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            pieces = [
+                module(torch.from_numpy(inputs[i : i + 32]).to(device)).float().cpu().numpy()
+                for i in range(0, len(inputs), 32)
+            ]
+    finally:
+        module.train(was_training)
+    embeds: npt.NDArray[np.float32] = np.concatenate(pieces)
+    norms = np.linalg.norm(embeds, axis=1)
+    wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
+    if wrong.size:
+        raise ExportError(
+            f"the student itself answers image {wrong[0]} with an embedding of length "
+            f"{norms[wrong[0]]:.4g}, not 1",
+            hint="the checkpoint is broken or the training diverged: use an earlier one",
+        )
+    return embeds
+
+
+def check_parity(
+    path: Path,
+    expected: npt.NDArray[np.float32],
+    *,
+    images: npt.NDArray[Any],
+    precision: str,
+    batch_size: int | None = None,
+) -> ParityReport:
+    """Compare a graph in ONNX Runtime with the module's own embeddings.
+
+    The images go through in batches of 1, 7 and 32, so a batch size baked into the graph
+    shows here.
+
+    Args:
+        path: The `.onnx` file.
+        expected: (N, E) the module's embeddings, L2-normalised.
+        images: (N, ...) as the graph takes them.
+        precision: fp32 allows a difference of 1e-4 in any value, fp16 a cosine of 0.999, int8
+            one of 0.95.
+        batch_size: The graph's, where it is fixed.
+
+    Raises:
+        ExportError: If ONNX Runtime cannot run the graph.
+        ParityError: If an image differs by more; it names the worst one.
+    """
+    found, rows = _graph_embeds(path, images, batch_size)
+    wanted = expected[rows]
+    diffs = np.abs(found - wanted).max(axis=1)
+    cosines = (found * wanted).sum(axis=1) / (
+        np.maximum(np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1), 1e-12)
+    )
+    min_cosine = MIN_COSINE.get(precision)
+    is_good = diffs <= MAX_ABS_DIFF_FP32 if min_cosine is None else cosines >= min_cosine
+    if not is_good.all():  # NaN is not good either
+        badness = np.nan_to_num(diffs if min_cosine is None else 1 - cosines, nan=np.inf)
+        worst = int(badness.argmax())
+        allowed = (
+            f"difference of at most {MAX_ABS_DIFF_FP32:g}"
+            if min_cosine is None
+            else f"cosine of at least {min_cosine}"
+        )
+        raise ParityError(
+            f"the {precision} graph does not answer as the student does: worst on image "
+            f"{rows[worst]} of {len(images)}, max abs difference {diffs[worst]:.3g}, cosine "
+            f"{cosines[worst]:.6f} (allowed: {allowed}); "
+            f"{len(set(rows[~is_good].tolist()))} images differ too much",
+            hint="another torch or onnxscript release: pip install --upgrade torch onnxscript"
+            if min_cosine is None
+            else "dimefm-edge export RUN --precision fp32",
+        )
+    return ParityReport(float(diffs.max()), min(1.0, float(cosines.min())), len(images))
+
+
+def _graph_embeds(
+    path: Path, images: npt.NDArray[Any], batch_size: int | None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
+    """Embeddings by the graph, and the image that each row is of."""
+    import onnxruntime  # type: ignore[import-untyped]
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    with onnxruntime_errors():
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        batches = _BATCHES if batch_size is None else (batch_size,)
+        # Few images are repeated, so that every batch size is run, and fixed ones are full.
+        least = max(len(images), sum(batches[:2]))
+        count = least if batch_size is None else -(-least // batch_size) * batch_size
+        rows = np.arange(count) % len(images)
+        pieces: list[npt.NDArray[np.float32]] = []
+        start = 0
+        while start < len(rows):
+            size = batches[min(len(pieces), len(batches) - 1)]
+            batch = images[rows[start : start + size]]
+            (embeds,) = session.run([OUTPUT_NAME], {INPUT_NAME: batch})
+            pieces.append(np.asarray(embeds, np.float32))
+            start += size
+    return np.concatenate(pieces), rows
+
+
+@contextlib.contextmanager
+def onnxruntime_errors() -> Iterator[None]:
+    """Turn what ONNX Runtime raises, which has no base but Exception, into ExportErrors."""
+    import onnxruntime
+
+    try:
+        yield
+    except ParityError:
+        raise
+    except Exception as error:
+        raise ExportError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot run the exported graph: "
+            + " ".join(str(error).split())
+        ) from error

@@ -1,0 +1,95 @@
+"""Attention in each form: same numbers, one node or one pattern, nothing else beside it."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dimefm_edge.errors import ExportError, UnknownNameError
+from dimefm_edge.export.attention_patterns import find_attentions
+from dimefm_edge.export.lower import ATTENTION_FORMS
+from dimefm_edge.export.trace import trace
+
+FORMS = [("decomposed", 18), ("decomposed", 20), ("MultiHeadAttention", 20), ("Attention", 23)]
+
+
+class Attend(nn.Module):
+    """Attention as libraries write it: packed or not, scaled, masked or causal."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.qkv = nn.Linear(32, 96)
+        self.register_buffer("mask", torch.randn(9, 9))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, _ = x.shape
+        packed = self.qkv(x).reshape(batch, tokens, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        q, k, v = packed.unbind(0)
+        if self.kind == "pooled":
+            q = q[:, :, :1]
+        mixed = F.scaled_dot_product_attention(
+            q, k, v,
+            attn_mask=self.mask if self.kind == "masked" else None,
+            is_causal=self.kind == "causal",
+            scale=0.3 if self.kind == "scaled" else None,
+        )  # fmt: skip
+        if self.kind == "heads":
+            return mixed
+        return mixed.transpose(1, 2).flatten(2)
+
+
+def traced(module: nn.Module, form: str, opset: int, **changes: bool) -> onnx.ModelProto:
+    model = trace(
+        module, torch.randn(2, 9, 32), input_name="x", output_name="y", opset=opset,
+        attention=form, **changes,
+    )  # fmt: skip
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["plain", "scaled", "masked", "causal", "pooled", "heads"])
+@pytest.mark.parametrize(("form", "opset"), FORMS)
+def test_each_form_is_the_formula(kind: str, form: str, opset: int) -> None:
+    torch.manual_seed(0)
+    module = Attend(kind).eval()
+    model = traced(module, form, opset)
+    (match,) = find_attentions(model)
+    ops = Counter(node.op_type for node in model.graph.node)
+    assert {"decomposed": ops["Softmax"]}.get(form, ops[form]) == 1
+    assert (match.num_heads, match.num_tokens, match.head_dim) == (2, 9, 16)
+    assert not {"Shape", "Expand", "Where", "Cast", "Identity"} & set(ops)
+    assert {o.domain for o in model.opset_import} <= {"", "com.microsoft"}
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    for size in (1, 2, 5):
+        x = torch.randn(size, 9, 32)
+        (found,) = session.run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(found, module(x).detach().numpy(), atol=2e-6)
+
+
+def test_a_fixed_batch_has_no_open_dimension() -> None:
+    model = traced(Attend("plain").eval(), "decomposed", 20, has_dynamic_batch=False)
+    sides = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    assert sides == [2, 9, 32]
+
+
+def test_unknown_forms_and_modules_that_cannot_be_traced() -> None:
+    with pytest.raises(UnknownNameError, match="unknown attention form 'flash'"):
+        traced(Attend("plain"), "flash", 20)
+    assert list(ATTENTION_FORMS) == ["decomposed", "MultiHeadAttention", "Attention"]
+
+    class Baked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x if x.mean() > 0 else -x
+
+    with pytest.raises(ExportError, match=r"torch 2\S+ cannot export the student to ONNX: \S+"):
+        traced(Baked(), "decomposed", 20)
