@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 LABELS_FILE = "labels.npz"
+KERNELS_DIR = "kernels"
 INPUT_NAME = "image"
 OUTPUT_NAME = "image_embeds"
 MAX_MANIFEST_BYTES = 2**23
@@ -78,6 +79,13 @@ def parse_manifest(data: bytes, *, where: str) -> dict[str, Any]:
 def preprocess_of(manifest: dict[str, Any]) -> PreprocessSpec:
     """The preprocessing that a parsed manifest asks for."""
     return PreprocessSpec.from_dict(manifest["preprocess"])
+
+
+def attention_nodes(manifest: dict[str, Any]) -> list[list[str]] | None:
+    """Names of the graph's nodes that make up each attention; None if they were not recorded."""
+    graph = manifest.get("graph")
+    recorded = graph.get("attentions") if isinstance(graph, dict) else None
+    return None if recorded is None else [list(entry["nodes"]) for entry in recorded]
 
 
 def is_safe_name(name: str) -> bool:
@@ -159,6 +167,7 @@ def _check_fields(values: dict[str, Any]) -> None:
     _check_preprocess(values["preprocess"])
     _check_files(values["files"])
     _check_label_sets(values["label_sets"], LABELS_FILE in values["files"])
+    _check_attentions(values.get("graph"))
 
 
 def _check_preprocess(values: Any) -> None:
@@ -213,6 +222,16 @@ def _check_label_sets(values: Any, has_file: bool) -> None:
             raise ValueError("label_sets: each needs a name")
         if not _is_int(entry["num_classes"]) or entry["num_classes"] <= 0:
             raise ValueError(f"label_sets: {entry['name']} has no classes")
+
+
+def _check_attentions(graph: Any) -> None:
+    recorded = graph.get("attentions", []) if isinstance(graph, dict) else []
+    if not isinstance(recorded, list):
+        raise ValueError("graph.attentions must be a list")
+    for entry in recorded:
+        names = entry["nodes"] if isinstance(entry, dict) else None
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+            raise ValueError("graph.attentions: each needs the names of its nodes")
 
 
 def _is_int(value: Any) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import ExportError, lookup
+from dimefm_edge.export.attention_patterns import load_attentions
 from dimefm_edge.export.bundle import building, record_accuracy, write_bundle
 from dimefm_edge.export.onnx import OnnxGraph, ParityReport, check_parity, export_onnx
 from dimefm_edge.labels import LabelBank
@@ -94,7 +95,11 @@ def export_student(
             "preprocess": preprocess.to_dict(),
             "embed_dim": spec.embed_dim,
             "logit_scale": float(logit_scale),
-            "graph": {"nodes": sum(graph.op_counts.values()), "op_counts": graph.op_counts},
+            "graph": {
+                "nodes": sum(graph.op_counts.values()),
+                "op_counts": graph.op_counts,
+                "attentions": [asdict(match) for match in load_attentions(folder / MODEL_FILE)],
+            },
             "parity": asdict(graph.parity),
             "accuracy": accuracy,
             "extra": others,

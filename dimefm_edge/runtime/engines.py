@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -34,7 +35,16 @@ def _load_onnxruntime(bundle: Bundle, threads: int) -> Engine:
     )
 
 
-ENGINES: dict[str, Callable[[Bundle, int], Engine]] = {"onnxruntime": _load_onnxruntime}
+def _load_tensorrt(bundle: Bundle, threads: int) -> Engine:
+    from dimefm_edge.runtime.tensorrt import open_engine
+
+    return open_engine(bundle)
+
+
+ENGINES: dict[str, Callable[[Bundle, int], Engine]] = {
+    "onnxruntime": _load_onnxruntime,
+    "tensorrt": _load_tensorrt,
+}
 
 
 def load_engine(bundle: Bundle, *, threads: int = 0, engine: str = "onnxruntime") -> Engine:
@@ -43,11 +53,16 @@ def load_engine(bundle: Bundle, *, threads: int = 0, engine: str = "onnxruntime"
     Args:
         bundle: A checked bundle; keep it while the engine is loaded.
         threads: CPU threads of one call; 0 takes one per physical core.
-        engine: A name in `ENGINES`.
+        engine: A name in `ENGINES`, or an `.engine` file that TensorRT built of this bundle.
 
     Raises:
-        CheckpointError: If the engine cannot load the graph.
+        CheckpointError: If the engine cannot load the graph; if TensorRT's was not built yet,
+            or was built for another GPU, TensorRT or bundle.
         MissingExtraError: If the engine's package is not installed.
         UnknownNameError: If there is no such engine.
     """
+    if engine.endswith(".engine"):
+        from dimefm_edge.runtime.tensorrt import open_engine
+
+        return open_engine(bundle, Path(engine).expanduser())
     return lookup(ENGINES, engine, kind="engine")(bundle, threads)

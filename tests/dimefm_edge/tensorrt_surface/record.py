@@ -20,11 +20,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-_NAMESPACES = re.compile(r"\b(?:tensorrt_bindings\.tensorrt|nvinfer1|nvonnxparser|v_\d+_\d+)(?:\.|::)")
+_NAMESPACES = re.compile(
+    r"\b(?:tensorrt_bindings\.tensorrt|nvinfer1|nvonnxparser|v_\d+_\d+)(?:\.|::)"
+)
 _SIGNATURE = re.compile(r"^(?:\d+\. )?\w*\((?P<arguments>.*)\)(?: -> (?P<returns>.+))?$")
 _SPECIAL = ("__init__", "__len__", "__getitem__")
 # What only a network written layer by layer would touch: ours come from ONNX files.
-_LEFT_OUT = re.compile(r"I\w+(?<!I)Layer|IAlgorithm\w*|IInt8\w*|ILoop|IIf\w+|ITripLimit\w*|\w*Expr\w*")
+_LEFT_OUT = re.compile(r"I\w+Layer|IAlgorithm\w*|IInt8\w*|ILoop|IIf\w+|\w*Expr\w*")
 _LAYERS_KEPT = ("ILayer", "IPluginV3Layer")
 
 
@@ -58,7 +60,8 @@ def _make_empty_libraries(bindings: Path, folder: Path) -> None:
 
     needed = re.findall(r"NEEDED.*\[(libnv\w+\.so\.\d+)\]", "\n".join(lines("readelf", "-d")))
     missing = [line.split()[-1] for line in lines("nm", "-D", "--undefined-only")]
-    symbols = [s for s in missing if re.fullmatch(r"\w*(INTERNAL|PluginRegistry|Plugins|Version)", s)]
+    ends = re.compile(r"\w*(INTERNAL|PluginRegistry|Plugins|Version)")
+    symbols = [symbol for symbol in missing if ends.fullmatch(symbol)]
     for i, library in enumerate(needed):
         source = "\n".join(f"void* {s}(void) {{ return 0; }}" for s in symbols) if not i else ""
         subprocess.run(
