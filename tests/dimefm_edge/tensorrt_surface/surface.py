@@ -157,7 +157,7 @@ class _Module:
             return isinstance(value, tuple | list)
         if kind in self.kinds:
             # A Python subclass that forgot the base's __init__ is refused, as pybind11 does.
-            is_made = isinstance(value, enum.Enum) or value.__dict__.get("_made", False)
+            is_made = isinstance(value, enum.Enum) or getattr(value, "_made", False)
             return isinstance(value, self.kinds[kind]) and is_made
         return True
 
