@@ -229,7 +229,7 @@ def _check_attentions(graph: Any) -> None:
     if not isinstance(recorded, list):
         raise ValueError("graph.attentions must be a list")
     for entry in recorded:
-        names = entry["nodes"] if isinstance(entry, dict) else None
+        names = entry.get("nodes") if isinstance(entry, dict) else None
         if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
             raise ValueError("graph.attentions: each needs the names of its nodes")
 

@@ -128,6 +128,8 @@ class TensorRtEngine:
             )
         embeds = np.empty((len(image), self.embed_dim), np.float32)
         with self._lock:
+            if self._engine is None:
+                raise ValueError("the engine is closed")
             self._cuda.activate()
             for start in range(0, len(image), self.max_batch):
                 piece = image[start : start + self.max_batch]
@@ -178,7 +180,9 @@ class TensorRtEngine:
 
     def close(self) -> None:
         """Give back the GPU's memory; the engine cannot be used any more."""
-        self._release()
+        with self._lock:
+            self._release()
+            self._context = self._engine = None
 
     def _run(self, piece: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Embed up to `max_batch` images; the answer is in the pinned buffer until the next."""

@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 PRECISIONS: dict[str, tuple[int, int]] = {
     "fp32": (0, 0), "fp16": (5, 3), "bf16": (8, 0), "int8": (6, 1), "fp8": (8, 9),
 }  # fmt: skip
+_DLA_PRECISIONS = ("fp16", "int8")
 _MAX_OPT_LEVEL = 5
 _TIMING_CACHE = "timing.cache"
 _LISTED_ERRORS = 5
@@ -238,6 +239,11 @@ class _Build:
                 trt.MemoryPoolType.WORKSPACE, options.workspace_mib * 2**20
             )
         if options.dla_core is not None:
+            if self.precision not in _DLA_PRECISIONS:
+                raise ConfigError(
+                    f"a DLA runs {' and '.join(_DLA_PRECISIONS)}, not {self.precision}",
+                    hint="--precision fp16, or leave out --dla-core",
+                )
             cores = self.builder.num_DLA_cores
             if not 0 <= options.dla_core < cores:
                 raise ConfigError(

@@ -70,6 +70,27 @@ def import_tensorrt() -> Any:
     return tensorrt
 
 
+def require_builder(*, export_command: str, bundle: Path) -> None:
+    """Fail before an export that shall end in an engine writes anything.
+
+    Args:
+        export_command: What writes the bundle alone, without an engine.
+        bundle: Where it goes.
+
+    Raises:
+        MissingExtraError: If TensorRT or a GPU is missing here; the hint is the two commands
+            that do the same, here and on the device.
+    """
+    try:
+        import_tensorrt()
+        Cuda()
+    except MissingExtraError as error:
+        raise MissingExtraError(
+            f"no engine can be built here: {error.args[0]}",
+            hint=f"{export_command}  here, then on the device: dimefm-edge build {bundle.name}",
+        ) from error
+
+
 def _how_to_install() -> str:
     if _TEGRA.is_file():
         return (

@@ -63,6 +63,8 @@ def test_it_answers_as_onnx_runtime_does_for_any_batch(
     assert double.driver.fake_launches() > 0
     engine.close()
     engine.close()
+    with pytest.raises(ValueError, match="the engine is closed"):
+        engine.encode_image(images)
 
 
 def test_pixels_are_normalised_as_the_bundle_says(bundle: Bundle, fake_tensorrt: Fake) -> None:
@@ -175,8 +177,8 @@ def test_a_classifier_can_run_on_it(bundle: Bundle, fake_tensorrt: Fake) -> None
 
     fake_tensorrt("10.3")
     build(bundle)
-    classifier = ZeroShotClassifier(bundle)
-    classifier.engine = load_engine(bundle, engine="tensorrt")
+    classifier = ZeroShotClassifier(bundle, engine="tensorrt")
+    assert isinstance(classifier.engine, TensorRtEngine)
     ranked = classifier.classify([scene_image(i) for i in range(4)], top_k=1)
     assert [answer[0][0] for answer in ranked] == [f"image {i}" for i in range(4)]
 

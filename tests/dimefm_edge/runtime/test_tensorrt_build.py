@@ -261,6 +261,12 @@ def test_a_dla_that_is_not_there(
     assert caught.value.hint == "leave out --dla-core"
 
 
+def test_a_dla_does_no_fp32(fp32: Bundle, fake_tensorrt: Fake) -> None:
+    fake_tensorrt("10.3").num_dla_cores = 2
+    with pytest.raises(ConfigError, match="a DLA runs fp16 and int8, not fp32"):
+        build_engine(fp32, EngineOptions(dla_core=1))
+
+
 def test_attention_that_did_not_fuse_is_told(fp16: Bundle, fake_tensorrt: Fake) -> None:
     double = fake_tensorrt("10.3")
     double.fuses_attention = False

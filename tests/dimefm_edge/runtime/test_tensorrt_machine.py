@@ -18,6 +18,7 @@ from dimefm_edge.runtime.tensorrt_machine import (
     load_machine,
     load_plugin_libraries,
     parse_version,
+    require_builder,
 )
 
 
@@ -44,6 +45,20 @@ def test_without_tensorrt_the_hint_installs_it(
         import_tensorrt()
     assert "JetPack ships TensorRT" in str(caught.value.hint)
     assert "--system-site-packages" in str(caught.value.hint)
+
+
+def test_an_export_that_cannot_end_in_an_engine_says_so_first(
+    fake_tensorrt: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_tensorrt("10.3")
+    command = {"export_command": "dimefm-edge export runs/a", "bundle": Path("runs/a/bundle")}
+    require_builder(**command)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingExtraError, match="no engine can be built here: TensorRT's") as e:
+        require_builder(**command)  # type: ignore[arg-type]
+    assert e.value.hint == (
+        "dimefm-edge export runs/a  here, then on the device: dimefm-edge build bundle"
+    )
 
 
 def test_an_old_tensorrt_is_refused(fake_tensorrt: Callable[[str], Any]) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -65,3 +70,21 @@ def test_versions_differ_where_the_real_ones_do(fake_tensorrt: Callable[[str], A
     assert hasattr(old.ILayer, "precision")
     assert not hasattr(newest.ILayer, "precision")
     assert not hasattr(newest.NetworkDefinitionCreationFlag, "EXPLICIT_BATCH")
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_record_is_what_the_bindings_say(version: str, tmp_path: Path) -> None:
+    """Record a wheel again; `pip download --no-deps tensorrt-cu13-bindings==VERSION` gets one."""
+    folder = Path(os.environ.get("DIMEFM_TENSORRT_WHEELS", "/nowhere"))
+    wheels = sorted(folder.glob(f"tensorrt_cu1*_bindings-{version}*.whl"))
+    if not wheels:
+        pytest.skip(f"no wheel of TensorRT's bindings {version} in DIMEFM_TENSORRT_WHEELS")
+    here = Path(__file__).parent
+    script = tmp_path / "record.py"
+    script.write_text((here / "record.py").read_text())
+    subprocess.run([sys.executable, str(script), str(wheels[0])], check=True)
+    recorded, again = (
+        json.loads((place / f"{version}.json").read_text()) for place in (here, tmp_path)
+    )
+    assert again == recorded
