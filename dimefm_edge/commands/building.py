@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _MIN_COSINE = {"fp32": 0.999, "fp16": 0.999}  # as the export's own for fp16
 _MIN_COSINE_OTHERS = 0.99
+_FUSE_HINT = "  try: with TensorRT 10, build the fp32 bundle with --precision fp16"
 _PARITY_IMAGES = 8
 _SLOWEST = 15
 
@@ -156,6 +157,7 @@ def _text(values: dict[str, Any], times: dict[str, float]) -> str:
         f"{values['gpu']['name']} ({values['gpu']['sm']}), TensorRT {values['tensorrt']}; batch "
         f"{least} to {largest}, best at {usual}",
         f"{len(values['layers'])} layers; {fusion.describe()}",
+        *([_FUSE_HINT] if fusion.unfused and values["typing"] == "strong" else []),
         f"least cosine to ONNX Runtime: {values['min_cosine']:.6f}",
     ]
     if values["accuracy"]:

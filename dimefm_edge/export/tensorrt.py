@@ -3,7 +3,8 @@
 Rules are data, one file per version in tensorrt_versions/, from onnx-tensorrt's operator tables.
 Errors are what its parser refuses; warnings are what it reads and then runs slowly or wrongly:
 fused attention (NVIDIA/TensorRT issues 4167 and 3243, and NVIDIA's "Fused Attention" page),
-layer norms spelt out in fp16 (issues 2709, 2564), Q/DQ on the residual stream (onnxsim PR 1742).
+layer norms spelt out in fp16 (issues 2709, 2564), Q/DQ on the residual stream (onnxsim PR 1742),
+casts between Q/DQ and products (NVIDIA/Model-Optimizer PR 1289).
 """
 
 from __future__ import annotations
@@ -296,7 +297,7 @@ def _check_attention(match: AttentionMatch, graph: _Graph, precision: str) -> It
 
 
 def _check_norms(graph: _Graph) -> Iterator[Finding]:
-    """Layer norms spelt out, and Q/DQ where they cost accuracy."""
+    """Layer norms spelt out, and Q/DQ where they cost accuracy or gain nothing."""
     for node in graph.nodes:
         name, makers = node_name(node), [graph.made_by(i) for i in node.input]
         if node.op_type == "Sqrt" and _is_variance(node, graph):
@@ -307,6 +308,10 @@ def _check_norms(graph: _Graph) -> Iterator[Finding]:
             where = "the residual stream" if is_residual else "a layer norm's input"
             yield _warning(name, f"Q/DQ on {where}", "it can cost most of the accuracy",
                            "quantise inputs of products only")  # fmt: skip
+        if node.op_type == "Cast" and "DequantizeLinear" in makers:
+            yield _warning(name, "a cast behind a DequantizeLinear",
+                           "it hides the Q/DQ from the product that it is for",
+                           "scales of the product's own type: fp16 ones, opset 19")  # fmt: skip
 
 
 def _is_variance(sqrt: onnx.NodeProto, graph: _Graph) -> bool:

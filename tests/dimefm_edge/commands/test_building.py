@@ -82,7 +82,11 @@ def test_build_says_it_in_words(
     assert "found in the cache" in capsys.readouterr().out
     double.fuses_attention = False
     assert main([*words, "--rebuild"]) == 0
-    assert "attention: 0 of 1 fused; not fused: " in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "attention: 0 of 1 fused; not fused: " in text
+    assert "try: with TensorRT 10" not in text  # it is weakly typed already
+    assert main(["build", str(tiny_bundle_dir)]) == 0
+    assert "try: with TensorRT 10, build the fp32 bundle with" in capsys.readouterr().out
 
 
 def test_an_engine_that_answers_otherwise_is_a_parity_error(
@@ -111,7 +115,7 @@ def test_an_engine_that_answers_otherwise_is_a_parity_error(
         (["BUNDLE", "--out", "engine.plan"], 2, "--out must end in .engine"),
         (["BUNDLE", "--precision", "fp61"], 2, "unknown engine precision 'fp61'"),
         (["BUNDLE", "--precision", "fp8"], 2, "Orin (sm_87) has no fp8"),
-        (["BUNDLE", "--dla-core", "0"], 2, "there is no DLA 0 on Orin"),
+        (["BUNDLE", "--dla-core", "0", "--precision", "fp16"], 2, "there is no DLA 0 on Orin"),
         (["BUNDLE", "--plugin-library", "none.so"], 2, "no plugin library at "),
         (["nowhere"], 2, "no bundle at nowhere"),
     ],

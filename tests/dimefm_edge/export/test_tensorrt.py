@@ -269,3 +269,14 @@ def test_qdq_on_the_residual_stream_and_norms_is_told() -> None:
         "warning Add_a: Q/DQ on the residual stream",
         "warning LayerNormalization_n: Q/DQ on a layer norm's input",
     ]
+
+
+def test_a_cast_between_qdq_and_a_product_is_told() -> None:
+    nodes = [
+        node("QuantizeLinear", "x s zero", "q"), node("DequantizeLinear", "q s zero", "d"),
+        node("Cast", "d", "half", to=TensorProto.FLOAT16), node("MatMul", "half w", "o"),
+    ]  # fmt: skip
+    constants = {"s": np.float32(0.1), "zero": np.int8(0), "w": np.ones((32, 8), np.float16)}
+    assert told(graph(*nodes, constants=constants), precision="int8") == [
+        "warning Cast_half: a cast behind a DequantizeLinear"
+    ]
