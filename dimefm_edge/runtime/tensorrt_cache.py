@@ -114,8 +114,9 @@ def save_engine(
     }
     # A new engine beside old facts does not match them, and so is refused.
     save_file(path, engine)
-    save_file(facts_path(path), json.dumps(whole, indent=1).encode())
-    return EngineArtifact(path, whole)
+    text = json.dumps(whole, indent=1)
+    save_file(facts_path(path), text.encode())
+    return EngineArtifact(path, json.loads(text))
 
 
 def save_file(path: Path, data: bytes) -> None:

@@ -71,8 +71,8 @@ def test_a_graph_that_says_its_types_is_built_strongly_typed(
     assert "IBuilderConfig.profiling_verbosity=<ProfilingVerbosity.DETAILED: 2>" in double.calls
     facts = built.artifact.facts
     assert facts["typing"] == "strong"
-    assert facts["attention"] == {"expected": 1, "fused": 1, "unfused": ()}
-    assert facts["options"]["batch"] == (1, 2, 4)
+    assert facts["attention"] == {"expected": 1, "fused": 1, "unfused": []}
+    assert facts["options"]["batch"] == [1, 2, 4]
     assert facts["build_s"] > 0
     assert any(layer["kernel"].startswith("_gemm_mha_v2") for layer in facts["layers"])
 
