@@ -46,7 +46,7 @@ class Runnable:
 
     name: str
     runtime: str
-    """ONNX Runtime, or PyTorch for what cannot be exported."""
+    """ONNX Runtime, another engine by name, or PyTorch for what cannot be exported."""
     call: Callable[[], object]
     size_mib: float | None
     memory_mib: float | None
@@ -79,6 +79,7 @@ def bench_models(
     folder: Path,
     *,
     batch_size: int = 1,
+    engine: str = "onnxruntime",
     threads: int = 0,
     seconds: float = 10.0,
     image_size: int = 224,
@@ -89,6 +90,8 @@ def bench_models(
         names: Bundles, runs, ONNX files and teachers; the first is compared to.
         folder: Where teachers and runs are exported to; must live until this returns.
         batch_size: Images per call.
+        engine: What runs bundles: see `load_engine`. TensorRT's times include the copies to
+            the GPU and back.
         threads: CPU threads; 0 takes one per physical core.
         seconds: For each model's timed calls.
         image_size: Side, in pixels, for ONNX files that leave it open.
@@ -105,7 +108,11 @@ def bench_models(
         raise InputError("batch size, seconds and image size must be positive, threads >= 0")
     threads = threads or count_physical_cores()
     models = [
-        _load(name, folder / str(i), batch_size=batch_size, threads=threads, image_size=image_size)
+        _engine_runnable(name, engine, batch_size=batch_size)
+        if engine != "onnxruntime" and subject_kind(name) == "bundle"
+        else _load(
+            name, folder / str(i), batch_size=batch_size, threads=threads, image_size=image_size
+        )
         for i, name in enumerate(names)
     ]
     reports = measure_interleaved(
@@ -133,6 +140,16 @@ def _load(name: str, folder: Path, *, batch_size: int, threads: int, image_size:
         return _onnx_runnable(name, bundle.model_path, bundle, **sizes)
     folder.mkdir(parents=True)
     return _torch_runnable(name, folder / "model.onnx", kind=kind, **sizes)
+
+
+def _engine_runnable(name: str, engine: str, *, batch_size: int) -> Runnable:
+    """A bundle in an engine that is not ONNX Runtime on the CPU."""
+    from dimefm_edge.runtime import load_bundle, load_engine
+
+    bundle = load_bundle(Path(name).expanduser())
+    loaded, side = load_engine(bundle, engine=engine), bundle.preprocess.image_size
+    image = np.random.default_rng(0).normal(size=(batch_size, 3, side, side)).astype(np.float32)
+    return Runnable(name, engine, lambda: loaded.encode_image(image), bundle.size_mib, None, bundle)
 
 
 def _onnx_runnable(

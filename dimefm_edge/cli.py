@@ -87,6 +87,11 @@ COMMANDS: dict[str, Command] = {
     "export": Command(
         "making:run_export", "ExportOptions", "a run to a bundle, fp32 or fp16, parity checked"
     ),
+    "build": Command(
+        "building:run_build",
+        "BuildOptions",
+        "a bundle to a TensorRT engine, on the device that will run it",
+    ),
     "bench": Command(
         "judging:run_bench",
         "BenchOptions",

@@ -18,6 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from dimefm_edge.errors import DimeFMError
+
 _MIN_PYTHON = (3, 10)
 _MIN_DISK_GIB = 5.0
 _MIN_MEMORY_GIB = 2.0
@@ -63,7 +65,7 @@ def examine(folder: Path = Path()) -> list[Check]:
         _installed("tokenizers", "pip install tokenizers", is_required=True),
         *_torch(),
         *(_installed(name, _INSTALL_TRAIN) for name in (*_TRAIN, *_SOURCES)),
-        _tensorrt(),
+        *_tensorrt(),
         *_cpu(),
         _memory(),
         _disk(folder),
@@ -155,16 +157,23 @@ def _nvidia_driver() -> str | None:
     return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
 
 
-def _tensorrt() -> Check:
-    for name in ("tensorrt", "tensorrt_cu12", "tensorrt_cu13"):
-        if found := _version(name):
-            return Check("TensorRT", "ok", found)
-    if Path("/etc/nv_tegra_release").is_file():
-        return Check("TensorRT", "missing", "this is a Jetson, and its Python cannot see TensorRT",
-                     "sudo apt install tensorrt, and python -m venv --system-site-packages"
-                     )  # fmt: skip
-    return Check("TensorRT", "note", "not installed; JetPack ships it, and only NVIDIA GPUs use it",
-                 "pip install 'dimefm_edge[tensorrt]'")  # fmt: skip
+def _tensorrt() -> Iterator[Check]:
+    """Its package, and the driver that an engine is built and run with."""
+    from dimefm_edge.runtime.cuda import Cuda
+    from dimefm_edge.runtime.tensorrt_machine import import_tensorrt
+
+    try:
+        yield Check("TensorRT", "ok", str(import_tensorrt().__version__))
+    except DimeFMError as error:
+        is_jetson = Path("/etc/nv_tegra_release").is_file()
+        detail = "this is a Jetson, and its Python cannot see TensorRT" if is_jetson else (
+            "not installed; JetPack ships it, and only NVIDIA GPUs use it")  # fmt: skip
+        yield Check("TensorRT", "missing" if is_jetson else "note", detail, error.hint)
+    try:
+        gpu = Cuda().gpu
+        yield Check("GPU for TensorRT", "ok", f"{gpu.name}, {gpu.sm}, CUDA {gpu.cuda}")
+    except DimeFMError as error:
+        yield Check("GPU for TensorRT", "note", str(error.args[0]), error.hint)
 
 
 def _cpu() -> Iterator[Check]:

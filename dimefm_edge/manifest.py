@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 LABELS_FILE = "labels.npz"
+KERNELS_DIR = "kernels"
 INPUT_NAME = "image"
 OUTPUT_NAME = "image_embeds"
 LOGITS_NAME = "logits"
@@ -81,6 +82,13 @@ def parse_manifest(data: bytes, *, where: str) -> dict[str, Any]:
 def preprocess_of(manifest: dict[str, Any]) -> PreprocessSpec:
     """The preprocessing that a parsed manifest asks for."""
     return PreprocessSpec.from_dict(manifest["preprocess"])
+
+
+def attention_nodes(manifest: dict[str, Any]) -> list[list[str]] | None:
+    """Names of the graph's nodes that make up each attention; None if they were not recorded."""
+    graph = manifest.get("graph")
+    recorded = graph.get("attentions") if isinstance(graph, dict) else None
+    return None if recorded is None else [list(entry["nodes"]) for entry in recorded]
 
 
 def is_safe_name(name: str) -> bool:
@@ -232,6 +240,16 @@ def _check_graph(values: Any, label_sets: list[str]) -> None:
         raise ValueError("graph.providers must be a list of names")
     if head is not None and head not in label_sets:
         raise ValueError(f"graph.head names the label set {head!r}, which is not there")
+    _check_attentions(values.get("attentions", []))
+
+
+def _check_attentions(recorded: Any) -> None:
+    if not isinstance(recorded, list):
+        raise ValueError("graph.attentions must be a list")
+    for entry in recorded:
+        names = entry.get("nodes") if isinstance(entry, dict) else None
+        if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+            raise ValueError("graph.attentions: each needs the names of its nodes")
 
 
 def _is_int(value: Any) -> bool:

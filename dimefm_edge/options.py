@@ -149,6 +149,8 @@ class EvalOptions(CommonOptions):
     Default: those of the run."""
     teacher: str | None = None
     """Whose text side embeds class names that a bundle does not carry."""
+    engine: str = "onnxruntime"
+    """What runs a bundle: onnxruntime, tensorrt, or an .engine file."""
     batch_size: int = 250
     """Images per call."""
     workers: int = 0
@@ -180,6 +182,43 @@ class ExportOptions(CommonOptions):
 
 
 @dataclass(frozen=True)
+class BuildOptions(CommonOptions):
+    """Build a bundle's TensorRT engine here, check it, and keep it in the cache."""
+
+    bundle: Positional[str] = ""
+    """A bundle: its folder or .zip."""
+    precision: str | None = None
+    """fp32, fp16, bf16, int8 or fp8. Default: the bundle's. Only TensorRT 10 can lower an fp32
+    bundle; else export it in the precision that it shall have."""
+    batch: str = "1,1,8"
+    """Images per call: least, usual and largest number, or one number for all."""
+    workspace_mib: int | None = None
+    """Most scratch memory, in MiB. Default: all of the GPU's."""
+    dla_core: int | None = None
+    """Deep learning accelerator to run on; what it cannot do runs on the GPU."""
+    opt_level: int = 3
+    """0 builds fastest, 5 tries most."""
+    timing_cache: Path | None = None
+    """File of kernel timings, which make builds faster. Default: this GPU's, in the cache."""
+    version_compatible: bool = False
+    """Let it run on later TensorRT versions with the same major number."""
+    hardware_compatible: bool = False
+    """Let it run on other GPUs from Ampere on; slower."""
+    refit: bool = False
+    """Let its weights be replaced without building again."""
+    plugin_library: tuple[str, ...] = ()
+    """Shared libraries of plugins; they run as code of this process."""
+    data: tuple[str, ...] = ()
+    """Labelled sets to measure the engine's zero-shot accuracy on."""
+    profile: bool = False
+    """Time each layer and list the slowest."""
+    rebuild: bool = False
+    """Build even if the engine is in the cache."""
+    out: Path | None = None
+    """An .engine file to write, with a .json beside it. Default: its place in the cache."""
+
+
+@dataclass(frozen=True)
 class BenchOptions(CommonOptions):
     """Measure latency here, models in turn, each in ONNX Runtime where it can be."""
 
@@ -187,6 +226,8 @@ class BenchOptions(CommonOptions):
     """Bundles, runs, ONNX files and teachers; the first is what the others are compared to."""
     batch_size: int = 1
     """Images per call."""
+    engine: str = "onnxruntime"
+    """What runs bundles: onnxruntime, tensorrt, or an .engine file."""
     threads: int = 0
     """CPU threads; 0 takes one per physical core."""
     seconds: float = 10.0

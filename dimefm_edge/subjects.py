@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,10 @@ from dimefm_edge.errors import CheckpointError, InputError, MissingExtraError
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.manifest import MANIFEST_FILE
 from dimefm_edge.preprocess import PreprocessSpec
+
+if TYPE_CHECKING:
+    from dimefm_edge.runtime.bundle import Bundle
+    from dimefm_edge.runtime.engines import Engine
 
 EncodePixels = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 EncodeTexts = Callable[[Sequence[str]], npt.NDArray[np.float32]]
@@ -68,13 +72,16 @@ def subject_kind(name: str) -> SubjectKind:
     return "teacher"
 
 
-def load_subject(name_or_path: str | Path, *, device: str | None = None) -> Subject:
+def load_subject(
+    name_or_path: str | Path, *, device: str | None = None, engine: str = "onnxruntime"
+) -> Subject:
     """Load a teacher, run, bundle or exported graph.
 
     Args:
         name_or_path: A run folder or its checkpoint, a bundle's folder or `.zip`, a
             `model.onnx` that we exported, or whatever `load_teacher` takes.
         device: For teachers and runs, such as `cuda`; default: a GPU where there is one.
+        engine: For bundles: what `load_engine` takes.
 
     Raises:
         CheckpointError: If it is missing or damaged.
@@ -89,13 +96,23 @@ def load_subject(name_or_path: str | Path, *, device: str | None = None) -> Subj
             f"{path} holds no model: none of {', '.join(_MARKS)}",
             hint=str(nested) if nested.is_dir() else "a run, a bundle, or a teacher's folder",
         )
+    kind = subject_kind(name)
+    if kind == "bundle":
+        from dimefm_edge.runtime import load_bundle, load_engine
+
+        bundle = load_bundle(path)
+        return bundle_subject(bundle, load_engine(bundle, engine=engine), name=name)
+    if engine != "onnxruntime":
+        raise InputError(
+            f"{name} is a {kind}; --engine {engine} runs bundles only",
+            hint="export it, build the bundle, and name the bundle",
+        )
     loaders: dict[SubjectKind, Callable[[str, str | None], Subject]] = {
-        "bundle": _load_bundle,
         "onnx": _load_onnx,
         "run": _load_run,
         "teacher": _load_teacher,
     }
-    return loaders[subject_kind(name)](name, device)
+    return loaders[kind](name, device)
 
 
 def onnx_metadata(path: Path) -> tuple[PreprocessSpec, int, float]:
@@ -144,16 +161,14 @@ def _metadata_of(path: Path) -> dict[str, str]:
     return dict(session.get_modelmeta().custom_metadata_map)
 
 
-def _load_bundle(name: str, device: str | None) -> Subject:
-    from dimefm_edge.runtime import load_bundle, load_engine
-
-    bundle = load_bundle(Path(name).expanduser())
+def bundle_subject(bundle: Bundle, engine: Engine, *, name: str | None = None) -> Subject:
+    """A bundle as a subject, run by an engine that is loaded; `name` is what the user typed."""
     return Subject(
         "bundle",
-        name,
+        name or str(bundle.path),
         bundle.preprocess,
         bundle.embed_dim,
-        load_engine(bundle).encode_pixels,
+        engine.encode_pixels,
         bundle.logit_scale,
         label_banks=bundle.label_banks,
         size_mib=bundle.size_mib,

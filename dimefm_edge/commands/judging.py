@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from dimefm_edge.tables import format_table
 
 if TYPE_CHECKING:
     from dimefm_edge.data.images import LabelledSet
+    from dimefm_edge.evaluate.zero_shot import ZeroShotReport
     from dimefm_edge.labels import LabelBank
     from dimefm_edge.options import (
         BenchOptions,
@@ -31,25 +33,20 @@ def run_eval(options: EvalOptions) -> Outcome:
     if not sources:
         raise InputError("eval needs a labelled set", hint="--data scenes, or a folder of classes")
     from dimefm_edge.data.images import open_labelled
-    from dimefm_edge.evaluate.zero_shot import evaluate_zero_shot
     from dimefm_edge.subjects import load_subject
 
     labelled_sets = [open_labelled(source) for source in sources]
-    subject = load_subject(options.subject)
+    subject = load_subject(options.subject, engine=options.engine)
     encode_texts = subject.encode_texts
     if options.teacher is not None:
         encode_texts = _text_side(options.teacher, subject)
-    reports = [
-        evaluate_zero_shot(
-            subject.encode_pixels,
-            subject.preprocess,
-            labelled,
-            _bank_of(subject, labelled, encode_texts),
-            batch_size=options.batch_size,
-            workers=options.workers,
-        )
-        for labelled in labelled_sets
-    ]
+    reports = evaluate_subject(
+        subject,
+        labelled_sets,
+        encode_texts,
+        batch_size=options.batch_size,
+        workers=options.workers,
+    )
     rows = [
         (r.name, r.num_classes, r.num_images, r.num_bad, r.chance_pct, r.top1_pct, r.top5_pct)
         for r in reports
@@ -62,6 +59,30 @@ def run_eval(options: EvalOptions) -> Outcome:
         "results": [asdict(r) for r in reports],
     }
     return Outcome(values, text)
+
+
+def evaluate_subject(
+    subject: Subject,
+    labelled_sets: Sequence[LabelledSet],
+    encode_texts: EncodeTexts | None = None,
+    *,
+    batch_size: int = 250,
+    workers: int = 0,
+) -> list[ZeroShotReport]:
+    """Zero-shot accuracy of one subject; class names it does not carry need `encode_texts`."""
+    from dimefm_edge.evaluate.zero_shot import evaluate_zero_shot
+
+    return [
+        evaluate_zero_shot(
+            subject.encode_pixels,
+            subject.preprocess,
+            labelled,
+            _bank_of(subject, labelled, encode_texts),
+            batch_size=batch_size,
+            workers=workers,
+        )
+        for labelled in labelled_sets
+    ]
 
 
 def _own_sets(subject: str) -> tuple[str, ...]:
@@ -119,6 +140,7 @@ def run_bench(options: BenchOptions) -> Outcome:
             options.models,
             Path(folder),
             batch_size=options.batch_size,
+            engine=options.engine,
             threads=options.threads,
             seconds=options.seconds,
             image_size=options.image_size,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -88,6 +89,13 @@ def find_attentions(model: onnx.ModelProto) -> list[AttentionMatch]:
         elif node.op_type == "Softmax":
             found.extend(_decomposed(graph, node))
     return found
+
+
+def load_attentions(path: Path) -> list[AttentionMatch]:
+    """`find_attentions` of an ONNX file."""
+    import onnx
+
+    return find_attentions(onnx.load(path))
 
 
 def find_unmatched_softmaxes(model: onnx.ModelProto) -> list[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import ExportError
-from dimefm_edge.export.attention_patterns import find_attentions, find_unmatched_softmaxes
+from dimefm_edge.export.attention_patterns import (
+    AttentionMatch,
+    find_attentions,
+    find_unmatched_softmaxes,
+)
 from dimefm_edge.export.ends import add_head, normalised_to_pixels, take_pixels
 from dimefm_edge.export.fp16 import check_fp16_range, convert_to_fp16
 from dimefm_edge.export.graph_spec import GraphSpec
@@ -28,6 +32,7 @@ from dimefm_edge.export.parity import (
     module_embeds,
     onnxruntime_errors,
 )
+from dimefm_edge.export.tensorrt import require_graph, rules_for
 from dimefm_edge.export.trace import silence, trace
 from dimefm_edge.manifest import INPUT_NAME, OUTPUT_NAME
 
@@ -76,6 +81,9 @@ class OnnxGraph:
     op_counts: dict[str, int]
     parity: ParityReport
     fusion: FusionReport
+    attentions: tuple[AttentionMatch, ...]
+    warnings: tuple[str, ...]
+    """What its runtime would read and then run slowly or wrongly."""
 
     def to_dict(self) -> dict[str, Any]:
         """What a manifest keeps of it."""
@@ -83,6 +91,8 @@ class OnnxGraph:
             "nodes": sum(self.op_counts.values()),
             "op_counts": self.op_counts,
             "fusion": asdict(self.fusion),
+            "attentions": [asdict(match) for match in self.attentions],
+            "warnings": list(self.warnings),
         }
 
 
@@ -134,6 +144,7 @@ def export_onnx(
     _strip_debug_info(model)
     onnx.helper.set_model_props(model, dict(metadata))
     _check_graph(model)
+    warnings = _runtime_warnings(model, spec)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         part.write_bytes(model.SerializeToString(deterministic=True))
@@ -143,19 +154,22 @@ def export_onnx(
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-    return OnnxGraph(path, spec.opset, _count_ops(model), parity, report_fusion(model))
+    attentions = tuple(find_attentions(model))
+    fusion = report_fusion(model, attentions)
+    return OnnxGraph(path, spec.opset, _count_ops(model), parity, fusion, attentions, warnings)
 
 
-def report_fusion(model: onnx.ModelProto) -> FusionReport:
+def report_fusion(
+    model: onnx.ModelProto, attentions: Sequence[AttentionMatch]
+) -> FusionReport:
     """What of a graph its runtime runs as one kernel."""
     ops = _count_ops(model)
     forms: dict[str, int] = {}
-    matches = find_attentions(model)
-    for match in matches:
+    for match in attentions:
         name = match.form if match.form == "decomposed" else f"{match.form} node"
         forms[name] = forms.get(name, 0) + 1
     return FusionReport(
-        attentions=len(matches),
+        attentions=len(attentions),
         attention_forms=forms,
         unmatched_softmaxes=tuple(find_unmatched_softmaxes(model)),
         norms=ops.get("LayerNormalization", 0),
@@ -204,6 +218,18 @@ def _check_graph(model: onnx.ModelProto) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = " ".join(str(error).split())
         raise ExportError(f"torch exported a graph that is not valid ONNX: {reason}") from error
+
+
+def _runtime_warnings(model: onnx.ModelProto, spec: GraphSpec) -> tuple[str, ...]:
+    """What the target's TensorRT would run badly; what it would not read is an ExportError."""
+    if spec.runtime != "tensorrt" or spec.runtime_version is None:
+        return ()
+    try:
+        rules_for(spec.runtime_version)
+    except ExportError as unknown:
+        return (unknown.args[0],)
+    findings = require_graph(model, spec.runtime_version, precision=spec.precision)
+    return tuple(map(str, findings))
 
 
 def _check_images(images: npt.NDArray[np.float32], image_size: int) -> None:

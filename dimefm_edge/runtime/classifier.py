@@ -22,18 +22,21 @@ _IMAGES_PER_CALL = 32
 class ZeroShotClassifier:
     """Names what images show, among the classes of one of the bundle's label sets."""
 
-    def __init__(self, bundle: Bundle | Path | str, *, threads: int = 0) -> None:
+    def __init__(
+        self, bundle: Bundle | Path | str, *, threads: int = 0, engine: str = "onnxruntime"
+    ) -> None:
         """Load a bundle and its engine.
 
         Args:
             bundle: A bundle, its folder or its `.zip`.
             threads: CPU threads; 0 takes one per physical core.
+            engine: What runs it: see `load_engine`.
 
         Raises:
             CheckpointError: If the bundle cannot be used.
         """
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
-        self.engine: Engine = load_engine(self.bundle, threads=threads)
+        self.engine: Engine = load_engine(self.bundle, threads=threads, engine=engine)
 
     def classify(
         self, images: Sequence[Image.Image], *, labels: str | None = None, top_k: int = 5

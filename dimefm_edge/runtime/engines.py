@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -41,7 +42,16 @@ def _load_onnxruntime(bundle: Bundle, threads: int, provider: str) -> Engine:
     )
 
 
-ENGINES: dict[str, Callable[[Bundle, int, str], Engine]] = {"onnxruntime": _load_onnxruntime}
+def _load_tensorrt(bundle: Bundle, threads: int, option: str) -> Engine:
+    from dimefm_edge.runtime.tensorrt import open_engine
+
+    return open_engine(bundle)
+
+
+ENGINES: dict[str, Callable[[Bundle, int, str], Engine]] = {
+    "onnxruntime": _load_onnxruntime,
+    "tensorrt": _load_tensorrt,
+}
 """By name: (bundle, threads, what follows the name and a colon)."""
 
 
@@ -51,14 +61,20 @@ def load_engine(bundle: Bundle, *, threads: int = 0, engine: str = "onnxruntime"
     Args:
         bundle: A checked bundle; keep it while the engine is loaded.
         threads: CPU threads of one call; 0 takes one per physical core.
-        engine: A name in `ENGINES`; ONNX Runtime's execution provider may follow, as in
-            `onnxruntime:cuda`, else it is the first of the target's that is installed.
+        engine: A name in `ENGINES`, or an `.engine` file that TensorRT built of this bundle.
+            ONNX Runtime's execution provider may follow, as in `onnxruntime:cuda`, else it is
+            the first of the target's that is installed.
 
     Raises:
-        CheckpointError: If the engine cannot load the graph.
+        CheckpointError: If the engine cannot load the graph; if TensorRT's was not built yet,
+            or was built for another GPU, TensorRT or bundle.
         DimeFMError: If the execution provider does not start.
         MissingExtraError: If the engine's package is not installed.
         UnknownNameError: If there is no such engine or provider.
     """
+    if engine.endswith(".engine"):
+        from dimefm_edge.runtime.tensorrt import open_engine
+
+        return open_engine(bundle, Path(engine).expanduser())
     name, _, option = engine.partition(":")
     return lookup(ENGINES, name, kind="engine")(bundle, threads, option)

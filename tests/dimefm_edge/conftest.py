@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import importlib.util
 import json
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+
+SURFACE_DIR = Path(__file__).with_name("tensorrt_surface")
 
 TINY_CLIP: dict[str, Any] = {
     "embed_dim": 16,
@@ -104,3 +112,54 @@ def tiny_bundle_dir(tmp_path_factory: pytest.TempPathFactory, tiny_run_dir: Path
         parity_images=images,
         logit_scale=subject.logit_scale,
     )
+
+
+# ------------------------------------------------- TensorRT by its recorded surface
+
+
+def _load_by_path(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def fake_driver_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stand-in for NVIDIA's driver library, compiled."""
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler for the stand-in of NVIDIA's driver")
+    path = tmp_path_factory.mktemp("driver") / "libfakecuda.so"
+    source = str(SURFACE_DIR / "cuda.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-Wall", "-Werror", "-o", str(path), source],
+                   check=True)  # fmt: skip
+    return path
+
+
+@pytest.fixture
+def fake_driver(fake_driver_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A driver of its own for each test, which `Cuda` finds; there is no GPU."""
+    own = Path(shutil.copy(fake_driver_path, tmp_path / "libfakecuda.so"))
+    monkeypatch.setattr("dimefm_edge.runtime.cuda._LIBRARIES", (str(own),))
+    return ctypes.CDLL(str(own))
+
+
+@pytest.fixture
+def fake_tensorrt(
+    fake_driver: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str], Any]:
+    """Put the recorded surface of a TensorRT version in place of `tensorrt`; gives its double."""
+    surface = _load_by_path(SURFACE_DIR / "surface.py")
+    double_module = _load_by_path(SURFACE_DIR / "double.py")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def choose(version: str) -> Any:
+        double = double_module.Double(fake_driver)
+        double.trt = surface.make_module(version, double)
+        monkeypatch.setitem(sys.modules, "tensorrt", double.trt)
+        return double
+
+    return choose

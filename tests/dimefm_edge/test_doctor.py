@@ -82,3 +82,16 @@ def test_a_full_disk(tmp_path, monkeypatch):
     check = _by_name(tmp_path)["disk"]
     assert check.status == "note"
     assert check.mend == "free some space, or --out on another disk"
+
+
+def test_tensorrt_and_its_gpu_are_looked_at(fake_tensorrt, monkeypatch):
+    fake_tensorrt("10.3")
+    found = {check.name: check for check in examine()}
+    assert (found["TensorRT"].status, found["TensorRT"].detail) == ("ok", "10.3.0")
+    assert found["GPU for TensorRT"].detail == "Orin, sm_87, CUDA 12.6"
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr("dimefm_edge.runtime.cuda._LIBRARIES", ("libno-such-driver.so.1",))
+    found = {check.name: check for check in examine()}
+    assert found["TensorRT"].status == found["GPU for TensorRT"].status == "note"
+    assert "pip install 'dimefm_edge[tensorrt]'" in found["TensorRT"].mend
+    assert "no NVIDIA driver here" in found["GPU for TensorRT"].detail

@@ -11,7 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dimefm_edge.errors import CheckpointError
-from dimefm_edge.manifest import is_safe_name, parse_manifest, preprocess_of
+from dimefm_edge.manifest import (
+    attention_nodes,
+    is_safe_name,
+    parse_manifest,
+    preprocess_of,
+)
 from dimefm_edge.preprocess import PreprocessSpec
 
 GOOD: dict[str, Any] = {
@@ -34,6 +39,7 @@ GOOD: dict[str, Any] = {
         "model.onnx": {"sha256": "0" * 64, "size_bytes": 10},
         "labels.npz": {"sha256": "f" * 64, "size_bytes": 10},
     },
+    "graph": {"nodes": 9, "attentions": [{"form": "decomposed", "nodes": ["qk", "soft", "av"]}]},
 }
 
 
@@ -162,3 +168,15 @@ def test_safe_names(name: str) -> None:
 )
 def test_unsafe_names(name: str) -> None:
     assert not is_safe_name(name)
+
+
+@pytest.mark.parametrize("bad", ["qk", [3], [{}], [{"nodes": []}], [{"nodes": [1]}]])
+def test_attentions_that_cannot_be_are_refused(bad: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"graph\.attentions"):
+        parse_manifest(changed(("graph", "attentions"), bad), where="b")
+
+
+def test_attentions_are_lists_of_names_or_unknown() -> None:
+    assert attention_nodes(GOOD) == [["qk", "soft", "av"]]
+    assert attention_nodes({**GOOD, "graph": {"nodes": 9}}) is None
+    assert attention_nodes({k: v for k, v in GOOD.items() if k != "graph"}) is None

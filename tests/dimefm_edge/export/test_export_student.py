@@ -107,6 +107,8 @@ def test_a_bundle_tells_everything_and_answers(
     assert sorted(manifest["files"]) == ["labels.npz", "model.onnx"]
     assert manifest["versions"]["torch"] == torch.__version__.split("+")[0]
     assert manifest["graph"]["op_counts"]["LayerNormalization"] == 4
+    (attention,) = manifest["graph"]["attentions"]
+    assert attention["form"] == "decomposed"
     with torch.no_grad():
         expected = loaded.student(torch.from_numpy(images)).numpy()
     embeds = load_engine(bundle, threads=1).encode_image(images)

@@ -20,6 +20,7 @@ from dimefm_edge.errors import ExportError, ParityError
 from dimefm_edge.export.graph_spec import GraphSpec
 from dimefm_edge.export.onnx import OnnxGraph, export_onnx
 from dimefm_edge.export.parity import check_parity, module_embeds
+from dimefm_edge.export.tensorrt import check_graph
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.students import StudentSpec, build_student, hybrid_spec, vit_spec
 
@@ -71,43 +72,13 @@ def vit(images: npt.NDArray[np.float32], tmp_path_factory: pytest.TempPathFactor
     )  # fmt: skip
 
 
-# Operators that the ONNX parser of TensorRT 10.1 reads (operators.md of onnx-tensorrt, branch
-# 10.1-GA, the newest public table below 10.3), among those that image encoders come out as.
-TENSORRT_OPS = """
-    Add AveragePool BatchNormalization Cast Clip Concat Constant Conv Div Einsum Erf Exp Expand
-    Flatten Gather Gelu Gemm GlobalAveragePool GlobalMaxPool GroupNormalization HardSigmoid
-    HardSwish Identity InstanceNormalization LayerNormalization LeakyRelu LpNormalization MatMul
-    Max MaxPool Min Mul Neg PRelu Pad Pow Reciprocal ReduceL2 ReduceMax ReduceMean ReduceSum Relu
-    Reshape Resize Shape Sigmoid Slice Softmax Softplus Split Sqrt Squeeze Sub Tanh Transpose
-    Unsqueeze Where
-"""
-# The input that it wants as an initializer.
-TENSORRT_CONSTANT_INPUTS = {
-    "Slice": 3, "Squeeze": 1, "Unsqueeze": 1, "ReduceL2": 1, "ReduceMean": 1, "ReduceMax": 1,
-    "ReduceSum": 1, "Pad": 3, "Conv": 1, "BatchNormalization": 1,
-}  # fmt: skip
-TENSORRT_TYPES = {
-    onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT32,
-    onnx.TensorProto.INT64, onnx.TensorProto.BOOL,
-}  # fmt: skip
-
-
-def check_tensorrt_limits(model: onnx.ModelProto) -> None:
-    """What can be told without TensorRT about whether JetPack 6's 10.3 would read a graph."""
-    assert model.ir_version <= 10  # onnx 1.16, which its parser is built with
+def check_tensorrt_limits(model: onnx.ModelProto, precision: str) -> None:
+    """What can be told without TensorRT about whether JetPack 6's 10.3 and later read a graph."""
+    assert model.ir_version <= 10  # onnx 1.16, which the parser of 10.3 is built with
     assert [(o.domain, o.version <= 20) for o in model.opset_import] == [("", True)]
     assert not model.functions
-    graph = model.graph
-    assert {node.op_type for node in graph.node} <= set(TENSORRT_OPS.split())
-    assert {tensor.data_type for tensor in graph.initializer} <= TENSORRT_TYPES
-    assert {v.type.tensor_type.elem_type for v in graph.value_info} <= TENSORRT_TYPES
-    constants = {tensor.name for tensor in graph.initializer}
-    for node in graph.node:
-        place = TENSORRT_CONSTANT_INPUTS.get(node.op_type, len(node.input))
-        assert len(node.input) <= place or node.input[place] in constants, node
-        assert len(node.output) == 1 or node.op_type == "Split", node  # no indices, no statistics
-        if node.op_type == "Cast":
-            assert node.input[0] not in constants, node
+    for version in ("10.3", "10.16", "11"):
+        assert check_graph(model, version, precision=precision) == []
 
 
 def has_attention(student: nn.Module) -> bool:
@@ -144,7 +115,7 @@ def test_every_family_exports_and_answers_as_torch_does(
     model = onnx.load(path)
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
     assert {p.key: p.value for p in model.metadata_props} == {"student": "a test"}
-    check_tensorrt_limits(model)
+    check_tensorrt_limits(model, precision)
     norms = [m for m in student.modules() if isinstance(m, nn.LayerNorm)]
     assert graph.op_counts.get("LayerNormalization", 0) == len(norms)
     assert not any(node.metadata_props or node.doc_string for node in model.graph.node)

@@ -1,0 +1,158 @@
+"""What a TensorRT engine belongs to: one GPU and one TensorRT version; and how both are reached.
+
+TensorRT is imported here only, when it is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dimefm_edge.errors import InputError, MissingExtraError
+from dimefm_edge.runtime.cuda import Cuda, Gpu
+
+logger = logging.getLogger(__name__)
+
+_TEGRA = Path("/etc/nv_tegra_release")
+_MIN_VERSION = (10, 0)
+_MAX_KEPT_ERRORS = 20
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where an engine is built or run."""
+
+    gpu: Gpu
+    tensorrt: str
+    """Its full version, such as 10.3.0."""
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """TensorRT's major and minor version."""
+        return parse_version(self.tensorrt)
+
+
+def parse_version(text: str) -> tuple[int, int]:
+    """Major and minor number of a version such as 10.3.0."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+def load_machine(cuda: Cuda) -> Machine:
+    """Say which GPU and TensorRT are here.
+
+    Raises:
+        MissingExtraError: If TensorRT cannot be imported.
+    """
+    return Machine(cuda.gpu, str(import_tensorrt().__version__))
+
+
+def import_tensorrt() -> Any:
+    """The `tensorrt` module.
+
+    Raises:
+        MissingExtraError: If it is not installed, cannot load its libraries, or is too old.
+    """
+    try:
+        import tensorrt  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise MissingExtraError(
+            f"TensorRT's Python package cannot be imported: {str(error) or 'not installed'}",
+            hint=_how_to_install(),
+        ) from error
+    if parse_version(tensorrt.__version__) < _MIN_VERSION:
+        raise MissingExtraError(
+            f"TensorRT {tensorrt.__version__} is too old: engines need 10.0 or newer",
+            hint="JetPack 6 or newer; elsewhere: pip install --upgrade tensorrt",
+        )
+    return tensorrt
+
+
+def require_builder(*, export_command: str, bundle: Path) -> None:
+    """Fail before an export that shall end in an engine writes anything.
+
+    Args:
+        export_command: What writes the bundle alone, without an engine.
+        bundle: Where it goes.
+
+    Raises:
+        MissingExtraError: If TensorRT or a GPU is missing here; the hint is the two commands
+            that do the same, here and on the device.
+    """
+    try:
+        import_tensorrt()
+        Cuda()
+    except MissingExtraError as error:
+        raise MissingExtraError(
+            f"no engine can be built here: {error.args[0]}",
+            hint=f"{export_command}  here, then on the device: dimefm-edge build {bundle.name}",
+        ) from error
+
+
+def _how_to_install() -> str:
+    if _TEGRA.is_file():
+        return (
+            "JetPack ships TensorRT with bindings for the system's Python (3.10 in JetPack 6): "
+            "sudo apt install python3-libnvinfer, then an environment that sees it: "
+            "/usr/bin/python3 -m venv --system-site-packages .venv"
+        )
+    return "on a machine with an NVIDIA GPU: pip install 'dimefm_edge[tensorrt]'"
+
+
+class Log:
+    """TensorRT's own log, sent to Python's; what it called an error is kept for messages.
+
+    Attributes:
+        trt_logger: What TensorRT's objects take.
+    """
+
+    def __init__(self, trt: Any) -> None:
+        self.errors: list[str] = []
+        severity = trt.ILogger.Severity
+        levels = {
+            severity.INTERNAL_ERROR: logging.ERROR,
+            severity.ERROR: logging.ERROR,
+            severity.WARNING: logging.INFO,
+            severity.INFO: logging.DEBUG,
+            severity.VERBOSE: logging.DEBUG,
+        }
+        errors = self.errors
+
+        class TrtLogger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)  # pybind11 wants it spelt out
+
+            def log(self, severity: Any, msg: str) -> None:
+                level = levels.get(severity, logging.DEBUG)
+                if level == logging.ERROR and len(errors) < _MAX_KEPT_ERRORS:
+                    errors.append(" ".join(msg.split()))
+                logger.log(min(level, logging.INFO), "TensorRT: %s", msg)
+
+        self.trt_logger = TrtLogger()
+
+    def reason(self) -> str:
+        """Why the last thing failed, as far as TensorRT told."""
+        return "; ".join(self.errors) or "it gives no reason (--verbose shows its log)"
+
+
+def load_plugin_libraries(registry: Any, paths: tuple[Path, ...]) -> None:
+    """Let TensorRT load shared libraries of plugins, which run as code of this process.
+
+    Args:
+        registry: TensorRT's IPluginRegistry.
+        paths: Files that the user named.
+
+    Raises:
+        InputError: If one is missing or TensorRT cannot load it.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"no plugin library at {path}", hint="--plugin-library PATH.so")
+        try:
+            handle = registry.load_library(str(path.resolve()))
+        except Exception as error:  # pybind11 raises what it likes
+            raise InputError(f"TensorRT cannot load the plugin library {path}: {error}") from error
+        if handle is None:
+            raise InputError(f"TensorRT cannot load the plugin library {path}")
