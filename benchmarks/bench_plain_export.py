@@ -1,0 +1,193 @@
+"""Our graph of an open_clip image tower against the plain ones: same weights, one run, in turn.
+
+The plain exports are what a user gets: `torch.onnx.export` of the tower as it is, at the newest
+opset that ONNX Runtime fuses and at torch's default, and optimum's where it is installed (of
+transformers' CLIP with the same weights, ViT-B-32 and ViT-B-16). Each graph is run in ONNX
+Runtime; the ratio is the median over rounds of plain over ours. The floor: of our graph's time,
+the share of matrix products and convolutions by ONNX Runtime's own profile. If all else took
+no time, the graph would be 1 / share faster and no more; the plain one's share likewise.
+
+    python benchmarks/bench_plain_export.py --json | python benchmarks/record.py plain_export
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import torch
+from torch import nn
+
+from dimefm_edge.data.scenes import scene_image
+from dimefm_edge.encoders import Normalised
+from dimefm_edge.export import export_onnx, graph_spec
+from dimefm_edge.latency.measure import machine_info, sample_interleaved
+from dimefm_edge.preprocess import preprocess_images
+from dimefm_edge.teacher import load_teacher
+
+MODELS = ("ViT-S-16", "ViT-B-16", "ViT-B-32", "RN50", "MobileCLIP2-S0")
+PLAIN_OPSETS = {"plain": None, "plain_opset20": 20}
+PRODUCTS = {"MatMul", "Gemm", "Conv", "FusedMatMul", "FusedConv", "FusedGemm"}
+ATTENTIONS = {"MultiHeadAttention", "Attention"}
+
+
+def export_plain(tower: nn.Module, path: Path, *, side: int, opset: int | None) -> None:
+    """torch's exporter with its defaults and a dynamic batch."""
+    chosen = {} if opset is None else {"opset_version": opset}
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        program = torch.onnx.export(
+            tower, (torch.zeros(2, 3, side, side),), dynamo=True, verbose=False,
+            input_names=["image"], output_names=["image_embeds"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},), **chosen,
+        )  # fmt: skip
+    assert program is not None
+    program.save(path)
+
+
+def export_optimum(name: str, tower: Any, folder: Path) -> Path | None:
+    """optimum's export of transformers' CLIP with the tower's weights; None without optimum."""
+    try:
+        from optimum.exporters.onnx import export
+        from optimum.exporters.onnx.model_configs import CLIPVisionModelOnnxConfig
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+    except ImportError:
+        return None
+    if name not in ("ViT-B-16", "ViT-B-32"):
+        return None
+    patch = int(name.rsplit("-", 1)[1])
+    config = CLIPVisionConfig(patch_size=patch, hidden_act="gelu")
+    model = CLIPVisionModel(config).eval()  # without the projection: 0.4 of 17,500 MMACs
+    model.load_state_dict(_as_transformers(tower.state_dict()), strict=False)
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        found, expected = model(x).pooler_output @ tower.proj, tower(x)
+    assert torch.allclose(found, expected, atol=1e-4), "the weights were not carried over"
+    path = folder / "optimum.onnx"
+    export(model, CLIPVisionModelOnnxConfig(config), path, opset=18)
+    return path
+
+
+def _as_transformers(state: dict[str, Any]) -> dict[str, Any]:
+    """open_clip's names to transformers'."""
+    weights = {}
+    renames = (
+        ("transformer.resblocks.", "encoder.layers."), ("ln_1", "layer_norm1"),
+        ("ln_2", "layer_norm2"), ("attn.out_proj", "self_attn.out_proj"),
+        ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2"), ("ln_pre", "pre_layrnorm"),
+        ("ln_post", "post_layernorm"), ("class_embedding", "embeddings.class_embedding"),
+        ("positional_embedding", "embeddings.position_embedding.weight"),
+        ("conv1", "embeddings.patch_embedding"),
+    )  # fmt: skip
+    for key, value in state.items():
+        for old, new in renames:
+            key = key.replace(old, new)
+        if "attn.in_proj_" in key:
+            kind = key.rsplit("_", 1)[1]
+            for part, piece in zip("qkv", value.chunk(3), strict=True):
+                name = key.replace(f"attn.in_proj_{kind}", f"self_attn.{part}_proj.{kind}")
+                weights["vision_model." + name] = piece
+            continue
+        weights["vision_model." + key] = value
+    return weights
+
+
+def session_of(path: Path, threads: int, *, profile: Path | None = None) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def profile_of(path: Path, batch: npt.NDArray[np.float32], folder: Path) -> dict[str, Any]:
+    """Share of each kind of kernel in the time of a graph, on one thread; and how many fused."""
+    session = session_of(path, 1, profile=folder / "profile")
+    name = session.get_inputs()[0].name
+    for _ in range(6):
+        session.run(None, {name: batch})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    time_us: Counter[str] = Counter()
+    runs: Counter[str] = Counter()
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time"):
+            time_us[event["args"]["op_name"]] += event["dur"]
+            runs[event["args"]["op_name"]] += 1
+    total = sum(time_us.values())
+    return {
+        "product_share": sum(time_us[op] for op in PRODUCTS) / total,
+        "attention_nodes_run": sum(runs[op] for op in ATTENTIONS) // 6,
+        "kernels_run": sum(runs.values()) // 6,
+    }
+
+
+def bench(name: str, *, batch_size: int, threads: int, seconds: float) -> dict[str, Any]:
+    """Export one tower in every way, then time the graphs in turn."""
+    teacher = load_teacher(f"{name}:random", device="cpu")
+    tower, side = teacher.image_tower, teacher.preprocess.image_size
+    images = preprocess_images([scene_image(i) for i in range(batch_size)], teacher.preprocess)
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        ours = export_onnx(
+            Normalised(tower).eval(), folder / "ours.onnx", image_size=side, metadata={},
+            parity_images=images, spec=graph_spec(None),
+        )  # fmt: skip
+        paths = {"ours": ours.path}
+        for kind, opset in PLAIN_OPSETS.items():
+            paths[kind] = folder / f"{kind}.onnx"
+            export_plain(tower, paths[kind], side=side, opset=opset)
+        optimum = export_optimum(name, tower, folder)
+        if optimum is not None:
+            paths["optimum"] = optimum
+        calls = {}
+        for kind, path in paths.items():
+            session = session_of(path, threads)
+            feed = {session.get_inputs()[0].name: images}
+            calls[kind] = lambda s=session, f=feed: s.run(None, f)
+        _, samples = sample_interleaved(calls, min_runs=15, max_seconds=seconds)
+        return {
+            "name": name,
+            "fusion": str(ours.fusion),
+            "max_abs_diff": ours.parity.max_abs_diff,
+            "p50_ms": {kind: float(np.median(times)) for kind, times in samples.items()},
+            "ratio": {
+                kind: float(np.median(times / samples["ours"]))
+                for kind, times in samples.items()
+                if kind != "ours"
+            },
+            "rounds": len(samples["ours"]),
+            "profile": {kind: profile_of(path, images, folder) for kind, path in paths.items()},
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="*", default=MODELS)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timed calls, for each")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    rows = [
+        bench(name, batch_size=args.batch_size, threads=args.threads, seconds=args.seconds)
+        for name in args.models
+    ]
+    values = {
+        "batch_size": args.batch_size, "threads": args.threads, "models": rows,
+        "machine": machine_info(),
+    }  # fmt: skip
+    print(json.dumps(values, indent=None if args.json else 1))
+
+
+if __name__ == "__main__":
+    main()
