@@ -18,14 +18,19 @@ from typing import Any
 
 from dimefm_edge.errors import CheckpointError, DimeFMError
 from dimefm_edge.preprocess import PreprocessSpec
+from dimefm_edge.tokenizer import MAX_TOKENIZER_BYTES, TokenizerSpec
 
 BUNDLE_FORMAT = "dimefm_edge.bundle"
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 LABELS_FILE = "labels.npz"
+TEXT_FILE = "text.onnx"
+TOKENIZER_FILE = "tokenizer.json"
 INPUT_NAME = "image"
 OUTPUT_NAME = "image_embeds"
+TEXT_INPUT_NAME = "tokens"
+TEXT_OUTPUT_NAME = "text_embeds"
 MAX_MANIFEST_BYTES = 2**23
 EXPORT_AGAIN = "export it again: dimefm-edge export RUN --out BUNDLE"
 ARCHIVE_ERRORS = (
@@ -78,6 +83,14 @@ def parse_manifest(data: bytes, *, where: str) -> dict[str, Any]:
 def preprocess_of(manifest: dict[str, Any]) -> PreprocessSpec:
     """The preprocessing that a parsed manifest asks for."""
     return PreprocessSpec.from_dict(manifest["preprocess"])
+
+
+def tokenizer_spec_of(manifest: dict[str, Any]) -> TokenizerSpec | None:
+    """What a parsed manifest asks for around its tokenizer; None where there is no text side."""
+    text = manifest.get("text")
+    if text is None:
+        return None
+    return TokenizerSpec(text["context_length"], text["clean"], text.get("zeroed_id"))
 
 
 def is_safe_name(name: str) -> bool:
@@ -159,6 +172,7 @@ def _check_fields(values: dict[str, Any]) -> None:
     _check_preprocess(values["preprocess"])
     _check_files(values["files"])
     _check_label_sets(values["label_sets"], LABELS_FILE in values["files"])
+    _check_text(values.get("text"), values["files"])
 
 
 def _check_preprocess(values: Any) -> None:
@@ -213,6 +227,29 @@ def _check_label_sets(values: Any, has_file: bool) -> None:
             raise ValueError("label_sets: each needs a name")
         if not _is_int(entry["num_classes"]) or entry["num_classes"] <= 0:
             raise ValueError(f"label_sets: {entry['name']} has no classes")
+
+
+def _check_text(values: Any, files: dict[str, Any]) -> None:
+    lacking = [name for name in (TEXT_FILE, TOKENIZER_FILE) if name not in files]
+    if values is None:
+        if len(lacking) < 2:
+            raise ValueError("it lists files of a text side but has no text")
+        return
+    if not isinstance(values, dict):
+        raise ValueError("text must be an object")
+    if lacking:
+        raise ValueError(f"it has a text side but no {lacking[0]}")
+    if files[TOKENIZER_FILE]["size_bytes"] > MAX_TOKENIZER_BYTES:
+        raise ValueError(f"{TOKENIZER_FILE} is too large to be a tokenizer")
+    if not _is_int(values["context_length"]):
+        found = values["context_length"]
+        raise ValueError(f"text.context_length must be a whole number, got {found!r}")
+    if not isinstance(values["clean"], str):
+        raise ValueError("text.clean must be text")
+    zeroed = values.get("zeroed_id")
+    if zeroed is not None and (not _is_int(zeroed) or not 0 <= zeroed < 2**31):
+        raise ValueError(f"text.zeroed_id must be a token, got {zeroed!r}")
+    tokenizer_spec_of({"text": values})
 
 
 def _is_int(value: Any) -> bool:

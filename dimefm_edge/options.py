@@ -157,7 +157,7 @@ class EvalOptions(CommonOptions):
 
 @dataclass(frozen=True)
 class ExportOptions(CommonOptions):
-    """Write a run as a bundle that needs no torch; parity is always checked."""
+    """Write a run or a teacher as a bundle that needs no torch; parity is always checked."""
 
     from_config: ClassVar[dict[str, str]] = {
         "precision": "precision",
@@ -167,16 +167,29 @@ class ExportOptions(CommonOptions):
 
     run: Positional[str] = ""
     """A run folder, or its checkpoint.safetensors."""
+    teacher: str | None = None
+    """Instead of a run: `sample`, an open_clip model (ARCHITECTURE:TAG_OR_FILE) or a folder."""
+    text: bool = False
+    """Put the text side of the run's teacher into the bundle: any label on the device."""
+    image_only: bool = False
+    """Leave out a teacher's text side."""
+    labels: tuple[str, ...] = ()
+    """Label sets to bake in: labelled sets as `eval` takes them, or a classnames.txt. Default:
+    those of the run."""
     out: Path | None = None
-    """Folder, or archive when it ends in .zip. Default: RUN/bundle-PRECISION."""
+    """Folder, or archive when it ends in .zip. Default: RUN/bundle-PRECISION, or NAME-bundle
+    here for a teacher."""
     format: str = "onnx"
     """What is written: onnx."""
     precision: Literal["fp32", "fp16"] = "fp32"
     """Of the graph."""
     images: tuple[str, ...] = ()
-    """Real images that parity is checked on. Default: those the run was distilled on."""
+    """Real images that parity is checked on. Default: those the run was distilled on, `scenes`
+    for a teacher."""
     image_column: str = "image"
     """Column of images in Parquet files and Hugging Face data sets."""
+    sentences: tuple[str, ...] = ("scenes",)
+    """Real sentences that the text side's parity is checked on."""
 
 
 @dataclass(frozen=True)

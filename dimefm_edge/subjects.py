@@ -6,10 +6,11 @@ teachers and runs only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ from dimefm_edge.errors import CheckpointError, InputError, MissingExtraError
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.manifest import MANIFEST_FILE
 from dimefm_edge.preprocess import PreprocessSpec
+
+if TYPE_CHECKING:
+    from dimefm_edge.runtime import Bundle
 
 EncodePixels = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]
 EncodeTexts = Callable[[Sequence[str]], npt.NDArray[np.float32]]
@@ -156,9 +160,20 @@ def _load_bundle(name: str, device: str | None) -> Subject:
         load_engine(bundle).encode_pixels,
         bundle.logit_scale,
         label_banks=bundle.label_banks,
+        encode_texts=_bundle_texts(bundle),
         size_mib=bundle.size_mib,
         owner=bundle,
     )
+
+
+def _bundle_texts(bundle: Bundle) -> EncodeTexts | None:
+    """A bundle's text side, loaded when it is first asked."""
+    from dimefm_edge.runtime import load_text_encoder
+
+    if bundle.text is None:
+        return None
+    encoder = functools.cache(lambda: load_text_encoder(bundle))
+    return lambda sentences: encoder().encode_texts(sentences)
 
 
 def _load_onnx(name: str, device: str | None) -> Subject:

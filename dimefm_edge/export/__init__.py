@@ -1,4 +1,4 @@
-"""Export: a trained student becomes a bundle that runs without torch; parity always checked."""
+"""Export: a student or a teacher becomes a bundle that runs without torch; parity checked."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ import numpy.typing as npt
 from dimefm_edge.errors import ExportError, lookup
 from dimefm_edge.export.bundle import building, record_accuracy, write_bundle
 from dimefm_edge.export.onnx import OnnxGraph, ParityReport, check_parity, export_onnx
+from dimefm_edge.export.text import write_text_side
+from dimefm_edge.export.towers import LoadedTeacher, image_tower
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.manifest import MODEL_FILE
 
 if TYPE_CHECKING:
     from dimefm_edge.students import LoadedStudent
+    from dimefm_edge.teacher import Teacher
 
 __all__ = [
     "EXPORTERS", "OnnxGraph", "ParityReport", "check_parity", "export_onnx", "export_student",
-    "record_accuracy",
+    "image_tower", "record_accuracy",
 ]  # fmt: skip
 
 EXPORTERS: dict[str, Callable[..., OnnxGraph]] = {"onnx": export_onnx}
@@ -29,7 +32,7 @@ EXPORTERS: dict[str, Callable[..., OnnxGraph]] = {"onnx": export_onnx}
 
 
 def export_student(
-    loaded: LoadedStudent,
+    loaded: LoadedStudent | LoadedTeacher,
     out: Path,
     *,
     fmt: str = "onnx",
@@ -38,8 +41,10 @@ def export_student(
     parity_images: npt.NDArray[np.float32],
     logit_scale: float,
     extra: Mapping[str, Any] | None = None,
+    text_teacher: Teacher | None = None,
+    parity_sentences: Sequence[str] = (),
 ) -> Path:
-    """Write a student as a bundle, which appears at `out` whole or not at all.
+    """Write a student or a teacher's `image_tower` as a bundle, whole or not at all at `out`.
 
     Args:
         loaded: The student with its spec and preprocessing.
@@ -51,6 +56,8 @@ def export_student(
         logit_scale: Exponentiated; the teacher's.
         extra: JSON values for the manifest: `target` and `accuracy` get places of their own,
             the rest goes under `extra`.
+        text_teacher: Whose text side goes into the bundle; None for label sets only.
+        parity_sentences: Real sentences; 64 are plenty.
 
     Returns:
         `out`.
@@ -74,6 +81,11 @@ def export_student(
                 f"label set '{bank.name}' has {bank.embeds.shape[1]} dimensions, the student "
                 f"{spec.embed_dim}: they are of different teachers"
             )
+    if text_teacher is not None and text_teacher.embed_dim != spec.embed_dim:
+        raise ExportError(
+            f"teacher {text_teacher.name} answers in {text_teacher.embed_dim} dimensions, the "
+            f"student in {spec.embed_dim}: it was taught by another"
+        )
     others = dict(extra or {})
     target, accuracy = others.pop("target", None), others.pop("accuracy", None)
     with building(out) as folder:
@@ -99,11 +111,17 @@ def export_student(
             "accuracy": accuracy,
             "extra": others,
         }
+        if text_teacher is not None:
+            fields["text"] = write_text_side(
+                folder, text_teacher, precision=precision, sentences=parity_sentences
+            )
         write_bundle(folder, fields, label_banks=label_banks)
     return out
 
 
-def _graph_metadata(loaded: LoadedStudent, precision: str, logit_scale: float) -> dict[str, str]:
+def _graph_metadata(
+    loaded: LoadedStudent | LoadedTeacher, precision: str, logit_scale: float
+) -> dict[str, str]:
     """What a `model.onnx` alone, without its bundle, should still tell."""
     preprocess = loaded.preprocess
     return {

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import ParityError
-from dimefm_edge.manifest import INPUT_NAME, OUTPUT_NAME
 
 if TYPE_CHECKING:
     import onnx
@@ -58,7 +57,9 @@ def convert_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     return inferred
 
 
-def check_fp16_range(model: onnx.ModelProto, images: npt.NDArray[np.float32]) -> float:
+def check_fp16_range(
+    model: onnx.ModelProto, inputs: npt.NDArray[Any], *, kind: str = "image"
+) -> float:
     """Look for values that fp16 cannot hold, in every tensor of the graph.
 
     ONNX Runtime's CPU kernels compute much of an fp16 graph in fp32, where a GPU would not:
@@ -66,7 +67,8 @@ def check_fp16_range(model: onnx.ModelProto, images: npt.NDArray[np.float32]) ->
 
     Args:
         model: As `convert_to_fp16` returns it.
-        images: (N, 3, S, S) float32, preprocessed; one at a time is run.
+        inputs: (N, ...) images or tokens; one at a time is run.
+        kind: What one of them is, for errors.
 
     Returns:
         The largest magnitude found; 65504 is the limit.
@@ -89,13 +91,14 @@ def check_fp16_range(model: onnx.ModelProto, images: npt.NDArray[np.float32]) ->
         probe.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     largest = 0.0
-    for i in range(len(images)):
-        values = session.run(list(watched), {INPUT_NAME: images[i : i + 1]})
+    input_name = model.graph.input[0].name
+    for i in range(len(inputs)):
+        values = session.run(list(watched), {input_name: inputs[i : i + 1]})
         for (name, node), value in zip(watched.items(), values, strict=True):
             peak = float(np.abs(value).max(initial=0))
             if not np.isfinite(peak):
                 raise ParityError(
-                    f"the student leaves fp16's range (65504) on image {i} of {len(images)}: "
+                    f"the model leaves fp16's range (65504) on {kind} {i} of {len(inputs)}: "
                     f"{node.op_type} '{name}' gives {peak}",
                     hint="dimefm-edge export RUN --precision fp32",
                 )
@@ -107,7 +110,7 @@ def _after_last_product(model: onnx.ModelProto) -> list[str]:
     """Names of the nodes between the last matrix product and the output: the L2 norm."""
     producers = {name: node for node in model.graph.node for name in node.output}
     found: set[str] = set()
-    pending = [OUTPUT_NAME]
+    pending = [output.name for output in model.graph.output]
     while pending:
         node = producers.get(pending.pop())
         if node is None or node.name in found or node.op_type in (*_PRODUCTS, "Shape"):

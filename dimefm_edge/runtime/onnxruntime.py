@@ -46,7 +46,7 @@ class OnnxRuntimeEngine:
         self.threads = threads or count_physical_cores()
         self.embed_dim = embed_dim
         self._preprocess = preprocess
-        self._session = _load_session(model_path, self.threads)
+        self._session = load_session(model_path, self.threads)
         self._check_signature(model_path)
 
     def encode_image(self, image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -67,7 +67,7 @@ class OnnxRuntimeEngine:
             (embeds,) = self._session.run([OUTPUT_NAME], {INPUT_NAME: image})
         except Exception as error:  # no public base but Exception
             raise DimeFMError(
-                f"ONNX Runtime cannot run the model on {len(image)} images: {_reason(error)}",
+                f"ONNX Runtime cannot run the model on {len(image)} images: {first_line(error)}",
                 hint="fewer images at once, or close something: memory may have run out",
             ) from error
         return np.asarray(embeds, np.float32)
@@ -94,7 +94,13 @@ class OnnxRuntimeEngine:
             )
 
 
-def _load_session(model_path: Path, threads: int) -> Any:
+def load_session(model_path: Path, threads: int) -> Any:
+    """An InferenceSession on the CPU.
+
+    Raises:
+        CheckpointError: If ONNX Runtime cannot load the graph.
+        MissingExtraError: If ONNX Runtime is not installed.
+    """
     try:
         import onnxruntime  # type: ignore[import-untyped]
     except ImportError as error:
@@ -117,12 +123,12 @@ def _load_session(model_path: Path, threads: int) -> Any:
     # ONNX Runtime's own exceptions share no public base but Exception.
     except Exception as error:
         raise CheckpointError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {model_path}: {_reason(error)}",
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {model_path}: {first_line(error)}",
             hint="pip install --upgrade onnxruntime, or " + EXPORT_AGAIN,
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of what ONNX Runtime says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
