@@ -49,11 +49,11 @@ def convert_tokenizer(
     """
     if isinstance(tokenize, Tokenizer):
         return tokenize
-    import open_clip
+    from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
-    if isinstance(tokenize, open_clip.SimpleTokenizer):
+    if isinstance(tokenize, SimpleTokenizer):
         values, spec = _convert_simple(tokenize, name)
-    elif isinstance(tokenize, open_clip.HFTokenizer):
+    elif isinstance(tokenize, HFTokenizer):
         values, spec = _convert_hugging_face(tokenize, name)
     else:
         raise _cannot(name, f"its tokenizer is a {type(tokenize).__name__}")
@@ -104,8 +104,10 @@ def _convert_simple(tokenizer: Any, name: str) -> tuple[dict[str, Any], Tokenize
     spec = TokenizerSpec(tokenizer.context_length, _clean_name(tokenizer, name))
     if tokenizer.reduction_fn is not None:
         raise _cannot(name, "it drops words of long sentences by chance")
-    if spec.clean == "whitespace" or len(tokenizer.all_special_ids) != 2:
-        raise _cannot(name, "it keeps upper case, or has special tokens of its own")
+    if spec.clean == "whitespace":  # then <Start_of_text> is one word too
+        raise _cannot(name, "it keeps upper case")
+    if len(tokenizer.all_special_ids) != 2:
+        raise _cannot(name, "it has special tokens of its own")
     vocab = dict(tokenizer.encoder)
     merges = [list(pair) for pair in sorted(tokenizer.bpe_ranks, key=tokenizer.bpe_ranks.get)]
     specials = [tokenizer.decoder[i] for i in tokenizer.all_special_ids]
@@ -188,10 +190,8 @@ def _split_pattern(specials: Sequence[str]) -> str:
     another than `regex` has, here and on the device.
     """
     whole = ["".join(f"[{_class_of(c)}]" for c in word) for word in (*specials, *_CONTRACTIONS)]
-    letters, numbers, spaces = (_class_of(p) for p in (r"\p{L}", r"\p{N}", r"\s"))
-    return "|".join(
-        [*whole, f"[{letters}]+", f"[{numbers}]", f"[^{spaces}{letters}{numbers}]+"]
-    )
+    letters, numbers, others = map(_class_of, (r"\p{L}", r"\p{N}", r"[^\s\p{L}\p{N}]"))
+    return "|".join([*whole, f"[{letters}]+", f"[{numbers}]", f"[{others}]+"])
 
 
 @functools.cache
