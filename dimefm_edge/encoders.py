@@ -25,6 +25,7 @@ class Normalised(nn.Module):
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         self.tower = tower
+        self.train(tower.training)  # what restores the mode of this one must not change it
 
     def forward(self, inputs: Tensor) -> Tensor:
         return F.normalize(self.tower(inputs), dim=-1)
@@ -40,6 +41,7 @@ class TextTower(nn.Module):
         super().__init__()
         self.model = copy.copy(model)
         self.model._modules = {k: v for k, v in model._modules.items() if k != "visual"}
+        self.train(model.training)
 
     def forward(self, tokens: Tensor) -> Tensor:
         # 32 bits hold any vocabulary. The end token is found by an ArgMax of the ids, which

@@ -6,6 +6,7 @@ token's place is found in the graph, the causal mask is one of its constants.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor, nn
 
 from dimefm_edge.encoders import Normalised
 from dimefm_edge.errors import ExportError, ParityError, lookup
@@ -33,7 +36,6 @@ from dimefm_edge.manifest import TEXT_FILE, TEXT_INPUT_NAME, TEXT_OUTPUT_NAME, T
 
 if TYPE_CHECKING:
     import onnx
-    from torch import nn
 
     from dimefm_edge.teacher import Teacher
 
@@ -41,6 +43,7 @@ _MAX_ONNX_BYTES = 2**31 - 1  # a protobuf message
 _EXAMPLE_BATCH = 2  # torch.export takes 0 and 1 for constants
 _PARITY_BATCHES = (1, 7, 32)
 _MAX_RANGE_SENTENCES = 16
+_MASKED = -1e4  # exp() of it is 0, and fp16 holds it: -inf is no number to a range check
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ def export_text_onnx(
 
     convert = lookup(_PRECISIONS, precision, kind="ONNX precision")
     expected = _tower_embeds(tower, parity_tokens)
-    model = convert(_trace(tower, context_length=parity_tokens.shape[1], opset=opset))
+    length = parity_tokens.shape[1]
+    model = convert(_trace(_made_ready(tower), context_length=length, opset=opset))
     _strip_debug_info(model)
     model.graph.name = "text"
     onnx.helper.set_model_props(model, dict(metadata))
@@ -201,8 +205,6 @@ def check_text_parity(
 
 def _tower_embeds(tower: nn.Module, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
     """(N, E) of the tower as it is, on its own device, in float32."""
-    import torch
-
     device = next(tower.parameters()).device
     with torch.no_grad():
         pieces = [
@@ -215,18 +217,52 @@ def _tower_embeds(tower: nn.Module, tokens: npt.NDArray[np.int64]) -> npt.NDArra
     return embeds
 
 
+class _SelfAttention(nn.Module):
+    """torch's MultiheadAttention of one batch of sequences, with the sequences last but one.
+
+    torch's own puts them first: its transposes cost time, and in fp16 they crash ONNX Runtime
+    1.32 as it loads the graph (its NchwcTransformer).
+    """
+
+    def __init__(self, original: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.original = original
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, None]:
+        """(B, N, D), three times the same -> (B, N, D) and no weights."""
+        own = self.original
+        packed = nn.functional.linear(query, own.in_proj_weight, own.in_proj_bias)
+        q, k, v = packed.unflatten(-1, (3, own.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if attn_mask is not None and attn_mask.ndim == 3:  # CoCa's: one for each head of each
+            attn_mask = attn_mask.unflatten(0, (query.shape[0], own.num_heads))
+        scores = (q * own.head_dim**-0.5) @ k.transpose(-2, -1)
+        weights = (scores if attn_mask is None else scores + attn_mask).softmax(dim=-1)
+        return own.out_proj((weights @ v).transpose(1, 2).flatten(2)), None
+
+
+def _made_ready(tower: nn.Module) -> nn.Module:
+    """A copy on the CPU whose attentions are spelt out and whose causal masks are finite."""
+    from open_clip.transformer import ResidualAttentionBlock
+
+    copied = copy.deepcopy(tower).cpu().float().eval().requires_grad_(False)
+    for part in list(copied.modules()):
+        mask = part._buffers.get("attn_mask")
+        if mask is not None:
+            part._buffers["attn_mask"] = mask.clamp(min=_MASKED)
+        if type(part) is ResidualAttentionBlock and part.attn.batch_first:
+            part.attn = _SelfAttention(part.attn)
+    return copied
+
+
 def _trace(tower: nn.Module, *, context_length: int, opset: int) -> onnx.ModelProto:
-    """Run torch's exporter on a CPU copy of the tower; it prints nothing."""
-    import copy
-
-    import torch
-
-    module = copy.deepcopy(tower).cpu().float().eval().requires_grad_(False)
+    """Run torch's exporter on a tower made ready; it prints nothing."""
     example = torch.zeros(_EXAMPLE_BATCH, context_length, dtype=torch.int64)
     try:
         with _silence(), torch.no_grad():
             program = torch.onnx.export(
-                module,
+                tower,
                 (example,),
                 dynamo=True,
                 opset_version=opset,
