@@ -29,8 +29,10 @@ def cleaned(text: str, clean: str) -> str:
     return _CLEANERS[clean](text)
 
 
-awkward = st.sampled_from(["&amp;", "&lt;b&gt;", "&#x1F600;", "â€œ", "ﬃ", "\uff21", "\x1b[1m", "\r\n",
-                           "\x1c", "\x7f", "_", "…", "İ", "&AMP", "é", "e\u0301"])  # fmt: skip
+awkward = st.sampled_from(
+    ["&amp;", "&lt;b&gt;", "&#x1F600;", "â€œ", "ﬃ", "\uff21", "\x1b[1m", "\r\n", "\x1c", "\x7f",
+     "_", "…", "İ", "&AMP", "é", "e\u0301"]
+)  # fmt: skip
 texts = st.lists(st.text(max_size=8) | awkward, max_size=8).map("".join)
 
 
