@@ -89,6 +89,11 @@ def export_student(
     others = dict(extra or {})
     target, accuracy = others.pop("target", None), others.pop("accuracy", None)
     with building(out) as folder:
+        text = None
+        if text_teacher is not None:  # first: not every tokenizer can come along
+            text = write_text_side(
+                folder, text_teacher, precision=precision, sentences=parity_sentences
+            )
         graph = export(
             loaded.student,
             folder / MODEL_FILE,
@@ -110,11 +115,8 @@ def export_student(
             "parity": asdict(graph.parity),
             "accuracy": accuracy,
             "extra": others,
+            "text": text,
         }
-        if text_teacher is not None:
-            fields["text"] = write_text_side(
-                folder, text_teacher, precision=precision, sentences=parity_sentences
-            )
         write_bundle(folder, fields, label_banks=label_banks)
     return out
 

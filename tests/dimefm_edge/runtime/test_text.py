@@ -253,5 +253,5 @@ def test_ids_that_the_tower_lacks(bundle_dir: Path) -> None:
     relist(bundle_dir, TOKENIZER_FILE)
     encoder: TextEncoder = load_text_encoder(load_bundle(bundle_dir), threads=1)
     assert encoder.encode_texts(["dog"]).shape == (1, 16)
-    with pytest.raises(DimeFMError, match="ONNX Runtime cannot run the text tower: .*out of"):
+    with pytest.raises(DimeFMError, match=r"ONNX Runtime cannot run the text tower: .*out of"):
         encoder.encode_texts(["dog", "cat"])
