@@ -96,6 +96,7 @@ def test_a_teacher_by_its_folder(
     assert values["results"][0]["num_images"] == 12
 
 
+@pytest.mark.slow
 def test_a_teacher_without_its_text_side(tiny_teacher_dir, labelled_dir, tmp_path, capsys):
     words = ("export", "--teacher", tiny_teacher_dir, "--image-only", "--images", labelled_dir)
     code, values = _json(capsys, *words, "--out", tmp_path / "b")

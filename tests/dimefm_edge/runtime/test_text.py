@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dimefm_edge.data.scenes import scene_image
 from dimefm_edge.errors import CheckpointError, DataError, DimeFMError, InputError, UnknownNameError
@@ -243,6 +245,39 @@ def test_damage_is_named(damage: Callable[[Path], object], message: str, bundle_
         load_text_encoder(load_bundle(bundle_dir), threads=1)
     assert message in str(caught.value)
     assert caught.value.exit_code == 2
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    name=st.sampled_from([TEXT_FILE, TOKENIZER_FILE]),
+    place=st.floats(0, 1, exclude_max=True),
+    flip=st.integers(0, 255),
+    is_forged=st.booleans(),
+)
+def test_any_damage_is_a_checkpoint_error(
+    tiny_open_bundle_dir: Path, bundle_dir: Path, name: str, place: float, flip: int,
+    is_forged: bool,
+) -> None:  # fmt: skip
+    """A byte that changed, or (flip 0) a file that ends early; a forger mends the manifest."""
+    whole = (tiny_open_bundle_dir / name).read_bytes()
+    at = int(place * len(whole))
+    for file in tiny_open_bundle_dir.iterdir():
+        shutil.copy(file, bundle_dir)
+    rest = bytes([whole[at] ^ flip]) + whole[at + 1 :] if flip else b""
+    (bundle_dir / name).write_bytes(whole[:at] + rest)
+    if is_forged:
+        relist(bundle_dir, name)
+    problem: DimeFMError | None = None
+    try:
+        embeds = load_text_encoder(load_bundle(bundle_dir), threads=1).encode_texts(SENTENCES)
+        assert embeds.shape == (4, 16)
+    except DimeFMError as error:
+        problem = error
+    if not is_forged:
+        assert isinstance(problem, CheckpointError)
+        assert name in str(problem)
 
 
 def test_ids_that_the_tower_lacks(bundle_dir: Path) -> None:
