@@ -85,7 +85,9 @@ COMMANDS: dict[str, Command] = {
         "judging:run_eval", "EvalOptions", "zero-shot top-1 and top-5 of a teacher, run or bundle"
     ),
     "export": Command(
-        "making:run_export", "ExportOptions", "a run to a bundle, fp32 or fp16, parity checked"
+        "exporting:run_export",
+        "ExportOptions",
+        "a run or a teacher to a bundle, fp32 or fp16, parity checked",
     ),
     "build": Command(
         "building:run_build",

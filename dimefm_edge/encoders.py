@@ -1,7 +1,8 @@
-"""A torch module as a function from pixels to embeddings."""
+"""Towers of a teacher: each side as a module of its own, pixels to embeddings as a function."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -19,14 +20,34 @@ _CPU_BATCH = 64  # activations that stay in the cache: half as fast again as 256
 
 
 class Normalised(nn.Module):
-    """A teacher's image tower that answers in unit length, as students do."""
+    """A teacher's image or text tower that answers in unit length, as students do."""
 
     def __init__(self, tower: nn.Module) -> None:
         super().__init__()
         self.tower = tower
+        self.train(tower.training)  # what restores the mode of this one must not change it
 
-    def forward(self, image: Tensor) -> Tensor:
-        return F.normalize(self.tower(image), dim=-1)
+    def forward(self, inputs: Tensor) -> Tensor:
+        return F.normalize(self.tower(inputs), dim=-1)
+
+
+class TextTower(nn.Module):
+    """An open_clip model without its image tower: (B, L) int64 tokens -> (B, E), not normalised.
+
+    The weights are the model's own, which is left as it is.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = copy.copy(model)
+        self.model._modules = {k: v for k, v in model._modules.items() if k != "visual"}
+        self.train(model.training)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        # 32 bits hold any vocabulary. The end token is found by an ArgMax of the ids, which
+        # TensorRT's parser takes in int64 only from 9.2 on (onnx-tensorrt, operators.md).
+        embeds: Tensor = self.model.encode_text(tokens.int())  # type: ignore[operator]
+        return embeds
 
 
 def module_encoder(tower: nn.Module, preprocess: PreprocessSpec) -> EncodePixels:

@@ -18,6 +18,7 @@ from typing import Any
 
 from dimefm_edge.errors import CheckpointError, DimeFMError
 from dimefm_edge.preprocess import PreprocessSpec
+from dimefm_edge.tokenizer import MAX_TOKENIZER_BYTES, TokenizerSpec
 
 BUNDLE_FORMAT = "dimefm_edge.bundle"
 FORMAT_VERSION = 1
@@ -25,9 +26,13 @@ MANIFEST_FILE = "manifest.json"
 MODEL_FILE = "model.onnx"
 LABELS_FILE = "labels.npz"
 KERNELS_DIR = "kernels"
+TEXT_FILE = "text.onnx"
+TOKENIZER_FILE = "tokenizer.json"
 INPUT_NAME = "image"
 OUTPUT_NAME = "image_embeds"
 LOGITS_NAME = "logits"
+TEXT_INPUT_NAME = "tokens"
+TEXT_OUTPUT_NAME = "text_embeds"
 IMAGE_INPUTS = ("float", "uint8", "image")
 """What a graph takes: prepared numbers, resized pixels, or pixels of any size."""
 MAX_MANIFEST_BYTES = 2**23
@@ -89,6 +94,14 @@ def attention_nodes(manifest: dict[str, Any]) -> list[list[str]] | None:
     graph = manifest.get("graph")
     recorded = graph.get("attentions") if isinstance(graph, dict) else None
     return None if recorded is None else [list(entry["nodes"]) for entry in recorded]
+
+
+def tokenizer_spec_of(manifest: dict[str, Any]) -> TokenizerSpec | None:
+    """What a parsed manifest asks for around its tokenizer; None where there is no text side."""
+    text = manifest.get("text")
+    if text is None:
+        return None
+    return TokenizerSpec(text["context_length"], text["clean"], text.get("zeroed_id"))
 
 
 def is_safe_name(name: str) -> bool:
@@ -171,6 +184,7 @@ def _check_fields(values: dict[str, Any]) -> None:
     _check_files(values["files"])
     _check_label_sets(values["label_sets"], LABELS_FILE in values["files"])
     _check_graph(values.get("graph", {}), [entry["name"] for entry in values["label_sets"]])
+    _check_text(values.get("text"), values["files"])
 
 
 def _check_preprocess(values: Any) -> None:
@@ -250,6 +264,29 @@ def _check_attentions(recorded: Any) -> None:
         names = entry.get("nodes") if isinstance(entry, dict) else None
         if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
             raise ValueError("graph.attentions: each needs the names of its nodes")
+
+
+def _check_text(values: Any, files: dict[str, Any]) -> None:
+    lacking = [name for name in (TEXT_FILE, TOKENIZER_FILE) if name not in files]
+    if values is None:
+        if len(lacking) < 2:
+            raise ValueError("it lists files of a text side but has no text")
+        return
+    if not isinstance(values, dict):
+        raise ValueError("text must be an object")
+    if lacking:
+        raise ValueError(f"it has a text side but no {lacking[0]}")
+    if files[TOKENIZER_FILE]["size_bytes"] > MAX_TOKENIZER_BYTES:
+        raise ValueError(f"{TOKENIZER_FILE} is too large to be a tokenizer")
+    if not _is_int(values["context_length"]):
+        found = values["context_length"]
+        raise ValueError(f"text.context_length must be a whole number, got {found!r}")
+    if not isinstance(values["clean"], str):
+        raise ValueError("text.clean must be text")
+    zeroed = values.get("zeroed_id")
+    if zeroed is not None and (not _is_int(zeroed) or not 0 <= zeroed < 2**31):
+        raise ValueError(f"text.zeroed_id must be a token, got {zeroed!r}")
+    tokenizer_spec_of({"text": values})
 
 
 def _is_int(value: Any) -> bool:

@@ -159,7 +159,7 @@ class EvalOptions(CommonOptions):
 
 @dataclass(frozen=True)
 class ExportOptions(CommonOptions):
-    """Write a run as a bundle that needs no torch; parity is always checked."""
+    """Write a run or a teacher as a bundle that needs no torch; parity is always checked."""
 
     from_config: ClassVar[dict[str, str]] = {
         "precision": "precision",
@@ -169,16 +169,45 @@ class ExportOptions(CommonOptions):
 
     run: Positional[str] = ""
     """A run folder, or its checkpoint.safetensors."""
+    teacher: str | None = None
+    """Instead of a run: `sample`, an open_clip model (ARCHITECTURE:TAG_OR_FILE) or a folder."""
+    text: bool = False
+    """Put the text side of the run's teacher into the bundle: any label on the device."""
+    image_only: bool = False
+    """Leave out a teacher's text side."""
+    labels: tuple[str, ...] = ()
+    """Label sets to bake in: labelled sets as `eval` takes them, or a classnames.txt. Default:
+    those of the run."""
     out: Path | None = None
-    """Folder, or archive when it ends in .zip. Default: RUN/bundle-PRECISION."""
+    """Folder, or archive when it ends in .zip. Default: RUN/bundle-PRECISION, or NAME-bundle
+    here for a teacher."""
     format: str = "onnx"
-    """What is written: onnx."""
-    precision: Literal["fp32", "fp16"] = "fp32"
-    """Of the graph."""
+    """What is written: onnx; tensorrt: that, and an engine built here; pt2: that, and torch's
+    AOTInductor package for this device."""
+    target: str | None = None
+    """Device whose runtime the graph is written for: jetson-orin, raspberry-pi-5, ... Default:
+    the run's; of a teacher, ONNX Runtime anywhere."""
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    """Of the graph; int8 is calibrated on the images."""
+    opset: int | None = None
+    """ONNX opset. Default: what the target's runtime reads."""
+    attention: str | None = None
+    """decomposed, MultiHeadAttention (ONNX Runtime) or Attention (opset 23). Default: what the
+    target's runtime fuses, or runs fastest."""
+    batch_size: int | None = None
+    """Images per call, fixed in the graph. Default: any number."""
+    input: Literal["float", "uint8", "image"] = "float"
+    """What the graph takes: prepared numbers (B, 3, S, S); uint8 pixels (B, S, S, 3); or an
+    image of any size (B, H, W, 3), which it resizes itself."""
+    head: str | None = None
+    """Label set whose class scores the graph gives as well, as `logits`."""
     images: tuple[str, ...] = ()
-    """Real images that parity is checked on. Default: those the run was distilled on."""
+    """Real images that parity is checked on. Default: those the run was distilled on, `scenes`
+    for a teacher."""
     image_column: str = "image"
     """Column of images in Parquet files and Hugging Face data sets."""
+    sentences: tuple[str, ...] = ("scenes",)
+    """Real sentences that the text side's parity is checked on."""
 
 
 @dataclass(frozen=True)

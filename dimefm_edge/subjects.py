@@ -6,6 +6,7 @@ teachers and runs only.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,9 +172,20 @@ def bundle_subject(bundle: Bundle, engine: Engine, *, name: str | None = None) -
         engine.encode_pixels,
         bundle.logit_scale,
         label_banks=bundle.label_banks,
+        encode_texts=_bundle_texts(bundle),
         size_mib=bundle.size_mib,
         owner=bundle,
     )
+
+
+def _bundle_texts(bundle: Bundle) -> EncodeTexts | None:
+    """A bundle's text side, loaded when it is first asked."""
+    from dimefm_edge.runtime import load_text_encoder
+
+    if bundle.text is None:
+        return None
+    encoder = functools.cache(lambda: load_text_encoder(bundle))
+    return lambda sentences: encoder().encode_texts(sentences)
 
 
 def _load_onnx(name: str, device: str | None) -> Subject:

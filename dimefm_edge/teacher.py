@@ -6,8 +6,10 @@ answers in L2-normalised embeddings.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
+import json
 import logging
 import pickle
 from collections.abc import Callable, Sequence
@@ -21,9 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dimefm_edge.encoders import module_encoder
-from dimefm_edge.errors import CheckpointError, DimeFMError, UnknownNameError, lookup
+from dimefm_edge.encoders import TextTower, module_encoder
+from dimefm_edge.errors import (
+    CheckpointError,
+    DimeFMError,
+    MissingExtraError,
+    UnknownNameError,
+    lookup,
+)
 from dimefm_edge.preprocess import PreprocessSpec
+from dimefm_edge.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +42,8 @@ RUN_CHECKPOINT = "checkpoint.safetensors"
 TEXT_TEACHER_KEY = "teacher"
 """Metadata key of a run's checkpoint: the teacher whose text side the student answers to."""
 
-Tokenize = Callable[[Sequence[str]], Tensor]
+Tokenize = Callable[[Sequence[str]], Tensor | npt.NDArray[np.int64]]
+"""Sentences -> (B, L) int64 tokens."""
 
 
 class Teacher:
@@ -47,6 +57,7 @@ class Teacher:
         logit_scale: Exponentiated; logits are logit_scale * cosine.
         device: Where it runs.
         image_tower: (B, 3, S, S) float, preprocessed -> (B, E), not normalised.
+        text_tower: (B, L) int64 tokens -> (B, E), not normalised.
     """
 
     def __init__(
@@ -54,8 +65,8 @@ class Teacher:
         name: str,
         *,
         image_tower: nn.Module,
-        encode_text: Callable[[Tensor], Tensor],
-        tokenize: Tokenize,
+        text_tower: nn.Module,
+        load_tokenize: Callable[[], Tokenize],
         preprocess: PreprocessSpec,
         embed_dim: int,
         logit_scale: float,
@@ -69,9 +80,20 @@ class Teacher:
         self.logit_scale = logit_scale
         self.device = device
         self.image_tower = image_tower
-        self.encode_text_tokens = encode_text
-        self.tokenize = tokenize
+        self.text_tower = text_tower
+        self._load_tokenize = load_tokenize
         self._encode_pixels = module_encoder(image_tower, preprocess)
+
+    @functools.cached_property
+    def tokenize(self) -> Tokenize:
+        """Its tokenizer, loaded when it is first asked for: some need a package or the network.
+
+        Raises:
+            CheckpointError: If its file is damaged.
+            DimeFMError: If it cannot be downloaded.
+            MissingExtraError: If it needs a package that is not installed.
+        """
+        return self._load_tokenize()
 
     def encode_images(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
         """Embed (B, S, S, 3) uint8 pixels, already resized: (B, E) float32, L2-normalised."""
@@ -80,9 +102,9 @@ class Teacher:
     @torch.inference_mode()
     def encode_texts(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
         """Embed sentences: (B, E) float32, L2-normalised."""
-        tokens = self.tokenize(list(sentences)).to(self.device)
+        tokens = torch.as_tensor(self.tokenize(list(sentences))).to(self.device)
         with self._autocast():
-            embeds = self.encode_text_tokens(tokens)
+            embeds = self.text_tower(tokens)
         return _normalised(embeds)
 
     def _autocast(self) -> torch.autocast:
@@ -158,8 +180,20 @@ def _load_folder(folder: Path, *, name: str, device: torch.device) -> Teacher:
             hint="dimefm-edge distill --help  (what --teacher takes)",
         )
     tokenizer_path = folder / "tokenizer.json"
-    tokenize = _json_tokenizer(tokenizer_path) if tokenizer_path.is_file() else None
-    return _from_open_clip(f"local-dir:{folder}", None, name=name, device=device, tokenize=tokenize)
+    load_tokenize = None
+    if tokenizer_path.is_file() and _has_length(tokenizer_path):
+        load_tokenize = functools.partial(load_tokenizer, tokenizer_path)
+    return _from_open_clip(
+        f"local-dir:{folder}", None, name=name, device=device, load_tokenize=load_tokenize
+    )
+
+
+def _has_length(path: Path) -> bool:
+    """Whether a tokenizer.json is all that it takes; a Hugging Face one leaves length to calls."""
+    try:
+        return json.loads(path.read_bytes())["padding"] is not None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return True  # damaged, which is told when it is loaded
 
 
 def _load_run(folder: Path, *, name: str, device: torch.device) -> Teacher:
@@ -172,8 +206,8 @@ def _load_run(folder: Path, *, name: str, device: torch.device) -> Teacher:
     return Teacher(
         name,
         image_tower=tower,
-        encode_text=text_teacher.encode_text_tokens,
-        tokenize=text_teacher.tokenize,
+        text_tower=text_teacher.text_tower,
+        load_tokenize=lambda: text_teacher.tokenize,
         preprocess=loaded.preprocess,
         embed_dim=text_teacher.embed_dim,
         logit_scale=text_teacher.logit_scale,
@@ -188,7 +222,7 @@ def _from_open_clip(
     *,
     name: str,
     device: torch.device,
-    tokenize: Tokenize | None = None,
+    load_tokenize: Callable[[], Tokenize] | None = None,
 ) -> Teacher:
     import open_clip
     from safetensors import SafetensorError
@@ -198,7 +232,6 @@ def _from_open_clip(
     try:
         with redirect_stdout(io.StringIO()):
             model: Any = open_clip.create_model(model_name, pretrained=pretrained, precision="fp32")
-        tokenize = tokenize or open_clip.get_tokenizer(model_name)
     except (SafetensorError, EOFError, pickle.UnpicklingError, KeyError) as error:
         raise CheckpointError(
             f"teacher {name}: the weights cannot be read: {_first_line(error)}",
@@ -222,8 +255,8 @@ def _from_open_clip(
     teacher = Teacher(
         name,
         image_tower=tower.visual,
-        encode_text=tower.encode_text,
-        tokenize=tokenize,
+        text_tower=TextTower(tower),
+        load_tokenize=load_tokenize or functools.partial(_open_clip_tokenizer, model_name, name),
         preprocess=preprocess,
         embed_dim=0,
         logit_scale=float(model.logit_scale.detach().exp()),
@@ -240,17 +273,22 @@ def _frozen(module: nn.Module, device: torch.device) -> Any:
     return module.eval().requires_grad_(False).to(device)
 
 
-def _json_tokenizer(path: Path) -> Tokenize:
-    from tokenizers import Tokenizer
+def _open_clip_tokenizer(model_name: str, name: str) -> Tokenize:
+    import open_clip
 
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise CheckpointError(f"{path} is not a tokenizer file: {_first_line(error)}") from error
-
-    def tokenize(sentences: Sequence[str]) -> Tensor:
-        return torch.tensor([e.ids for e in tokenizer.encode_batch(list(sentences))])
-
+        tokenize: Tokenize = open_clip.get_tokenizer(model_name)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"the tokenizer of teacher {name} needs a package that is not installed: "
+            f"{_first_line(error)}",
+            hint="pip install transformers sentencepiece",
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DimeFMError(
+            f"the tokenizer of teacher {name} cannot be loaded: {_first_line(error)}",
+            hint="check the network: open_clip downloads this one from the Hugging Face Hub",
+        ) from error
     return tokenize
 
 

@@ -1,33 +1,21 @@
-"""Commands that make files: embed, distill, export."""
+"""Commands that make files: embed, distill."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dimefm_edge.commands.outcome import Outcome
-from dimefm_edge.errors import ConfigError, DataError, InputError, lookup
+from dimefm_edge.errors import InputError
 from dimefm_edge.tables import format_table
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
     from dimefm_edge.config import RunConfig
-    from dimefm_edge.data.images import ImagePool
-    from dimefm_edge.labels import LabelBank
-    from dimefm_edge.options import (
-        DistillOptions,
-        EmbedOptions,
-        ExportOptions,
-    )
-    from dimefm_edge.preprocess import PreprocessSpec
+    from dimefm_edge.options import DistillOptions, EmbedOptions
 
 
-_NUM_PARITY_IMAGES = 32
 _OVER_BUDGET = 3
 
 
@@ -99,104 +87,3 @@ def _settings(run: RunConfig) -> Outcome:
         path = Path(folder, "config.toml")
         config_file.save(run, path)
         return Outcome(asdict(run), path.read_text(encoding="utf-8").rstrip())
-
-
-def run_export(options: ExportOptions) -> Outcome:
-    """Write a run as a bundle."""
-    from dimefm_edge.export import EXPORTERS, export_student, graph_spec
-    from dimefm_edge.runtime import load_bundle
-    from dimefm_edge.students import load_student
-    from dimefm_edge.subjects import run_logit_scale
-
-    if not options.run:
-        raise InputError("export needs a run", hint="dimefm-edge export runs/first")
-    lookup(EXPORTERS, options.format, kind="export format")
-    run = Path(options.run).expanduser()
-    loaded = load_student(run)
-    run_dir = run if run.is_dir() else run.parent
-    out = options.out or run_dir / f"bundle-{options.precision}"
-    banks, extra = _baked(run_dir, loaded.metadata)
-    export_student(
-        loaded,
-        out,
-        fmt=options.format,
-        graph=graph_spec(None, precision=options.precision),
-        label_banks=banks,
-        parity_images=_parity_images(options, run_dir, loaded.preprocess),
-        logit_scale=run_logit_scale(loaded.metadata, options.run),
-        extra=extra,
-    )
-    bundle = load_bundle(out)
-    parity = bundle.manifest["parity"]
-    text = (
-        f"{out}: {bundle.name}, {bundle.precision}, {bundle.size_mib:.2f} MiB, label sets: "
-        f"{', '.join(bundle.label_banks) or 'none'}\nparity on {parity['num_images']} images: max "
-        f"abs difference {parity['max_abs_diff']:.1e}, least cosine {parity['min_cosine']:.6f}"
-    )
-    values = {
-        "bundle": str(out),
-        "name": bundle.name,
-        "precision": bundle.precision,
-        "size_mib": bundle.size_mib,
-        "label_sets": list(bundle.label_banks),
-        "parity": parity,
-    }
-    return Outcome(values, text)
-
-
-def _baked(run_dir: Path, metadata: dict[str, str]) -> tuple[Sequence[LabelBank], dict[str, Any]]:
-    """Label banks and origin of a run: its bundle's, else made from its test sets."""
-    from dimefm_edge.config import load_saved
-    from dimefm_edge.data.images import open_labelled
-    from dimefm_edge.labels import build_label_bank
-    from dimefm_edge.runtime import load_bundle
-    from dimefm_edge.teacher import TEXT_TEACHER_KEY, load_teacher
-
-    teacher = metadata.get(TEXT_TEACHER_KEY)
-    extra = {"target": metadata.get("target"), "teacher": teacher}
-    if (run_dir / "bundle" / "manifest.json").is_file():
-        return list(load_bundle(run_dir / "bundle").label_banks.values()), extra
-    saved = load_saved(run_dir)
-    sources = saved.data.eval_sets if saved else ()
-    if not sources or teacher is None:
-        return [], extra
-    encode_texts = load_teacher(teacher).encode_texts
-    sets = [open_labelled(source) for source in sources]
-    banks = [build_label_bank(s.name, s.classnames, s.templates, encode_texts) for s in sets]
-    return banks, extra
-
-
-def _parity_images(
-    options: ExportOptions, run_dir: Path, preprocess: PreprocessSpec
-) -> npt.NDArray[np.float32]:
-    from dimefm_edge.config import load_saved
-    from dimefm_edge.data.images import open_images
-    from dimefm_edge.preprocess import preprocess_images
-
-    sources, column = options.images, options.image_column
-    if not sources:
-        saved = load_saved(run_dir)
-        if saved is None:
-            raise ConfigError(
-                f"{run_dir} has no config.toml that names images to check parity on",
-                hint="--images with a folder of real images",
-            )
-        sources, column = saved.data.images, saved.data.image_column
-    images = _first_images(open_images(sources, column=column))
-    if not images:
-        raise DataError("none of the images can be read", hint="--images with real images")
-    return preprocess_images(images, preprocess)
-
-
-def _first_images(pool: ImagePool) -> list[Any]:
-    from dimefm_edge.data.images import BadImageError
-
-    images: list[Any] = []
-    for row in range(min(len(pool), 10 * _NUM_PARITY_IMAGES)):
-        try:
-            images.append(pool.load(row))
-        except BadImageError:
-            continue
-        if len(images) == _NUM_PARITY_IMAGES:
-            break
-    return images

@@ -92,6 +92,26 @@ def open_labelled(source: str) -> LabelledSet:
     return _open_tars(paths, paths[0].parent, name=name)
 
 
+def open_classes(source: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """Name, class names and templates of a label set, which needs no images.
+
+    Args:
+        source: What `open_labelled` takes, or a `classnames.txt` with one name a line; templates
+            are read from `zeroshot_classification_templates.txt` beside it.
+
+    Raises:
+        DataError: If it is missing, damaged or has less than two names.
+    """
+    path = Path(source).expanduser()
+    if path.suffix.lower() != ".txt":
+        labelled = open_labelled(source)
+        return labelled.name, labelled.classnames, labelled.templates
+    if not path.is_file():
+        raise DataError(f"no class names at {source}", hint="a file with one name a line")
+    name = path.resolve().parent.name if path.name == CLASSNAMES_FILE else path.stem
+    return name, _names_of(path), _read_templates(path.parent)
+
+
 def _open_folder(root: Path) -> LabelledSet:
     name = root.resolve().name
     for folder in (root / "test", root):
@@ -200,13 +220,17 @@ def _parent_folder(index: TarIndex, place: int) -> str:
 
 
 def _read_classnames(root: Path) -> tuple[str, ...]:
-    lines = _read_lines(root / CLASSNAMES_FILE)
-    if lines is None:
+    if not (root / CLASSNAMES_FILE).is_file():
         raise DataError(f"{root} has .cls files and no {CLASSNAMES_FILE}", hint=_LAYOUTS)
+    return _names_of(root / CLASSNAMES_FILE)
+
+
+def _names_of(path: Path) -> tuple[str, ...]:
+    lines = _read_lines(path) or []
     empty = [number for number, line in enumerate(lines, 1) if not line]
     if empty or len(lines) < 2:
         why = f"line {empty[0]} is empty" if empty else "it needs two classes or more"
-        raise DataError(f"{root / CLASSNAMES_FILE} cannot be used: {why}")
+        raise DataError(f"{path} cannot be used: {why}")
     return tuple(lines)
 
 

@@ -1,9 +1,8 @@
-"""Export: a trained student becomes a bundle that runs without torch; parity always checked."""
+"""Export: a student or a teacher becomes a bundle that runs without torch; parity checked."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +14,18 @@ from dimefm_edge.export.bundle import building, record_accuracy, write_bundle
 from dimefm_edge.export.graph_spec import GraphSpec, graph_spec
 from dimefm_edge.export.onnx import FusionReport, OnnxGraph, export_onnx
 from dimefm_edge.export.parity import ParityReport, check_parity
+from dimefm_edge.export.text import write_text_side
+from dimefm_edge.export.towers import LoadedTeacher, image_tower
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.manifest import MODEL_FILE
 
 if TYPE_CHECKING:
     from dimefm_edge.students import LoadedStudent
+    from dimefm_edge.teacher import Teacher
 
 __all__ = [
     "EXPORTERS", "FusionReport", "GraphSpec", "OnnxGraph", "ParityReport", "check_parity",
-    "export_onnx", "export_student", "graph_spec", "record_accuracy",
+    "export_onnx", "export_student", "graph_spec", "image_tower", "record_accuracy",
 ]  # fmt: skip
 
 EXPORTERS: dict[str, Callable[..., OnnxGraph]] = {"onnx": export_onnx}
@@ -31,7 +33,7 @@ EXPORTERS: dict[str, Callable[..., OnnxGraph]] = {"onnx": export_onnx}
 
 
 def export_student(
-    loaded: LoadedStudent,
+    loaded: LoadedStudent | LoadedTeacher,
     out: Path,
     *,
     fmt: str = "onnx",
@@ -41,8 +43,10 @@ def export_student(
     parity_images: npt.NDArray[np.float32],
     logit_scale: float,
     extra: Mapping[str, Any] | None = None,
+    text_teacher: Teacher | None = None,
+    parity_sentences: Sequence[str] = (),
 ) -> Path:
-    """Write a student as a bundle, which appears at `out` whole or not at all.
+    """Write a student or a teacher's `image_tower` as a bundle, whole or not at all at `out`.
 
     Args:
         loaded: The student with its spec and preprocessing.
@@ -55,6 +59,8 @@ def export_student(
         logit_scale: Exponentiated; the teacher's.
         extra: JSON values for the manifest: `target` and `accuracy` get places of their own,
             the rest goes under `extra`.
+        text_teacher: Whose text side goes into the bundle; None for label sets only.
+        parity_sentences: Real sentences; 64 are plenty.
 
     Returns:
         `out`.
@@ -78,12 +84,20 @@ def export_student(
                 f"label set '{bank.name}' has {bank.embeds.shape[1]} dimensions, the student "
                 f"{spec.embed_dim}: they are of different teachers"
             )
+    if text_teacher is not None and text_teacher.embed_dim != spec.embed_dim:
+        raise ExportError(
+            f"teacher {text_teacher.name} answers in {text_teacher.embed_dim} dimensions, the "
+            f"student in {spec.embed_dim}: it was taught by another"
+        )
     graph = graph or GraphSpec()
     banks = {bank.name: bank for bank in label_banks}
     head_bank = None if head is None else lookup(banks, head, kind="label set for the head")
     others = dict(extra or {})
     target, accuracy = others.pop("target", None), others.pop("accuracy", None)
     with building(out) as folder:
+        text = None
+        if text_teacher is not None:  # first: not every tokenizer can come along
+            text = write_text_side(folder, text_teacher, graph=graph, sentences=parity_sentences)
         written = export(
             loaded.student,
             folder / MODEL_FILE,
@@ -105,16 +119,17 @@ def export_student(
             "embed_dim": spec.embed_dim,
             "logit_scale": float(logit_scale),
             "graph": graph.to_dict() | {"head": head} | written.to_dict(),
-            "parity": asdict(written.parity),
+            "parity": written.parity.to_dict(),
             "accuracy": accuracy,
             "extra": others,
+            "text": text,
         }
         write_bundle(folder, fields, label_banks=label_banks)
     return out
 
 
 def _graph_metadata(
-    loaded: LoadedStudent, graph: GraphSpec, logit_scale: float
+    loaded: LoadedStudent | LoadedTeacher, graph: GraphSpec, logit_scale: float
 ) -> dict[str, str]:
     """What a `model.onnx` alone, without its bundle, should still tell."""
     preprocess = loaded.preprocess

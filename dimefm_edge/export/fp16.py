@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import ParityError
-from dimefm_edge.manifest import INPUT_NAME, OUTPUT_NAME
 
 if TYPE_CHECKING:
     import onnx
@@ -59,7 +58,7 @@ def convert_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def check_fp16_range(
-    model: onnx.ModelProto, images: npt.NDArray[np.float32], *, batch_size: int = 1
+    model: onnx.ModelProto, inputs: npt.NDArray[Any], *, kind: str = "image", batch_size: int = 1
 ) -> float:
     """Look for values that fp16 cannot hold, in every tensor of the graph.
 
@@ -68,8 +67,9 @@ def check_fp16_range(
 
     Args:
         model: As `convert_to_fp16` returns it.
-        images: (N, 3, S, S) float32, preprocessed; one at a time is run.
-        batch_size: The graph's, where it is fixed: the image is then repeated.
+        inputs: (N, ...) images or tokens; one at a time is run.
+        kind: What one of them is, for errors.
+        batch_size: The graph's, where it is fixed: the input is then repeated.
 
     Returns:
         The largest magnitude found; 65504 is the limit.
@@ -92,14 +92,15 @@ def check_fp16_range(
         probe.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     largest = 0.0
-    for i in range(len(images)):
-        batch = images[i : i + 1].repeat(batch_size, axis=0)
-        values = session.run(list(watched), {INPUT_NAME: batch})
+    input_name = model.graph.input[0].name
+    for i in range(len(inputs)):
+        batch = inputs[i : i + 1].repeat(batch_size, axis=0)
+        values = session.run(list(watched), {input_name: batch})
         for (name, node), value in zip(watched.items(), values, strict=True):
             peak = float(np.abs(value).max(initial=0))
             if not np.isfinite(peak):
                 raise ParityError(
-                    f"the student leaves fp16's range (65504) on image {i} of {len(images)}: "
+                    f"the model leaves fp16's range (65504) on {kind} {i} of {len(inputs)}: "
                     f"{node.op_type} '{name}' gives {peak}",
                     hint="dimefm-edge export RUN --precision fp32",
                 )
@@ -111,7 +112,7 @@ def _after_last_product(model: onnx.ModelProto) -> list[str]:
     """Names of the nodes between the last matrix product and the output: the L2 norm."""
     producers = {name: node for node in model.graph.node for name in node.output}
     found: set[str] = set()
-    pending = [OUTPUT_NAME]
+    pending = [output.name for output in model.graph.output]
     while pending:
         node = producers.get(pending.pop())
         if node is None or node.name in found or node.op_type in (*_PRODUCTS, "Shape"):

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_ONNX_BYTES = 2**31 - 1  # a protobuf message; more would need a second file
-_EXAMPLE_BATCH = 2  # torch.export takes 0 and 1 for constants
-_MAX_RANGE_IMAGES = 16
+EXAMPLE_BATCH = 2  # torch.export takes 0 and 1 for constants
+_MAX_RANGE_INPUTS = 16
 _MAX_PARITY_IMAGES = 64
 
 
@@ -90,7 +90,7 @@ class OnnxGraph:
         return {
             "nodes": sum(self.op_counts.values()),
             "op_counts": self.op_counts,
-            "fusion": asdict(self.fusion),
+            "fusion": asdict(self.fusion) | {"summary": str(self.fusion)},
             "attentions": [asdict(match) for match in self.attentions],
             "warnings": list(self.warnings),
         }
@@ -127,20 +127,84 @@ def export_onnx(
             would not read it.
         ParityError: If the graph's embeddings are not the student's, or leave fp16's range.
     """
-    import onnx
+    import torch
 
     spec = spec or GraphSpec()
     _check_images(parity_images, image_size)
     expected = module_embeds(student, parity_images[:_MAX_PARITY_IMAGES])
-    model = _in_precision(_traced(student, image_size, spec), spec, parity_images)
-    images: npt.NDArray[Any] = parity_images[: len(expected)]
+    model = trace(
+        student,
+        torch.zeros(spec.batch_size or EXAMPLE_BATCH, 3, image_size, image_size),
+        input_name=INPUT_NAME,
+        output_name=OUTPUT_NAME,
+        opset=spec.opset,
+        attention=spec.attention,
+        has_dynamic_batch=spec.batch_size is None,
+    )
+    model = in_precision(model, spec, parity_images)
+    inputs: npt.NDArray[Any] = parity_images[: len(expected)]
     if head is not None:
         add_head(model, head, logit_scale)
     if spec.image_input != "float":
         if preprocess is None:
             raise ExportError("a graph that takes pixels needs to know how they are prepared")
         take_pixels(model, preprocess, resize=spec.image_input == "image")
-        images = normalised_to_pixels(images, preprocess)
+        inputs = normalised_to_pixels(inputs, preprocess)
+    return land_graph(model, path, expected, inputs=inputs, spec=spec, metadata=metadata)
+
+
+def in_precision(
+    model: onnx.ModelProto, spec: GraphSpec, inputs: npt.NDArray[Any], *, kind: str = "image"
+) -> onnx.ModelProto:
+    """Give a traced graph its precision.
+
+    Args:
+        model: fp32; changed, use what is returned.
+        spec: Which precision.
+        inputs: (N, ...) real ones, as the graph takes them: to look for what fp16 cannot hold.
+        kind: What one of them is, for errors.
+
+    Raises:
+        ParityError: If an activation leaves fp16's range.
+    """
+    if spec.precision == "fp16":
+        with silence():
+            model = convert_to_fp16(model)
+        with onnxruntime_errors():
+            peak = check_fp16_range(
+                model, inputs[:_MAX_RANGE_INPUTS], kind=kind, batch_size=spec.batch_size or 1
+            )
+        logger.info("the largest fp16 activation is %.4g of 65504", peak)
+    return model
+
+
+def land_graph(
+    model: onnx.ModelProto,
+    path: Path,
+    expected: npt.NDArray[np.float32],
+    *,
+    inputs: npt.NDArray[Any],
+    spec: GraphSpec,
+    metadata: Mapping[str, str],
+    kind: str = "image",
+) -> OnnxGraph:
+    """Check a finished graph, and let it appear at `path` when its parity is proven.
+
+    Args:
+        model: Of one input; its first output is compared.
+        path: The file to write.
+        expected: (N, E) what the module says.
+        inputs: (N, ...) of what.
+        spec: Runtime, precision and batch.
+        metadata: Put into the graph's metadata.
+        kind: What one input is, for errors.
+
+    Raises:
+        ExportError: If the graph is not valid, or its runtime would not read it.
+        ParityError: If it answers otherwise.
+    """
+    import onnx
+
     _strip_debug_info(model)
     onnx.helper.set_model_props(model, dict(metadata))
     _check_graph(model)
@@ -149,8 +213,9 @@ def export_onnx(
     try:
         part.write_bytes(model.SerializeToString(deterministic=True))
         parity = check_parity(
-            part, expected, images=images, precision=spec.precision, batch_size=spec.batch_size
-        )
+            part, expected, inputs=inputs, precision=spec.precision, batch_size=spec.batch_size,
+            kind=kind,
+        )  # fmt: skip
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -175,34 +240,6 @@ def report_fusion(
         norms=ops.get("LayerNormalization", 0),
         gelus=ops.get("Gelu", 0),
     )
-
-
-def _traced(student: nn.Module, image_size: int, spec: GraphSpec) -> onnx.ModelProto:
-    import torch
-
-    return trace(
-        student,
-        torch.zeros(spec.batch_size or _EXAMPLE_BATCH, 3, image_size, image_size),
-        input_name=INPUT_NAME,
-        output_name=OUTPUT_NAME,
-        opset=spec.opset,
-        attention=spec.attention,
-        has_dynamic_batch=spec.batch_size is None,
-    )
-
-
-def _in_precision(
-    model: onnx.ModelProto, spec: GraphSpec, images: npt.NDArray[np.float32]
-) -> onnx.ModelProto:
-    if spec.precision == "fp16":
-        with silence():
-            model = convert_to_fp16(model)
-        with onnxruntime_errors():
-            peak = check_fp16_range(
-                model, images[:_MAX_RANGE_IMAGES], batch_size=spec.batch_size or 1
-            )
-        logger.info("the largest fp16 activation is %.4g of 65504", peak)
-    return model
 
 
 def _check_graph(model: onnx.ModelProto) -> None:

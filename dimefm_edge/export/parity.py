@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import ExportError, ParityError
-from dimefm_edge.manifest import INPUT_NAME, OUTPUT_NAME
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,15 +24,30 @@ _BATCHES = (1, 7, 32)
 
 @dataclass(frozen=True)
 class ParityReport:
-    """How far an exported graph's embeddings are from the module's, over all images."""
+    """How far an exported graph's embeddings are from the module's, over all inputs."""
 
     max_abs_diff: float
     min_cosine: float
-    num_images: int
+    num_inputs: int
+
+    def to_dict(self, kind: str = "image") -> dict[str, float | int]:
+        """Plain values, for a manifest: the last one is `num_images`, or whatever they are."""
+        return {
+            "max_abs_diff": self.max_abs_diff,
+            "min_cosine": self.min_cosine,
+            f"num_{kind}s": self.num_inputs,
+        }
 
 
-def module_embeds(module: nn.Module, inputs: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+def module_embeds(
+    module: nn.Module, inputs: npt.NDArray[Any], *, kind: str = "image"
+) -> npt.NDArray[np.float32]:
     """(N, E) of a module as it is, on its own device, in float32.
+
+    Args:
+        module: (B, ...) -> (B, E), L2-normalised.
+        inputs: (N, ...), as the module takes them.
+        kind: What one of them is, for errors.
 
     Raises:
         ExportError: If an embedding is not of unit length: the module itself is broken.
@@ -56,7 +70,7 @@ def module_embeds(module: nn.Module, inputs: npt.NDArray[Any]) -> npt.NDArray[np
     wrong = np.flatnonzero(~(np.abs(norms - 1) < 1e-3))
     if wrong.size:
         raise ExportError(
-            f"the student itself answers image {wrong[0]} with an embedding of length "
+            f"the model itself answers {kind} {wrong[0]} with an embedding of length "
             f"{norms[wrong[0]]:.4g}, not 1",
             hint="the checkpoint is broken or the training diverged: use an earlier one",
         )
@@ -67,28 +81,30 @@ def check_parity(
     path: Path,
     expected: npt.NDArray[np.float32],
     *,
-    images: npt.NDArray[Any],
+    inputs: npt.NDArray[Any],
     precision: str,
     batch_size: int | None = None,
+    kind: str = "image",
 ) -> ParityReport:
     """Compare a graph in ONNX Runtime with the module's own embeddings.
 
-    The images go through in batches of 1, 7 and 32, so a batch size baked into the graph
+    The inputs go through in batches of 1, 7 and 32, so a batch size baked into the graph
     shows here.
 
     Args:
-        path: The `.onnx` file.
+        path: The `.onnx` file, of one input; its first output is compared.
         expected: (N, E) the module's embeddings, L2-normalised.
-        images: (N, ...) as the graph takes them.
+        inputs: (N, ...) as the graph takes them.
         precision: fp32 allows a difference of 1e-4 in any value, fp16 a cosine of 0.999, int8
             one of 0.95.
         batch_size: The graph's, where it is fixed.
+        kind: What an input is, for errors.
 
     Raises:
         ExportError: If ONNX Runtime cannot run the graph.
-        ParityError: If an image differs by more; it names the worst one.
+        ParityError: If an embedding differs by more; it names the worst one.
     """
-    found, rows = _graph_embeds(path, images, batch_size)
+    found, rows = _graph_embeds(path, inputs, batch_size)
     wanted = expected[rows]
     diffs = np.abs(found - wanted).max(axis=1)
     cosines = (found * wanted).sum(axis=1) / (
@@ -105,21 +121,21 @@ def check_parity(
             else f"cosine of at least {min_cosine}"
         )
         raise ParityError(
-            f"the {precision} graph does not answer as the student does: worst on image "
-            f"{rows[worst]} of {len(images)}, max abs difference {diffs[worst]:.3g}, cosine "
+            f"the {precision} graph does not answer as the model does: worst on {kind} "
+            f"{rows[worst]} of {len(inputs)}, max abs difference {diffs[worst]:.3g}, cosine "
             f"{cosines[worst]:.6f} (allowed: {allowed}); "
-            f"{len(set(rows[~is_good].tolist()))} images differ too much",
+            f"{len(set(rows[~is_good].tolist()))} {kind}s differ too much",
             hint="another torch or onnxscript release: pip install --upgrade torch onnxscript"
             if min_cosine is None
             else "dimefm-edge export RUN --precision fp32",
         )
-    return ParityReport(float(diffs.max()), min(1.0, float(cosines.min())), len(images))
+    return ParityReport(float(diffs.max()), min(1.0, float(cosines.min())), len(inputs))
 
 
 def _graph_embeds(
-    path: Path, images: npt.NDArray[Any], batch_size: int | None
+    path: Path, inputs: npt.NDArray[Any], batch_size: int | None
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-    """Embeddings by the graph, and the image that each row is of."""
+    """Embeddings by the graph, and the input that each row is of."""
     import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
@@ -129,16 +145,17 @@ def _graph_embeds(
             str(path), options, providers=["CPUExecutionProvider"]
         )
         batches = _BATCHES if batch_size is None else (batch_size,)
-        # Few images are repeated, so that every batch size is run, and fixed ones are full.
-        least = max(len(images), sum(batches[:2]))
+        input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
+        # Few inputs are repeated, so that every batch size is run, and fixed ones are full.
+        least = max(len(inputs), sum(batches[:2]))
         count = least if batch_size is None else -(-least // batch_size) * batch_size
-        rows = np.arange(count) % len(images)
+        rows = np.arange(count) % len(inputs)
         pieces: list[npt.NDArray[np.float32]] = []
         start = 0
         while start < len(rows):
             size = batches[min(len(pieces), len(batches) - 1)]
-            batch = images[rows[start : start + size]]
-            (embeds,) = session.run([OUTPUT_NAME], {INPUT_NAME: batch})
+            batch = inputs[rows[start : start + size]]
+            (embeds,) = session.run([output_name], {input_name: batch})
             pieces.append(np.asarray(embeds, np.float32))
             start += size
     return np.concatenate(pieces), rows

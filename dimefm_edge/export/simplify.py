@@ -106,6 +106,8 @@ class _OnThree(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, None]:
+        if attn_mask is not None and attn_mask.ndim == 3:  # CoCa's: one for each head of each
+            attn_mask = attn_mask.reshape(-1, self.core.num_heads, *attn_mask.shape[1:])
         if self.is_batch_first:
             return self.core(query, key, value, attn_mask), None
         query, key, value = (x.transpose(0, 1) for x in (query, key, value))

@@ -75,7 +75,7 @@ def trace(
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
         raise ExportError(
-            f"torch {torch.__version__} cannot export the student to ONNX: {reason}",
+            f"torch {torch.__version__} cannot export the model to ONNX: {reason}",
             hint="run with --verbose for the exporter's own report",
         ) from error
     found = next(o.version for o in model.opset_import if o.domain in ("", "ai.onnx"))

@@ -24,15 +24,28 @@ from dimefm_edge.manifest import (
     MANIFEST_FILE,
     MAX_MANIFEST_BYTES,
     MODEL_FILE,
+    TEXT_FILE,
+    TOKENIZER_FILE,
     checked_members,
     parse_manifest,
     preprocess_of,
     sha256_of,
+    tokenizer_spec_of,
 )
 from dimefm_edge.preprocess import PreprocessSpec
+from dimefm_edge.tokenizer import TokenizerSpec
 
 _CHUNK_BYTES = 2**20
 _COPY_AGAIN = "copy or download the bundle again, or " + EXPORT_AGAIN
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """A bundle's text side: the text tower's graph, and the tokenizer with what goes around it."""
+
+    model_path: Path
+    tokenizer_path: Path
+    spec: TokenizerSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +53,8 @@ class Bundle:
     """A deployed model whose files were checked.
 
     `label_banks` maps a label set's name to its bank, in the manifest's order; `model_path`
-    is on disk as long as this object lives (a `.zip` is unpacked to a temporary folder).
+    is on disk as long as this object lives (a `.zip` is unpacked to a temporary folder), as is
+    `text`, which is None where there is no text side.
     """
 
     path: Path
@@ -49,6 +63,7 @@ class Bundle:
     label_banks: dict[str, LabelBank]
     model_path: Path
     logit_scale: float
+    text: TextFiles | None = None
 
     @property
     def name(self) -> str:
@@ -211,6 +226,8 @@ def _bundle_of(path: Path, folder: Path, manifest: dict[str, Any]) -> Bundle:
                 f"model {manifest['embed_dim']}",
                 hint=EXPORT_AGAIN,
             )
+    spec = tokenizer_spec_of(manifest)
+    text = TextFiles(folder / TEXT_FILE, folder / TOKENIZER_FILE, spec) if spec else None
     return Bundle(
         path=path,
         manifest=manifest,
@@ -218,4 +235,5 @@ def _bundle_of(path: Path, folder: Path, manifest: dict[str, Any]) -> Bundle:
         label_banks=banks,
         model_path=folder / MODEL_FILE,
         logit_scale=float(manifest["logit_scale"]),
+        text=text,
     )

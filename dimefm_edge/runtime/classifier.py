@@ -1,7 +1,8 @@
-"""Zero-shot classification with a bundle's baked label embeddings: PIL images to names."""
+"""Zero-shot classification with baked or free labels: PIL images to names."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,37 +16,57 @@ from dimefm_edge.labels import LabelBank
 from dimefm_edge.preprocess import resize_image
 from dimefm_edge.runtime.bundle import Bundle, load_bundle
 from dimefm_edge.runtime.engines import Engine, load_engine
+from dimefm_edge.runtime.text import DEFAULT_TEMPLATES, LabelEncoder, load_text_encoder
 
 _IMAGES_PER_CALL = 32
 
 
 class ZeroShotClassifier:
-    """Names what images show, among the classes of one of the bundle's label sets."""
+    """Names what images show, among the bundle's label sets or, with a text side, any labels."""
 
     def __init__(
-        self, bundle: Bundle | Path | str, *, threads: int = 0, engine: str = "onnxruntime"
+        self,
+        bundle: Bundle | Path | str,
+        *,
+        threads: int = 0,
+        engine: str = "onnxruntime",
+        labels: str | Sequence[str] | None = None,
+        templates: Sequence[str] = DEFAULT_TEMPLATES,
     ) -> None:
         """Load a bundle and its engine.
 
         Args:
             bundle: A bundle, its folder or its `.zip`.
+            labels: What to tell apart when `classify` is not told: the name of a label set, or
+                labels of your own, which need a text side. Default: the first label set.
+            templates: Sentences with `{c}` where a free label goes.
             threads: CPU threads; 0 takes one per physical core.
             engine: What runs it: see `load_engine`.
 
         Raises:
-            CheckpointError: If the bundle cannot be used.
+            CheckpointError: If the bundle cannot be used, or has no text side for `labels`.
+            DataError: If a template lacks `{c}`.
+            InputError: If `labels` is empty, or one is blank.
         """
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         self.engine: Engine = load_engine(self.bundle, threads=threads, engine=engine)
+        self._templates, self._threads = tuple(templates), threads
+        self._labels: LabelBank | None = None
+        self._labels = self._bank(labels) if labels is not None else None
 
     def classify(
-        self, images: Sequence[Image.Image], *, labels: str | None = None, top_k: int = 5
+        self,
+        images: Sequence[Image.Image],
+        *,
+        labels: str | Sequence[str] | None = None,
+        top_k: int = 5,
     ) -> list[list[tuple[str, float]]]:
         """Rank the classes for each image.
 
         Args:
             images: Any sizes and modes.
-            labels: Name of a label set; the bundle's first when None.
+            labels: Name of a label set, or labels of your own, each of which is embedded
+                once; None takes the classifier's, else the bundle's first label set.
             top_k: Classes per image; fewer when the label set has fewer.
 
         Returns:
@@ -53,7 +74,8 @@ class ZeroShotClassifier:
             Probabilities are over all classes of the label set.
 
         Raises:
-            CheckpointError: If the bundle has no label sets.
+            CheckpointError: If the bundle has no label sets, or no text side for free labels.
+            InputError: If there are no labels, or one is blank.
             UnknownNameError: If it lacks the one asked for.
         """
         if top_k < 1:
@@ -69,7 +91,15 @@ class ZeroShotClassifier:
                 answers.append([(bank.classnames[i], float(row[i])) for i in order])
         return answers
 
-    def _bank(self, labels: str | None) -> LabelBank:
+    @functools.cached_property
+    def _label_encoder(self) -> LabelEncoder:
+        return LabelEncoder(load_text_encoder(self.bundle, threads=self._threads).encode_texts)
+
+    def _bank(self, labels: str | Sequence[str] | None) -> LabelBank:
+        if labels is None and self._labels is not None:
+            return self._labels
+        if labels is not None and not isinstance(labels, str):
+            return self._label_encoder.bank(labels, templates=self._templates)
         banks = self.bundle.label_banks
         if not banks:
             raise CheckpointError(

@@ -73,7 +73,7 @@ class OnnxRuntimeEngine:
         self._batch_size, self._image_input = batch_size, image_input
         names = choose_providers(providers, _available_providers(), asked=provider)
         given = session_providers(names, precision=precision)
-        self._session = _load_session(model_path, self.threads, given)
+        self._session = load_session(model_path, self.threads, given)
         self.provider = check_started(names, self._session.get_providers(), asked=provider)
         self._check_signature(model_path)
 
@@ -122,7 +122,7 @@ class OnnxRuntimeEngine:
             ]
         except Exception as error:  # no public base but Exception
             raise DimeFMError(
-                f"ONNX Runtime cannot run the model on {len(batch)} images: {_reason(error)}",
+                f"ONNX Runtime cannot run the model on {len(batch)} images: {first_line(error)}",
                 hint="fewer images at once, or close something: memory may have run out",
             ) from error
         return np.asarray(np.concatenate(pieces)[: len(batch)], np.float32)
@@ -162,7 +162,15 @@ def _available_providers() -> list[str]:
     return names
 
 
-def _load_session(model_path: Path, threads: int, providers: list[Any]) -> Any:
+def load_session(
+    model_path: Path, threads: int, providers: Sequence[Any] = ("CPUExecutionProvider",)
+) -> Any:
+    """An InferenceSession; `providers` are as it takes them.
+
+    Raises:
+        CheckpointError: If ONNX Runtime cannot load the graph.
+        MissingExtraError: If ONNX Runtime is not installed.
+    """
     onnxruntime = _import_onnxruntime()
     options = onnxruntime.SessionOptions()
     # A count of our own also stops ONNX Runtime from pinning threads to cores, which fails
@@ -174,16 +182,16 @@ def _load_session(model_path: Path, threads: int, providers: list[Any]) -> Any:
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     try:
-        return onnxruntime.InferenceSession(str(model_path), options, providers=providers)
+        return onnxruntime.InferenceSession(str(model_path), options, providers=list(providers))
     # ONNX Runtime's own exceptions share no public base but Exception.
     except Exception as error:
         raise CheckpointError(
-            f"ONNX Runtime {onnxruntime.__version__} cannot load {model_path}: {_reason(error)}",
+            f"ONNX Runtime {onnxruntime.__version__} cannot load {model_path}: {first_line(error)}",
             hint="pip install --upgrade onnxruntime, or " + EXPORT_AGAIN,
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of what ONNX Runtime says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 

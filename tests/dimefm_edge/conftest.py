@@ -114,6 +114,26 @@ def tiny_bundle_dir(tmp_path_factory: pytest.TempPathFactory, tiny_run_dir: Path
     )
 
 
+@pytest.fixture(scope="session")
+def tiny_open_bundle_dir(tmp_path_factory: pytest.TempPathFactory, tiny_teacher_dir: Path) -> Path:
+    """The tiny teacher's own bundle, with its text side and no label sets. Do not change it."""
+    from dimefm_edge.data.scenes import scene_image
+    from dimefm_edge.export import export_student, image_tower
+    from dimefm_edge.preprocess import preprocess_images
+    from dimefm_edge.teacher import load_teacher
+
+    teacher = load_teacher(str(tiny_teacher_dir))
+    images = preprocess_images([scene_image(i) for i in range(4)], teacher.preprocess)
+    return export_student(
+        image_tower(teacher),
+        tmp_path_factory.mktemp("tiny_open_bundle") / "bundle",
+        parity_images=images,
+        logit_scale=teacher.logit_scale,
+        text_teacher=teacher,
+        parity_sentences=["a cat on a mat", "two dogs", "an eel in the sea"],
+    )
+
+
 # ------------------------------------------------- TensorRT by its recorded surface
 
 

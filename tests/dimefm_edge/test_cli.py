@@ -102,7 +102,7 @@ def test_no_command_is_bad_usage(capsys):
         (["embed"], "embed needs a folder for the embeddings"),
         (["embed", "--store", "x"], "embed needs something to embed"),
         (["eval", "sample"], "eval needs a labelled set"),
-        (["export"], "export needs a run"),
+        (["export"], "export needs a run or a teacher"),
         (["targets", "--config", "none.toml"], "no config file at none.toml"),
     ],
 )

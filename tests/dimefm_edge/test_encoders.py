@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dimefm_edge.encoders import module_encoder
+from dimefm_edge.encoders import Normalised, module_encoder
 from dimefm_edge.preprocess import PreprocessSpec, normalise_pixels
 from dimefm_edge.students import build_student, hybrid_spec, vit_spec
 
@@ -96,3 +96,14 @@ def test_bfloat16_answers_come_back_as_float32():
     answer = module_encoder(Half(), SPEC)(pixels(2))
     assert answer.dtype == np.float32
     np.testing.assert_allclose(answer, module_encoder(Flat(), SPEC)(pixels(2)), rtol=0.01)
+
+
+@pytest.mark.parametrize("is_training", [False, True])
+def test_a_normalised_tower_keeps_the_mode_of_what_it_wraps(is_training):
+    tower = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12)).train(is_training)
+    wrapped = Normalised(tower)
+    assert wrapped.training == tower[1].training == is_training
+    wrapped.train(wrapped.training)  # as whoever leaves it as it was
+    assert tower[1].training == is_training
+    answer = wrapped(torch.randn(4, 3, 2, 2))
+    torch.testing.assert_close(answer.norm(dim=1), torch.ones(4))

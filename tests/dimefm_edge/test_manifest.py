@@ -16,8 +16,10 @@ from dimefm_edge.manifest import (
     is_safe_name,
     parse_manifest,
     preprocess_of,
+    tokenizer_spec_of,
 )
 from dimefm_edge.preprocess import PreprocessSpec
+from dimefm_edge.tokenizer import TokenizerSpec
 
 GOOD: dict[str, Any] = {
     "format": "dimefm_edge.bundle",
@@ -38,8 +40,11 @@ GOOD: dict[str, Any] = {
     "files": {
         "model.onnx": {"sha256": "0" * 64, "size_bytes": 10},
         "labels.npz": {"sha256": "f" * 64, "size_bytes": 10},
+        "text.onnx": {"sha256": "1" * 64, "size_bytes": 10},
+        "tokenizer.json": {"sha256": "2" * 64, "size_bytes": 10},
     },
     "graph": {"nodes": 9, "attentions": [{"form": "decomposed", "nodes": ["qk", "soft", "av"]}]},
+    "text": {"context_length": 77, "clean": "lower", "zeroed_id": None, "parity": {}},
 }
 
 
@@ -59,6 +64,15 @@ def test_a_good_manifest_is_returned_as_it_is() -> None:
     manifest = parse_manifest(json.dumps(GOOD).encode(), where="b")
     assert manifest == GOOD
     assert preprocess_of(manifest) == PreprocessSpec(32)
+    assert tokenizer_spec_of(manifest) == TokenizerSpec(77, "lower")
+
+
+def test_bundles_from_before_there_was_a_text_side() -> None:
+    old = copy.deepcopy(GOOD)
+    del old["text"], old["files"]["text.onnx"], old["files"]["tokenizer.json"]
+    manifest = parse_manifest(json.dumps(old).encode(), where="b")
+    assert manifest == old
+    assert tokenizer_spec_of(manifest) is None
 
 
 @pytest.mark.parametrize(
@@ -92,6 +106,18 @@ def test_a_good_manifest_is_returned_as_it_is() -> None:
         (("files", "labels.npz"), ..., "it names label sets but no labels.npz"),
         (("label_sets", 0, "num_classes"), 0, "label_sets: pets has no classes"),
         (("label_sets",), [3], "label_sets: each needs a name"),
+        (("text",), ..., "it lists files of a text side but has no text"),
+        (("text",), None, "it lists files of a text side but has no text"),
+        (("text",), [], "text must be an object"),
+        (("text",), {}, "it lacks 'context_length'"),
+        (("text", "context_length"), True, "text.context_length must be a whole number, got True"),
+        (("text", "context_length"), 10**6, "context_length must be 1 to 4096, got 1000000"),
+        (("text", "clean"), 3, "text.clean must be text"),
+        (("text", "clean"), "lowr", "unknown way to clean text 'lowr'. Did you mean 'lower'?"),
+        (("text", "zeroed_id"), -1, "text.zeroed_id must be a token, got -1"),
+        (("files", "text.onnx"), ..., "it has a text side but no text.onnx"),
+        (("files", "tokenizer.json"), ..., "it has a text side but no tokenizer.json"),
+        (("files", "tokenizer.json", "size_bytes"), 2**27, "tokenizer.json is too large to be"),
     ],
 )
 def test_every_field_is_checked(path: tuple[str | int, ...], value: Any, message: str) -> None:
@@ -120,6 +146,9 @@ places = st.sampled_from(
     + [("preprocess", key) for key in GOOD["preprocess"]]
     + [("files", "model.onnx"), ("files", "model.onnx", "sha256"), ("label_sets", 0)]
     + [("files", "model.onnx", "size_bytes"), ("label_sets", 0, "num_classes")]
+    + [("text", key) for key in GOOD["text"]]
+    + [("files", "text.onnx"), ("files", "tokenizer.json")]
+    + [("files", "tokenizer.json", "size_bytes")]
 )
 
 
@@ -133,6 +162,8 @@ def test_any_value_anywhere_is_a_manifest_or_a_checkpoint_error(path: Any, value
     assert preprocess_of(manifest).image_size == manifest["preprocess"]["image_size"]
     assert all(is_safe_name(name) for name in manifest["files"])
     assert manifest["logit_scale"] > 0
+    spec = tokenizer_spec_of(manifest)
+    assert spec is None or 0 < spec.context_length <= 4096
 
 
 @settings(max_examples=200)

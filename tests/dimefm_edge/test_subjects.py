@@ -62,6 +62,18 @@ def test_a_bundle_its_zip_and_its_graph_answer_as_the_run(
         assert list(subject.label_banks) == ([] if name == "onnx" else ["pets"])
 
 
+def test_a_bundle_may_have_a_text_side(tiny_open_bundle_dir, tiny_teacher_dir, pixels):
+    bundle, teacher = load_subject(tiny_open_bundle_dir), load_subject(tiny_teacher_dir)
+    assert bundle.kind == "bundle"
+    np.testing.assert_allclose(
+        bundle.encode_pixels(pixels), teacher.encode_pixels(pixels), atol=1e-4
+    )
+    for words in (["a cat", "a dog"], ["an eel"]):
+        np.testing.assert_allclose(
+            bundle.encode_texts(words), teacher.encode_texts(words), atol=1e-5
+        )
+
+
 def test_kinds_are_told_by_files(tiny_run_dir, tiny_bundle_dir, tiny_teacher_dir):
     assert subject_kind(str(tiny_run_dir)) == "run"
     assert subject_kind(str(tiny_bundle_dir)) == "bundle"

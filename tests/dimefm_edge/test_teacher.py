@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dimefm_edge.data.scenes import scene_image, scene_test_set
-from dimefm_edge.errors import CheckpointError, DimeFMError, UnknownNameError
+from dimefm_edge.errors import (
+    CheckpointError,
+    DimeFMError,
+    MissingExtraError,
+    UnknownNameError,
+)
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.students import build_student, save_student, vit_spec
 from dimefm_edge.teacher import SAMPLE_DIR, TEXT_TEACHER_KEY, load_teacher
@@ -164,6 +171,34 @@ def test_wrong_names_are_answered(name: str, kind: type[DimeFMError], message: s
 def test_a_folder_that_is_no_teacher(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"neither open_clip_config\.json nor checkpoint"):
         load_teacher(str(tmp_path))
+
+
+def test_a_tokenizer_file_counts_when_it_says_how_long(tiny_dir: Path, tmp_path: Path) -> None:
+    """The tokenizer.json beside open_clip's own weights does not: its CLIP tokenizer is used."""
+    shutil.copytree(tiny_dir, tmp_path, dirs_exist_ok=True)
+    wanted = load_teacher(str(tiny_dir)).encode_texts(["a dog"])
+    (tmp_path / "tokenizer.json").write_text('{"padding": null, "truncation": null}')
+    teacher = load_teacher(str(tmp_path))
+    np.testing.assert_array_equal(teacher.encode_texts(["a dog"]), wanted)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json is not a tokenizer file of ours"):
+        load_teacher(str(tmp_path)).encode_texts(["a dog"])
+
+
+def test_a_tokenizer_is_loaded_when_it_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SigLIP's needs transformers and a download; its images need neither."""
+    monkeypatch.setitem(sys.modules, "transformers", None)  # importing it raises ImportError
+    path = tmp_path / "dimefm-tiny-siglip.json"
+    text_cfg = {**TINY["text_cfg"], "hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}
+    path.write_text(json.dumps({**TINY, "text_cfg": text_cfg}))
+    open_clip.add_model_config(path)
+    teacher = load_teacher("dimefm-tiny-siglip:random")
+    assert teacher.encode_images(np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 16)
+    with pytest.raises(MissingExtraError, match="needs a package that is not installed") as error:
+        teacher.encode_texts(["a dog"])
+    assert error.value.hint == "pip install transformers sentencepiece"
 
 
 @pytest.mark.parametrize("length", [0, 7, 100, 5000])

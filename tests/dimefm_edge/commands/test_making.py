@@ -1,9 +1,8 @@
-"""embed, distill and export, through the command line."""
+"""embed and distill, through the command line."""
 
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 
@@ -51,39 +50,6 @@ def test_a_store_of_another_teacher_is_refused(
     said = capsys.readouterr().err
     assert str(tiny_teacher_dir) in said
     assert "Traceback" not in said
-
-
-def test_export_to_a_folder_and_an_archive(tiny_run_dir, tmp_path, capsys):
-    for out, precision in ((tmp_path / "b", "fp32"), (tmp_path / "b.zip", "fp16")):
-        code, values = _json(capsys, "export", tiny_run_dir, "--out", out, "--precision", precision)
-        assert code == 0
-        assert (values["bundle"], values["precision"]) == (str(out), precision)
-        assert values["parity"]["num_images"] == 12
-        assert values["parity"]["min_cosine"] >= 0.999
-        # Made from the run's own test set: it has no bundle to take them from.
-        assert len(values["label_sets"]) == 1
-        assert out.exists()
-
-
-def test_export_without_the_images_it_was_distilled_on(
-    tiny_run_dir, labelled_dir, tmp_path, capsys
-):
-    run = tmp_path / "run"
-    run.mkdir()
-    shutil.copy(tiny_run_dir / "checkpoint.safetensors", run)
-    assert cli.main(["export", str(run)]) == 2
-    said = capsys.readouterr().err
-    assert "names images to check parity on" in said
-    assert "--images" in said
-    assert cli.main(["export", str(run), "--images", str(labelled_dir)]) == 0
-    assert (run / "bundle-fp32" / "manifest.json").is_file()
-
-
-def test_export_names_what_is_wrong(tiny_run_dir, tmp_path, capsys):
-    assert cli.main(["export", str(tmp_path)]) == 2
-    assert "no checkpoint at" in capsys.readouterr().err
-    assert cli.main(["export", str(tiny_run_dir), "--format", "onxx"]) == 2
-    assert "unknown export format 'onxx'. Did you mean 'onnx'?" in capsys.readouterr().err
 
 
 def test_dry_run_prints_settings_that_make_the_same_run(tmp_path, capsys):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from dimefm_edge.data.images import decode_image, open_labelled
+from dimefm_edge.data.labelled import open_classes
 from dimefm_edge.data.scenes import scene_test_set
 from dimefm_edge.errors import DataError
 
@@ -35,6 +36,24 @@ def test_clip_benchmark_folder(benchmark_dir, encoded):
     assert labelled.labels.dtype == np.int64
     for row in range(8):
         assert labelled.pool.load(row).tobytes() == decode_image(encoded(row), "").tobytes()
+
+
+def test_class_names_alone(benchmark_dir, tmp_path):
+    """From a labelled set, or from its classnames.txt: the same."""
+    wanted = ("shapes", ("red star", "blue ring", "circle"))
+    templates = ("a photo of a {c}.", "a drawing of one {c}.")
+    assert open_classes(str(benchmark_dir)) == (*wanted, templates)
+    assert open_classes(str(benchmark_dir / "classnames.txt")) == (*wanted, templates)
+    assert open_classes("scenes")[0] == "scenes"
+    (tmp_path / "pets.txt").write_text("cat\ndog\n")
+    assert open_classes(str(tmp_path / "pets.txt")) == (
+        "pets", ("cat", "dog"), ("a photo of a {c}.",),
+    )  # fmt: skip
+    with pytest.raises(DataError, match=r"no class names at gone\.txt"):
+        open_classes("gone.txt")
+    (tmp_path / "pets.txt").write_text("cat\n\ndog\n")
+    with pytest.raises(DataError, match=r"pets\.txt cannot be used: line 2 is empty"):
+        open_classes(str(tmp_path / "pets.txt"))
 
 
 def test_clip_benchmark_without_templates_uses_the_default(benchmark_dir):

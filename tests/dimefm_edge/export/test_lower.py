@@ -91,5 +91,5 @@ def test_unknown_forms_and_modules_that_cannot_be_traced() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x if x.mean() > 0 else -x
 
-    with pytest.raises(ExportError, match=r"torch 2\S+ cannot export the student to ONNX: \S+"):
+    with pytest.raises(ExportError, match=r"torch 2\S+ cannot export the model to ONNX: \S+"):
         traced(Baked(), "decomposed", 20)

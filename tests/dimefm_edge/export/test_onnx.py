@@ -139,7 +139,7 @@ def test_every_family_exports_and_answers_as_torch_does(
         if precision == "fp32":
             np.testing.assert_allclose(embeds, expected, atol=1e-4)
         assert (embeds * expected).sum(axis=1).min() >= 0.999
-    assert graph.parity.num_images == 9
+    assert graph.parity.num_inputs == 9
     assert graph.parity.min_cosine >= 0.999
 
 
@@ -189,20 +189,20 @@ def test_parity_error_names_the_worst_image_and_both_figures(
     path = vit.graphs[precision].path
     with torch.no_grad():
         expected = vit.student(torch.from_numpy(images)).numpy()
-    check_parity(path, expected, images=images, precision=precision)
+    check_parity(path, expected, inputs=images, precision=precision)
     expected[2] = np.roll(expected[2], 1)
     expected[5] = -expected[5]
     with pytest.raises(
         ParityError,
-        match=rf"the {precision} graph does not answer as the student does: worst on image 5 of "
+        match=rf"the {precision} graph does not answer as the model does: worst on image 5 of "
         r"9, max abs difference 0\.\d+, cosine -(1\.0000|0\.999).* 2 images differ too much",
     ) as caught:
-        check_parity(path, expected, images=images, precision=precision)
+        check_parity(path, expected, inputs=images, precision=precision)
     assert caught.value.exit_code == 3
     assert ("--precision fp32" in str(caught.value)) == (precision == "fp16")
     expected[:] = np.nan
     with pytest.raises(ParityError, match="max abs difference nan, cosine nan"):
-        check_parity(path, expected, images=images, precision=precision)
+        check_parity(path, expected, inputs=images, precision=precision)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -217,7 +217,7 @@ def test_a_failed_export_keeps_the_file_that_was_there(
     path.write_bytes(b"good")
     wrong = -module_embeds(vit.student, images)
     monkeypatch.setattr("dimefm_edge.export.onnx.module_embeds", lambda *_: wrong)
-    with pytest.raises(ParityError, match="does not answer as the student does"):
+    with pytest.raises(ParityError, match="does not answer as the model does"):
         export_onnx(
             vit.student, path, image_size=SIDE, spec=GraphSpec(precision=precision),
             parity_images=images, metadata={},
@@ -231,12 +231,12 @@ def test_parity_runs_every_batch_size_on_a_single_image(
     path = vit.graphs["fp32"].path
     with torch.no_grad():
         expected = vit.student(torch.from_numpy(images[:1])).numpy()
-    assert check_parity(path, expected, images=images[:1], precision="fp32").num_images == 1
+    assert check_parity(path, expected, inputs=images[:1], precision="fp32").num_inputs == 1
     model = onnx.load(path)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1  # a baked batch size
     onnx.save(model, tmp_path / "baked.onnx")
     with pytest.raises(ExportError, match=r"cannot run the exported graph: .*Got: 7 Expected: 1"):
-        check_parity(tmp_path / "baked.onnx", expected, images=images[:1], precision="fp32")
+        check_parity(tmp_path / "baked.onnx", expected, inputs=images[:1], precision="fp32")
 
 
 def test_fp16_holds_where_every_operation_rounds(
@@ -298,7 +298,7 @@ def test_a_student_that_cannot_be_exported(
             embeds: torch.Tensor = self.student(image if image.mean() > 0 else -image)
             return embeds
 
-    with pytest.raises(ExportError, match=r"torch 2\S+ cannot export the student to ONNX: \S+"):
+    with pytest.raises(ExportError, match=r"torch 2\S+ cannot export the model to ONNX: \S+"):
         export_onnx(
             Baked(), tmp_path / "m.onnx", image_size=SIDE, spec=GraphSpec(),
             parity_images=images, metadata={},
@@ -310,7 +310,7 @@ def test_a_diverged_student_is_named(images: npt.NDArray[np.float32], tmp_path: 
     student = trained_like("vit")
     with torch.no_grad():
         next(student.parameters()).fill_(float("nan"))
-    with pytest.raises(ExportError, match=r"the student itself answers image 0 .* length nan"):
+    with pytest.raises(ExportError, match=r"the model itself answers image 0 .* length nan"):
         export_onnx(
             student, tmp_path / "m.onnx", image_size=SIDE, spec=GraphSpec(),
             parity_images=images, metadata={},

@@ -15,11 +15,13 @@ from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from packaging.requirements import Requirement
 
 from dimefm_edge.data.scenes import scene_image
 from dimefm_edge.runtime import ZeroShotClassifier
+from dimefm_edge.teacher import load_teacher
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,6 +42,16 @@ from dimefm_edge.runtime import ZeroShotClassifier
 classifier = ZeroShotClassifier(sys.argv[1], threads=1)
 (ranked,) = classifier.classify([Image.open(sys.argv[2])], top_k=2)
 print(json.dumps(ranked))
+"""
+OPEN_VOCABULARY = """
+import json, sys
+from PIL import Image
+from dimefm_edge.runtime import ZeroShotClassifier, load_bundle, load_text_encoder
+bundle, image, *labels = sys.argv[1:]
+classifier = ZeroShotClassifier(bundle, labels=labels, threads=1)
+(ranked,) = classifier.classify([Image.open(image)])
+embeds = load_text_encoder(load_bundle(bundle), threads=1).encode_texts(labels)
+print(json.dumps({"ranked": ranked, "embeds": embeds.tolist()}))
 """
 ABSENT = (
     "torch", "torchvision", "timm", "open_clip", "onnx", "onnxscript", "safetensors", "pyarrow",
@@ -121,6 +133,30 @@ def test_a_bundle_classifies_there_as_it_does_here(
     (here,) = ZeroShotClassifier(bundle, threads=1).classify([scene_image(2)], top_k=2)
     assert here[0][0] == "image 2"
     assert json.loads(done.stdout) == [[name, pytest.approx(p, abs=1e-4)] for name, p in here]
+
+
+def test_any_labels_there_as_here(
+    python: Path, tiny_open_bundle_dir: Path, tiny_teacher_dir: Path, tmp_path: Path
+) -> None:
+    scene_image(2).save(tmp_path / "photo.png")
+    labels = ["a red circle", "Two “dogs” &amp; a café", "日本語"]
+    words = (tiny_open_bundle_dir, tmp_path / "photo.png", *labels)
+    done = run(python, "-c", OPEN_VOCABULARY, *words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    answer = json.loads(done.stdout)
+    wanted = load_teacher(str(tiny_teacher_dir)).encode_texts(labels)
+    np.testing.assert_allclose(answer["embeds"], wanted, atol=1e-5)
+    classifier = ZeroShotClassifier(tiny_open_bundle_dir, labels=labels, threads=1)
+    (here,) = classifier.classify([scene_image(2)])
+    assert answer["ranked"] == [[name, pytest.approx(p, abs=1e-4)] for name, p in here]
+
+
+def test_eval_of_a_new_set_by_the_text_side(
+    python: Path, tiny_open_bundle_dir: Path, labelled_dir: Path, tmp_path: Path
+) -> None:
+    words = ("eval", tiny_open_bundle_dir, "--data", labelled_dir)
+    (result,) = command(python, *words, cwd=tmp_path)["results"]
+    assert (result["num_images"], result["num_classes"], result["num_bad"]) == (12, 3, 0)
 
 
 def test_eval_and_bench_of_a_bundle(

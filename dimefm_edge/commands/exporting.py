@@ -1,0 +1,287 @@
+"""The command that makes bundles, of runs and of teachers: export."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dimefm_edge.commands.outcome import Outcome
+from dimefm_edge.errors import CheckpointError, ConfigError, DataError, InputError, lookup
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from dimefm_edge.data.images import ImagePool
+    from dimefm_edge.export import GraphSpec
+    from dimefm_edge.export.towers import LoadedTeacher
+    from dimefm_edge.labels import LabelBank
+    from dimefm_edge.options import ExportOptions
+    from dimefm_edge.preprocess import PreprocessSpec
+    from dimefm_edge.runtime import Bundle
+    from dimefm_edge.students import LoadedStudent
+    from dimefm_edge.teacher import Teacher
+
+
+_TENSORRT = "tensorrt"
+_NUM_PARITY_IMAGES = 32
+_NUM_CALIBRATION_IMAGES = 256
+_NUM_PARITY_SENTENCES = 64
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """What is exported."""
+
+    loaded: LoadedStudent | LoadedTeacher
+    out: Path
+    label_banks: Sequence[LabelBank]
+    images: tuple[Sequence[str], str]
+    """Sources of parity images, and their column."""
+    logit_scale: float
+    extra: dict[str, Any]
+    text_teacher: Teacher | None
+
+
+def run_export(options: ExportOptions) -> Outcome:
+    """Write a run or a teacher as a bundle; for TensorRT, build its engine here too."""
+    from dimefm_edge.export import EXPORTERS, export_student
+    from dimefm_edge.runtime import load_bundle
+
+    _check(options)
+    lookup(dict.fromkeys((*EXPORTERS, _TENSORRT)), options.format, kind="export format")
+    if options.format == _TENSORRT:
+        _require_builder(options)
+    source = _of_run(options) if options.run else _of_teacher(options)
+    graph = _graph_spec(options, source.extra.get("target"))
+    count = _NUM_CALIBRATION_IMAGES if graph.precision == "int8" else _NUM_PARITY_IMAGES
+    export_student(
+        source.loaded,
+        source.out,
+        fmt="onnx" if options.format == _TENSORRT else options.format,
+        graph=graph,
+        head=options.head,
+        label_banks=source.label_banks,
+        parity_images=_parity_images(*source.images, source.loaded.preprocess, count=count),
+        logit_scale=source.logit_scale,
+        extra=source.extra,
+        text_teacher=source.text_teacher,
+        parity_sentences=_parity_sentences(options) if source.text_teacher else (),
+    )
+    outcome = _outcome(load_bundle(source.out), source.out)
+    return _with_engine(outcome, source.out) if options.format == _TENSORRT else outcome
+
+
+def _graph_spec(options: ExportOptions, target_name: str | None) -> GraphSpec:
+    from dimefm_edge.export import graph_spec
+    from dimefm_edge.targets import load_target
+
+    target = load_target(target_name) if target_name else None
+    if options.format == _TENSORRT and (target is None or target.runtime != _TENSORRT):
+        raise InputError(
+            f"--format tensorrt needs a target that runs TensorRT, not {target_name or 'any'}",
+            hint="--target jetson-orin  (dimefm-edge targets lists them)",
+        )
+    return graph_spec(
+        target,
+        precision=options.precision,
+        opset=options.opset,
+        attention=options.attention,
+        batch_size=options.batch_size,
+        image_input=options.input,
+    )
+
+
+def _require_builder(options: ExportOptions) -> None:
+    """Before anything is loaded or written."""
+    from dimefm_edge.runtime.tensorrt_machine import require_builder
+
+    subject = options.run or f"--teacher {options.teacher}"
+    out = options.out or Path("BUNDLE")
+    command = f"dimefm-edge export {subject} --target {options.target or 'jetson-orin'}"
+    require_builder(export_command=f"{command} --out {out}", bundle=out)
+
+
+def _with_engine(outcome: Outcome, out: Path) -> Outcome:
+    from dimefm_edge.commands.building import run_build
+    from dimefm_edge.options import BuildOptions
+
+    built = run_build(BuildOptions(bundle=str(out)))
+    values = {**outcome.values, "engine": built.values}
+    return Outcome(values, f"{outcome.text}\n\n{built.text}", built.exit_code)
+
+
+def _check(options: ExportOptions) -> None:
+    hint = "dimefm-edge export runs/first, or dimefm-edge export --teacher sample"
+    if not options.run and not options.teacher:
+        raise InputError("export needs a run or a teacher", hint=hint)
+    if options.run and options.teacher:
+        raise InputError(
+            f"export takes a run or a teacher, not both: {options.run} and {options.teacher}",
+            hint=f"dimefm-edge export {options.run} --text  (adds its teacher's text side)",
+        )
+    if options.text and options.image_only:
+        raise InputError("--text and --image-only contradict each other", hint="drop one of them")
+
+
+def _outcome(bundle: Bundle, out: Path) -> Outcome:
+    parity, text = bundle.manifest["parity"], bundle.manifest.get("text")
+    graph = bundle.manifest["graph"]
+    lines = [
+        f"{out}: {bundle.name}, {bundle.precision}, {bundle.size_mib:.2f} MiB, label sets: "
+        f"{', '.join(bundle.label_banks) or 'none'}",
+        f"for {graph['runtime']}, opset {bundle.manifest['opset']}, {graph['nodes']} nodes; "
+        f"{graph['fusion']['summary']}",
+        f"parity on {parity['num_images']} images: {_parity(parity)}",
+        *(f"warning: {text}" for text in graph["warnings"]),
+    ]
+    values = {
+        "bundle": str(out),
+        "name": bundle.name,
+        "precision": bundle.precision,
+        "size_mib": bundle.size_mib,
+        "label_sets": list(bundle.label_banks),
+        "opset": bundle.manifest["opset"],
+        "graph": graph,
+        "parity": parity,
+        "text": text,
+    }
+    if bundle.text is not None and text is not None:
+        values["text_size_mib"] = bundle.text.model_path.stat().st_size / 2**20
+        lines.append(
+            f"text side: {values['text_size_mib']:.2f} MiB, {text['context_length']} tokens; "
+            f"parity on {text['parity']['num_sentences']} sentences: {_parity(text['parity'])}"
+        )
+    return Outcome(values, "\n".join(lines))
+
+
+def _parity(parity: dict[str, Any]) -> str:
+    return (
+        f"max abs difference {parity['max_abs_diff']:.1e}, "
+        f"least cosine {parity['min_cosine']:.6f}"
+    )
+
+
+# -------------------------------------------------------------------------- a teacher
+
+
+def _of_teacher(options: ExportOptions) -> _Source:
+    from dimefm_edge.export.bundle import check_destination
+    from dimefm_edge.export.towers import file_name_of, image_tower
+    from dimefm_edge.teacher import RUN_CHECKPOINT, load_teacher
+
+    assert options.teacher is not None
+    if (Path(options.teacher).expanduser() / RUN_CHECKPOINT).is_file():
+        raise InputError(
+            f"{options.teacher} is a run", hint=f"dimefm-edge export {options.teacher} --text"
+        )
+    out = options.out or Path(f"{file_name_of(options.teacher)}-bundle")
+    check_destination(out)  # a big teacher takes a while to load
+    teacher = load_teacher(options.teacher)
+    return _Source(
+        image_tower(teacher),
+        out,
+        _label_banks(options.labels, teacher),
+        (options.images or ("scenes",), options.image_column),
+        teacher.logit_scale,
+        {
+            "target": options.target,
+            "teacher": teacher.name,
+            "teacher_weights": teacher.weights_hash,
+        },
+        None if options.image_only else teacher,
+    )
+
+
+# ------------------------------------------------------------------------------ a run
+
+
+def _of_run(options: ExportOptions) -> _Source:
+    from dimefm_edge.config import load_saved
+    from dimefm_edge.students import load_student
+    from dimefm_edge.subjects import run_logit_scale
+    from dimefm_edge.teacher import TEXT_TEACHER_KEY, load_teacher
+
+    run = Path(options.run).expanduser()
+    loaded = load_student(run)
+    run_dir = run if run.is_dir() else run.parent
+    saved = load_saved(run_dir)
+    images, column = options.images, options.image_column
+    if not images:
+        if saved is None:
+            raise ConfigError(
+                f"{run_dir} has no config.toml that names images to check parity on",
+                hint="--images with a folder of real images",
+            )
+        images, column = saved.data.images, saved.data.image_column
+    name = loaded.metadata.get(TEXT_TEACHER_KEY)
+    sources = options.labels or (saved.data.eval_sets if saved else ())
+    has_banks = not options.labels and (run_dir / "bundle" / "manifest.json").is_file()
+    needs_teacher = options.text or options.labels or (sources and not has_banks and name)
+    if needs_teacher and name is None:
+        raise CheckpointError(f"the checkpoint of {options.run} names no teacher")
+    teacher = load_teacher(name) if needs_teacher and name else None
+    return _Source(
+        loaded,
+        options.out or run_dir / f"bundle-{options.precision}",
+        _banks_of(run_dir / "bundle") if has_banks else _label_banks(sources, teacher),
+        (images, column),
+        run_logit_scale(loaded.metadata, options.run),
+        {"target": options.target or loaded.metadata.get("target"), "teacher": name},
+        teacher if options.text else None,
+    )
+
+
+def _banks_of(bundle_dir: Path) -> Sequence[LabelBank]:
+    from dimefm_edge.runtime import load_bundle
+
+    return list(load_bundle(bundle_dir).label_banks.values())
+
+
+# ------------------------------------------------------------------------------- both
+
+
+def _label_banks(sources: Sequence[str], teacher: Teacher | None) -> Sequence[LabelBank]:
+    from dimefm_edge.data.labelled import open_classes
+    from dimefm_edge.labels import build_label_bank
+
+    if teacher is None:
+        return []
+    return [
+        build_label_bank(*open_classes(source), teacher.encode_texts) for source in sources
+    ]
+
+
+def _parity_images(
+    sources: Sequence[str], column: str, preprocess: PreprocessSpec, *, count: int
+) -> npt.NDArray[np.float32]:
+    from dimefm_edge.data.images import open_images
+    from dimefm_edge.preprocess import preprocess_images
+
+    images = _first_images(open_images(sources, column=column), count)
+    if not images:
+        raise DataError("none of the images can be read", hint="--images with real images")
+    return preprocess_images(images, preprocess)
+
+
+def _first_images(pool: ImagePool, count: int) -> list[Any]:
+    from dimefm_edge.data.images import BadImageError
+
+    images: list[Any] = []
+    for row in range(min(len(pool), 10 * count)):
+        try:
+            images.append(pool.load(row))
+        except BadImageError:
+            continue
+        if len(images) == count:
+            break
+    return images
+
+
+def _parity_sentences(options: ExportOptions) -> list[str]:
+    from dimefm_edge.data.sentences import open_sentences
+
+    return list(itertools.islice(open_sentences(options.sentences), _NUM_PARITY_SENTENCES))

@@ -1,0 +1,117 @@
+"""The text side of a bundle: `text.onnx` and `tokenizer.json`, both proven on sentences.
+
+With it a device names what nobody thought of at export. Tokens in, embeddings out: the end
+token's place is found in the graph, the causal mask is one of its constants.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from dimefm_edge.encoders import Normalised
+from dimefm_edge.export.graph_spec import GraphSpec
+from dimefm_edge.export.onnx import EXAMPLE_BATCH, OnnxGraph, in_precision, land_graph
+from dimefm_edge.export.parity import module_embeds
+from dimefm_edge.export.tokenizers import PROBES, convert_tokenizer
+from dimefm_edge.export.trace import trace
+from dimefm_edge.manifest import TEXT_FILE, TEXT_INPUT_NAME, TEXT_OUTPUT_NAME, TOKENIZER_FILE
+
+if TYPE_CHECKING:
+    from dimefm_edge.teacher import Teacher
+
+_KIND = "sentence"
+_MASKED = -1e4  # exp() of it is 0, and fp16 holds it: -inf is no number to a range check
+
+
+def write_text_side(
+    folder: Path, teacher: Teacher, *, graph: GraphSpec, sentences: Sequence[str]
+) -> dict[str, Any]:
+    """Put a teacher's text side into a bundle that is being built.
+
+    Args:
+        folder: Gets `text.onnx` and `tokenizer.json`.
+        teacher: Whose text side.
+        graph: The image graph's; an int8 bundle keeps its text tower in fp32, since labels are
+            embedded once.
+        sentences: Real ones, to check tokens and embeddings on; 64 are plenty.
+
+    Returns:
+        The manifest's `text`: what the tokenizer needs around it, nodes, parity.
+
+    Raises:
+        ExportError: If the tokenizer or the tower cannot be exported.
+        ParityError: If the graph does not answer as the tower does.
+    """
+    sentences = [*PROBES, *sentences]
+    tokenizer = convert_tokenizer(teacher.tokenize, name=teacher.name, sentences=sentences)
+    (folder / TOKENIZER_FILE).write_bytes(tokenizer.to_bytes())
+    precision = "fp16" if graph.precision == "fp16" else "fp32"
+    written = export_text_onnx(
+        Normalised(teacher.text_tower),
+        folder / TEXT_FILE,
+        spec=dataclasses.replace(graph, precision=precision, batch_size=None, image_input="float"),
+        parity_tokens=tokenizer(sentences),
+        metadata={"producer": "dimefm_edge", "teacher": teacher.name, "precision": precision},
+    )
+    return {
+        **tokenizer.spec.to_dict(),
+        "precision": precision,
+        "opset": written.opset,
+        "graph": written.to_dict(),
+        "parity": written.parity.to_dict(_KIND),
+    }
+
+
+def export_text_onnx(
+    tower: nn.Module,
+    path: Path,
+    *,
+    parity_tokens: npt.NDArray[np.int64],
+    metadata: Mapping[str, str],
+    spec: GraphSpec | None = None,
+) -> OnnxGraph:
+    """Write a text tower as ONNX and check that it answers as torch does.
+
+    Args:
+        tower: (B, L) int64 tokens -> (B, E), L2-normalised; not changed.
+        path: The file to write, which appears when its parity is proven; its folder exists.
+        parity_tokens: (N, L) int64, of real sentences.
+        metadata: Put into the graph's metadata.
+        spec: Runtime, precision (fp32 or fp16), opset; default: fp32 for TensorRT 10.3.
+
+    Raises:
+        ExportError: If torch cannot export the tower, or the graph is not valid or too large.
+        ParityError: If the graph's embeddings are not the tower's, or leave fp16's range.
+    """
+    spec = spec or GraphSpec()
+    expected = module_embeds(tower, parity_tokens, kind=_KIND)
+    model = trace(
+        _with_finite_masks(tower),
+        torch.zeros(EXAMPLE_BATCH, parity_tokens.shape[1], dtype=torch.int64),
+        input_name=TEXT_INPUT_NAME,
+        output_name=TEXT_OUTPUT_NAME,
+        opset=spec.opset,
+        attention=spec.attention,
+    )
+    model = in_precision(model, spec, parity_tokens, kind=_KIND)
+    return land_graph(
+        model, path, expected, inputs=parity_tokens, spec=spec, metadata=metadata, kind=_KIND
+    )
+
+
+def _with_finite_masks(tower: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(tower)
+    for part in copied.modules():
+        mask = part._buffers.get("attn_mask")
+        if mask is not None:
+            part._buffers["attn_mask"] = mask.clamp(min=_MASKED)
+    return copied

@@ -1,0 +1,161 @@
+"""export of runs and of teachers, through the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+
+from dimefm_edge import cli
+from dimefm_edge.runtime import ZeroShotClassifier, load_bundle, load_text_encoder
+from dimefm_edge.teacher import load_teacher
+
+
+def _json(capsys, *words):
+    code = cli.main([*map(str, words), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_export_to_a_folder_and_an_archive(tiny_run_dir, tmp_path, capsys):
+    for out, precision in ((tmp_path / "b", "fp32"), (tmp_path / "b.zip", "fp16")):
+        code, values = _json(capsys, "export", tiny_run_dir, "--out", out, "--precision", precision)
+        assert code == 0
+        assert (values["bundle"], values["precision"]) == (str(out), precision)
+        assert values["parity"]["num_images"] == 12
+        assert values["parity"]["min_cosine"] >= 0.999
+        # Made from the run's own test set: it has no bundle to take them from.
+        assert len(values["label_sets"]) == 1
+        assert out.exists()
+
+
+def test_export_without_the_images_it_was_distilled_on(
+    tiny_run_dir, labelled_dir, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(tiny_run_dir / "checkpoint.safetensors", run)
+    assert cli.main(["export", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "names images to check parity on" in said
+    assert "--images" in said
+    assert cli.main(["export", str(run), "--images", str(labelled_dir)]) == 0
+    assert (run / "bundle-fp32" / "manifest.json").is_file()
+
+
+def test_export_names_what_is_wrong(tiny_run_dir, tmp_path, capsys):
+    assert cli.main(["export", str(tmp_path)]) == 2
+    assert "no checkpoint at" in capsys.readouterr().err
+    assert cli.main(["export", str(tiny_run_dir), "--format", "onxx"]) == 2
+    assert "unknown export format 'onxx'. Did you mean 'onnx'?" in capsys.readouterr().err
+
+
+def test_a_run_with_its_teachers_text_side(tiny_run_dir, tiny_teacher_dir, tmp_path, capsys):
+    (tmp_path / "animals.txt").write_text("cat\nred fox\neel\n")
+    words = ("export", tiny_run_dir, "--text", "--labels", tmp_path / "animals.txt")
+    code, values = _json(capsys, *words, "--out", tmp_path / "open.zip")
+    assert code == 0
+    assert values["label_sets"] == ["animals"]
+    assert values["text"]["clean"] == "lower"
+    assert values["text_size_mib"] > 3  # 49,408 words of 16 numbers
+    bundle = load_bundle(tmp_path / "open.zip")
+    assert bundle.manifest["spec"]["family"] == "vit"
+    teacher = load_teacher(str(tiny_teacher_dir))
+    wanted = teacher.encode_texts(["a photo of a red fox."])
+    np.testing.assert_allclose(bundle.label_banks["animals"].embeds[1], wanted[0], atol=1e-5)
+    found = load_text_encoder(bundle, threads=1).encode_texts(["a photo of a red fox."])
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_a_teacher_by_its_folder(
+    tiny_teacher_dir, labelled_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["export", "--teacher", str(tiny_teacher_dir), "--labels", str(labelled_dir)]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out.splitlines()
+    out = Path(f"{tiny_teacher_dir.name}-bundle")
+    assert said[0].startswith(f"{out}: {tiny_teacher_dir.name}, fp32, ")
+    assert said[0].endswith(f"label sets: {labelled_dir.name}")
+    assert said[1].startswith("for onnxruntime, opset 20, 53 nodes; attention: 2 as microsoft ")
+    assert said[2].startswith("parity on 32 images: max abs difference ")
+    assert said[3].startswith("text side: ")
+    assert "12 tokens; parity on 70 sentences: max abs difference " in said[3]
+    bundle = load_bundle(out)
+    assert bundle.manifest["target"] is None
+    assert bundle.manifest["extra"] == {
+        "teacher": str(tiny_teacher_dir),
+        "teacher_weights": load_teacher(str(tiny_teacher_dir)).weights_hash,
+    }
+    bank = bundle.label_banks[labelled_dir.name]
+    free = ZeroShotClassifier(bundle, labels=bank.classnames, threads=1)._bank(None)
+    np.testing.assert_allclose(free.embeds, bank.embeds, atol=1e-5)
+    code, values = _json(capsys, "eval", out, "--data", labelled_dir)
+    assert code == 0
+    assert values["results"][0]["num_images"] == 12
+
+
+@pytest.mark.slow
+def test_a_teacher_without_its_text_side(tiny_teacher_dir, labelled_dir, tmp_path, capsys):
+    words = ("export", "--teacher", tiny_teacher_dir, "--image-only", "--images", labelled_dir)
+    code, values = _json(capsys, *words, "--out", tmp_path / "b")
+    assert code == 0
+    assert values["text"] is None
+    assert values["parity"]["num_images"] == 12
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["manifest.json", "model.onnx"]
+    assert cli.main(["eval", str(tmp_path / "b"), "--data", "scenes"]) == 2
+    assert "has no text side and does not carry" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "export needs a run or a teacher"),
+        (["RUN", "--teacher", "sample"], "export takes a run or a teacher, not both: "),
+        (["RUN", "--text", "--image-only"], "--text and --image-only contradict each other"),
+        (["--teacher", "RUN"], " is a run\n  try: dimefm-edge export "),
+        (["--teacher", "ViT-B-23:openai"], "unknown teacher 'ViT-B-23'. Did you mean 'ViT-"),
+        (["--teacher", "ViT-B-32"], "teacher ViT-B-32 needs weights: a tag"),
+        (["--teacher", "ViT-B-32:laion2b"], "unknown tag of ViT-B-32 'laion2b'. Did you mean"),
+        (["--teacher", "ViT-B-32:gone/clip.pt"], "no checkpoint file at gone/clip.pt"),
+        (["--teacher", "gone/teacher"], "no teacher folder at gone/teacher"),
+        (["--teacher", "sample", "--out", "PHOTOS"], "photos exists and is not a bundle of ours"),
+        (["RUN", "--labels", "gone.txt", "--out", "b"], "no class names at gone.txt"),
+        (["RUN", "--labels", "ONE", "--out", "b"], "cannot be used: it needs two classes or more"),
+        (["RUN", "--text", "--sentences", "gone.txt", "--out", "b"], "gone.txt"),
+    ],
+)
+def test_what_cannot_be_exported_is_named(
+    words, message, tiny_run_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"jpeg")
+    (tmp_path / "one.txt").write_text("cat\n")
+    before = sorted(tmp_path.rglob("*"))
+    names = {"RUN": tiny_run_dir, "PHOTOS": "photos", "ONE": "one.txt"}
+    assert cli.main(["export", *(str(names.get(word, word)) for word in words)]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_tokenizer_that_cannot_come_along(tmp_path, monkeypatch, capsys):
+    """One that drops words by chance, which no file can do."""
+    vision = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    text["tokenizer_kwargs"] = {"reduction_mask": "simple"}
+    path = tmp_path / "dimefm-masking.json"
+    path.write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}))
+    open_clip.add_model_config(path)
+    monkeypatch.chdir(tmp_path)
+    words = ["export", "--teacher", "dimefm-masking:random"]
+    assert cli.main(words) == 1
+    said = capsys.readouterr().err
+    assert "the tokenizer of dimefm-masking:random cannot run without open_clip: it drops" in said
+    assert "--image-only" in said
+    assert not (tmp_path / "dimefm-masking-random-bundle").exists()
