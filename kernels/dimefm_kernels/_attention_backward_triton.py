@@ -136,7 +136,8 @@ def attention_backward_kernel(  # type: ignore[no-untyped-def]
     q_ptr, k_ptr, v_ptr,  # (B, H, N, D) by stride_b, stride_h, STRIDE_N
     out_ptr, grad_ptr,  # (B, H, N, D) by stride_ob, stride_oh, STRIDE_ON
     lse_ptr, delta_ptr,  # (B, H, N) float32; delta: sum of out * grad, written for the queries
-    grad_q_ptr, grad_k_ptr, grad_v_ptr,  # strides of q
+    grads_ptr,  # of q, k and v, `part_stride` apart; strides of q
+    part_stride,
     stride_b, stride_h, stride_ob, stride_oh,
     num_heads,
     num_items,  # B * H
@@ -162,7 +163,7 @@ def attention_backward_kernel(  # type: ignore[no-untyped-def]
             b = v_ptr + at
             c = q_ptr + at
             d = grad_ptr + out_at
-            grad_a = grad_k_ptr + at
+            grad_a = grads_ptr + at + part_stride
             stride_b_rows: tl.constexpr = STRIDE_N
             stride_d_rows: tl.constexpr = STRIDE_ON
         else:
@@ -170,40 +171,41 @@ def attention_backward_kernel(  # type: ignore[no-untyped-def]
             b = grad_ptr + out_at
             c = k_ptr + at
             d = v_ptr + at
-            grad_a = grad_q_ptr + at
+            grad_a = grads_ptr + at
             stride_b_rows: tl.constexpr = STRIDE_ON
             stride_d_rows: tl.constexpr = STRIDE_N
         if FULL_BLOCKS > 0 and block < FULL_BLOCKS:
             _grad_block(
                 a, b, c, d, out_ptr + out_at, lse_ptr + row_at, delta_ptr + row_at,
-                grad_a, grad_v_ptr + at, block * ROWS, scale, scale_log2,
+                grad_a, grad_a + part_stride, block * ROWS, scale, scale_log2,
                 STRIDE_N, stride_b_rows, stride_d_rows, NUM_TOKENS, HEAD_DIM, ROWS, False,
                 TILE, FULL_TILES, TAIL_A, TAIL_B, D0, D1, IS_KEYS, PRECISION,
             )  # fmt: skip
         if TAIL_ROWS > 0 and block == FULL_BLOCKS:
             _grad_block(
                 a, b, c, d, out_ptr + out_at, lse_ptr + row_at, delta_ptr + row_at,
-                grad_a, grad_v_ptr + at, FULL_BLOCKS * ROWS, scale, scale_log2,
+                grad_a, grad_a + part_stride, FULL_BLOCKS * ROWS, scale, scale_log2,
                 STRIDE_N, stride_b_rows, stride_d_rows, NUM_TOKENS, HEAD_DIM, TAIL_ROWS, True,
                 TILE, FULL_TILES, TAIL_A, TAIL_B, D0, D1, IS_KEYS, PRECISION,
             )  # fmt: skip
 
 
 def launch_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor],
-    *, logit_scale: float,
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, grads: Tensor,
+    *, out_strides: tuple[int, int, int], part_stride: int, logit_scale: float,
 ) -> None:  # fmt: skip
-    """Write the gradients of q, k and v.
+    """Write the gradients of q, k and v into `grads`.
 
     Args:
-        grad: (B, H, N, D), gradient of `out`, of the strides of `out`.
-        q: (B, H, N, D), as the forward had it; `k`, `v` and `grads` have its strides.
+        grad: Of `out`, which has its strides.
+        q: (B, H, N, D), as the forward had it; `k`, `v` and the gradients have its strides.
         k: As `q`.
         v: As `q`.
-        out: (B, H, N, D), the forward's.
+        out: The forward's.
         lse: (B, H, N) float32, the forward's.
-        grads: Of q, k and v.
+        grads: A whole tensor that holds the three gradients.
+        out_strides: Of (B, H, N) in `out` and `grad`.
+        part_stride: From one gradient to the next in `grads`.
         logit_scale: Multiplies q k^T.
     """
     batch, num_heads, num_tokens, head_dim = q.shape
@@ -212,10 +214,10 @@ def launch_attention_backward(
     delta = torch.empty_like(lse)
     for is_keys in (False, True):
         wrap_triton(attention_backward_kernel)[grid](
-            q, k, v, out, grad, lse, delta, *grads,
-            q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+            q, k, v, out, grad, lse, delta, grads,
+            part_stride, q.stride(0), q.stride(1), out_strides[0], out_strides[1],
             num_heads, batch * num_heads, logit_scale, logit_scale * LOG2_E,
-            STRIDE_N=q.stride(2), STRIDE_ON=out.stride(2),
+            STRIDE_N=q.stride(2), STRIDE_ON=out_strides[2],
             NUM_TOKENS=num_tokens, HEAD_DIM=head_dim, IS_KEYS=is_keys, PRECISION=dot_precision(),
             num_warps=tiles.num_warps, num_stages=2, **tiles.constants(),
         )  # fmt: skip

@@ -224,16 +224,18 @@ def packed_attention_kernel(  # type: ignore[no-untyped-def]
 
 def launch_attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None,
-    *, logit_scale: float, out_scale: float = 1.0,
+    *, out_strides: tuple[int, int, int], logit_scale: float, out_scale: float = 1.0,
 ) -> None:  # fmt: skip
-    """Write attention into `out`, (B, H, N, D) like the inputs, and into `lse`, (B, H, N).
+    """Write attention into `out`, and its log-sum-exp into `lse`.
 
     Args:
         q: (B, H, N, D); values of a token next to each other, other strides any.
         k: As `q`, of equal strides.
         v: As `q`, of equal strides.
-        out: float16, bfloat16, float32 or int8.
-        lse: float32, contiguous; None keeps none.
+        out: float16, bfloat16, float32 or int8. A whole tensor, no view: torch.compile then
+            knows what is written.
+        lse: (B, H, N) float32, contiguous; None keeps none.
+        out_strides: Of the output's (B, H, N) in `out`.
         logit_scale: Multiplies q k^T.
         out_scale: Multiplies the output before it is stored.
     """
@@ -242,9 +244,10 @@ def launch_attention(
     grid = (tiles.blocks, program_count(q, batch * num_heads, tiles.blocks))
     wrap_triton(attention_kernel)[grid](
         q, k, v, out, out if lse is None else lse,
-        q.stride(0), q.stride(1), out.stride(0), out.stride(1),
+        q.stride(0), q.stride(1), out_strides[0], out_strides[1],
         num_heads, batch * num_heads, logit_scale * LOG2_E, out_scale,
-        STRIDE_N=q.stride(2), STRIDE_ON=out.stride(2), NUM_TOKENS=num_tokens, HEAD_DIM=head_dim,
+        STRIDE_N=q.stride(2), STRIDE_ON=out_strides[2],
+        NUM_TOKENS=num_tokens, HEAD_DIM=head_dim,
         HAS_LSE=lse is not None, PRECISION=dot_precision(),
         num_warps=tiles.num_warps, num_stages=2, **tiles.constants(),
     )  # fmt: skip

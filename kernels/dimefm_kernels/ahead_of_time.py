@@ -134,7 +134,7 @@ def _build(spec: KernelSpec, capability: int) -> list[tuple[str, Tiles, Compiled
     kernels = []
     for suffix, is_keys in (("q", False), ("kv", True)):
         kinds = {"lse_ptr": "fp32", "delta_ptr": "fp32"}
-        for name in ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v"):
+        for name in ("q", "k", "v", "out", "grad", "grads"):
             kinds[f"{name}_ptr"] = spec.precision
         values = {**fixed, "IS_KEYS": is_keys}
         built = _compile(attention_backward_kernel, kinds, values, tiles, capability)
@@ -159,7 +159,7 @@ def _compile(
         else:
             signature[name] = "fp32" if name.startswith("scale") else "i32"
         # Pointers are aligned by every allocator, strides are multiples of head_dim.
-        if name in kinds or (name.startswith("stride") and constants["HEAD_DIM"] % 16 == 0):
+        if name in kinds or ("stride_" in name and constants["HEAD_DIM"] % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": tiles.num_warps, "num_stages": 2}

@@ -142,64 +142,63 @@ def _head_dim(qkv: Tensor, num_heads: int) -> int:
     return int(qkv.shape[-1]) // (3 * num_heads)
 
 
-# ------------------------------------------------------------- what the ops are made of
+# ------------------------------------------------------------------------------- the ops
 
 
 def _uses_kernel(q: Tensor) -> bool:
     return HAS_TRITON and q.is_cuda and is_supported(*q.shape[2:], itemsize=q.element_size())
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, needs_lse: bool
-) -> tuple[Tensor, Tensor]:
-    """(out, log-sum-exp) of (B, H, N, D); `out` gives the layout. lse is empty if not needed."""
-    shape = q.shape[:3] if needs_lse else (0,)
-    lse = q.new_empty(shape, dtype=torch.float32)
-    if _uses_kernel(q):
-        launch_attention(q, k, v, out, lse if needs_lse else None, logit_scale=scale)
-        return out, lse
-    out.copy_(F.scaled_dot_product_attention(q, k, v, scale=scale))
-    if needs_lse:
-        lse = ((q.float() @ k.float().transpose(-2, -1)) * scale).logsumexp(dim=-1)
-    return out, lse
+def _new_lse(q: Tensor, needs_lse: bool) -> Tensor:
+    """(B, H, N) to be written, or nothing."""
+    return q.new_empty(q.shape[:3] if needs_lse else (0,), dtype=torch.float32)
 
 
-def _differentiate(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor], scale: float,
-) -> None:  # fmt: skip
-    """Write the gradients of q, k and v; nothing of size N x N was kept."""
-    if _uses_kernel(q):
-        launch_attention_backward(grad, q, k, v, out, lse, grads, logit_scale=scale)
-        return
+def _plain_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return ((q.float() @ k.float().transpose(-2, -1)) * scale).logsumexp(dim=-1)
+
+
+def _plain_grads(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v in float32, from probabilities that are computed again."""
     q, k, v, grad, out = (x.float() for x in (q, k, v, grad, out))
     probs = ((q @ k.transpose(-2, -1)) * scale - lse[..., None]).exp()
     delta = (grad * out).sum(dim=-1, keepdim=True)
     grad_logits = probs * (grad @ v.transpose(-2, -1) - delta) * scale
-    grads[0].copy_(grad_logits @ k)
-    grads[1].copy_(grad_logits.transpose(-2, -1) @ q)
-    grads[2].copy_(probs.transpose(-2, -1) @ grad)
-
-
-# ------------------------------------------------------------------------------- the ops
+    return grad_logits @ k, grad_logits.transpose(-2, -1) @ q, probs.transpose(-2, -1) @ grad
 
 
 @torch.library.triton_op("dimefm::fused_attention", mutates_args=())
 def _fused_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, needs_lse: bool
 ) -> tuple[Tensor, Tensor]:
+    if not _uses_kernel(q):
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale).contiguous()
+        return out, _plain_lse(q, k, scale) if needs_lse else _new_lse(q, False)
     if not q.stride() == k.stride() == v.stride() or q.stride(-1) != 1:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    return _attend(q, k, v, q.new_empty(q.shape), scale, needs_lse)
+    out, lse = q.new_empty(q.shape), _new_lse(q, needs_lse)
+    launch_attention(
+        q, k, v, out, lse if needs_lse else None,
+        out_strides=out.stride()[:3], logit_scale=scale,
+    )  # fmt: skip
+    return out, lse
 
 
 @torch.library.triton_op("dimefm::fused_attention_backward", mutates_args=())
 def _fused_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    grads = (torch.empty_like(q), torch.empty_like(q), torch.empty_like(q))
-    _differentiate(grad.contiguous(), q, k, v, out, lse, grads, scale)
+) -> Tensor:
+    """(3, B, H, N, D): the gradients of q, k and v."""
+    if not _uses_kernel(q):
+        return torch.stack(_plain_grads(grad, q, k, v, out, lse, scale)).to(q.dtype)
+    q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
+    grads = q.new_empty((3, *q.shape))
+    launch_attention_backward(
+        grad, q, k, v, out, lse, grads,
+        out_strides=out.stride()[:3], part_stride=grads.stride(0), logit_scale=scale,
+    )  # fmt: skip
     return grads
 
 
@@ -208,23 +207,33 @@ def _fused_attention_qkv(
     qkv: Tensor, num_heads: int, scale: float, needs_lse: bool
 ) -> tuple[Tensor, Tensor]:
     q, k, v = split_qkv(qkv.contiguous(), num_heads)
+    if not _uses_kernel(q):
+        out = _join_heads(F.scaled_dot_product_attention(q, k, v, scale=scale))
+        return out, _plain_lse(q, k, scale) if needs_lse else _new_lse(q, False)
     out = qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3))
-    by_head = out.view(*out.shape[:2], num_heads, -1).transpose(1, 2)
-    return out, _attend(q, k, v, by_head, scale, needs_lse)[1]
+    lse = _new_lse(q, needs_lse)
+    launch_attention(
+        q, k, v, out, lse if needs_lse else None,
+        out_strides=_head_strides(q), logit_scale=scale,
+    )  # fmt: skip
+    return out, lse
 
 
 @torch.library.triton_op("dimefm::fused_attention_qkv_backward", mutates_args=())
 def _fused_attention_qkv_backward(
     grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, scale: float
 ) -> Tensor:
-    qkv = qkv.contiguous()
-    grad_qkv = torch.empty_like(qkv)
-    grad, out = (
-        x.contiguous().view(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (grad, out)
-    )
-    grads = split_qkv(grad_qkv, num_heads)
-    _differentiate(grad, *split_qkv(qkv, num_heads), out, lse, grads, scale)
-    return grad_qkv
+    q, k, v = split_qkv(qkv.contiguous(), num_heads)
+    if not _uses_kernel(q):
+        grad, out = (x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (grad, out))
+        parts = _plain_grads(grad, q, k, v, out, lse, scale)
+        return torch.cat([_join_heads(part) for part in parts], dim=2).to(qkv.dtype)
+    grads = qkv.new_empty(qkv.shape)
+    launch_attention_backward(
+        grad.contiguous(), q, k, v, out, lse, grads,
+        out_strides=_head_strides(q), part_stride=qkv.shape[2] // 3, logit_scale=scale,
+    )  # fmt: skip
+    return grads
 
 
 @torch.library.triton_op("dimefm::fused_attention_qkv_int8", mutates_args=())
@@ -232,20 +241,34 @@ def _fused_attention_qkv_int8(
     qkv: Tensor, num_heads: int, logit_scale: float, value_scale: float, is_int8: bool
 ) -> Tensor:
     q, k, v = split_qkv(qkv.contiguous(), num_heads)
-    shape = (*qkv.shape[:2], qkv.shape[2] // 3)
-    out = qkv.new_empty(shape, dtype=torch.int8 if is_int8 else torch.float16)
-    by_head = out.view(*shape[:2], num_heads, -1).transpose(1, 2)
-    if _uses_kernel(q):
-        launch_attention(
-            q, k, v, by_head, None, logit_scale=logit_scale, out_scale=value_scale / 127
-        )
-        return out
-    logits = (q.float() @ k.float().transpose(-2, -1)) * logit_scale
-    probs = (logits - logits.amax(dim=-1, keepdim=True)).exp()
-    total = probs.sum(dim=-1, keepdim=True)
-    values = ((probs * 127).round() @ v.float()) * (value_scale / 127) / total
-    by_head.copy_(values.round().clamp(-128, 127) if is_int8 else values)
+    dtype = torch.int8 if is_int8 else torch.float16
+    if not _uses_kernel(q):
+        logits = (q.float() @ k.float().transpose(-2, -1)) * logit_scale
+        probs = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+        values = ((probs * 127).round() @ v.float()) * (value_scale / 127)
+        values = values / probs.sum(dim=-1, keepdim=True)
+        return _join_heads(values.round().clamp(-128, 127) if is_int8 else values).to(dtype)
+    out = qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3), dtype=dtype)
+    launch_attention(
+        q, k, v, out, None,
+        out_strides=_head_strides(q), logit_scale=logit_scale, out_scale=value_scale / 127,
+    )  # fmt: skip
     return out
+
+
+def _join_heads(x: Tensor) -> Tensor:
+    """(B, H, N, D) as (B, N, H * D), contiguous."""
+    batch, num_heads, num_tokens, head_dim = x.shape
+    return x.transpose(1, 2).reshape(batch, num_tokens, num_heads * head_dim).contiguous()
+
+
+def _head_strides(q: Tensor) -> tuple[int, int, int]:
+    """Of (B, H, N) in a contiguous (B, N, H * D)."""
+    _, num_heads, num_tokens, head_dim = q.shape
+    return num_tokens * num_heads * head_dim, head_dim, num_heads * head_dim
+
+
+# ------------------------------------------------------------------------------ autograd
 
 
 def _save_inputs(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:  # type: ignore[type-arg]
@@ -258,7 +281,7 @@ def _backward(
     ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor
 ) -> tuple[Tensor | None, ...]:
     grads = _fused_attention_backward(grad, *ctx.saved_tensors, ctx.scale)  # type: ignore[attr-defined]
-    return (*grads, None, None)
+    return (*grads.unbind(0), None, None)
 
 
 def _save_qkv(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:  # type: ignore[type-arg]

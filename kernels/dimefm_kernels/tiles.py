@@ -81,13 +81,17 @@ def forward_tiles(num_tokens: int, head_dim: int, *, itemsize: int) -> Tiles:
     """
     rows = 32 if head_dim > 96 or itemsize == 4 else 64
     tile = 32 if itemsize == 4 or (itemsize == 2 and 64 < head_dim <= 96) else 64
-    return _cut(num_tokens, head_dim, rows=rows, tile=tile, step=STEP[itemsize])
+    return _cut(num_tokens, head_dim, rows=rows, tile=tile, itemsize=itemsize, num_warps=4)
 
 
 def backward_tiles(num_tokens: int, head_dim: int, *, itemsize: int) -> Tiles:
-    """Tiles of the backward kernels; as `forward_tiles`, for twice the operands."""
-    rows = 64 if head_dim <= 64 and itemsize == 2 else 32
-    return _cut(num_tokens, head_dim, rows=rows, tile=32, step=STEP[itemsize])
+    """Tiles of the backward kernels, for queries and for keys alike; as `forward_tiles`."""
+    rows, tile, num_warps = 32, 16, 8 if head_dim > 96 else 4
+    if head_dim <= 64 and itemsize == 2:
+        rows, tile, num_warps = 64, 32, 8
+    return _cut(
+        num_tokens, head_dim, rows=rows, tile=tile, itemsize=itemsize, num_warps=num_warps
+    )
 
 
 def waste(num_tokens: int, head_dim: int, *, itemsize: int) -> float:
@@ -103,7 +107,10 @@ def is_supported(num_tokens: int, head_dim: int, *, itemsize: int) -> bool:
     return 0 < num_tokens <= MAX_TOKENS and 0 < head_dim <= most
 
 
-def _cut(num_tokens: int, head_dim: int, *, rows: int, tile: int, step: int) -> Tiles:
+def _cut(
+    num_tokens: int, head_dim: int, *, rows: int, tile: int, itemsize: int, num_warps: int
+) -> Tiles:
+    step = STEP[itemsize]
     full_blocks, rest_rows = divmod(num_tokens, rows)
     full_tiles, rest = divmod(num_tokens, tile)
     keys = -(-rest // step) * step
@@ -117,7 +124,7 @@ def _cut(num_tokens: int, head_dim: int, *, rows: int, tile: int, step: int) -> 
         full_tiles=full_tiles,
         tails=(*tails, 0, 0)[:2],
         dims=_split_dim(head_dim, step=step),
-        num_warps=2 if num_tokens <= 32 else 4,
+        num_warps=2 if num_tokens <= 32 else num_warps,
     )
 
 
