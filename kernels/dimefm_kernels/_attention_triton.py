@@ -179,8 +179,8 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     """Grid: (blocks of queries, programs that share the B * H heads)."""
     block = tl.program_id(0)
     for item in range(tl.program_id(1), num_items, tl.num_programs(1)):
-        batch_idx = (item // num_heads).to(tl.int64)
-        head_idx = (item % num_heads).to(tl.int64)
+        batch_idx = tl.cast(item // num_heads, tl.int64)
+        head_idx = tl.cast(item % num_heads, tl.int64)
         at = batch_idx * stride_b + head_idx * stride_h
         out_at = out_ptr + batch_idx * stride_ob + head_idx * stride_oh
         lse_at = lse_ptr + (batch_idx * num_heads + head_idx) * NUM_TOKENS
