@@ -170,7 +170,7 @@ class ExportOptions(CommonOptions):
     out: Path | None = None
     """Folder, or archive when it ends in .zip. Default: RUN/bundle-PRECISION."""
     format: str = "onnx"
-    """What is written: onnx."""
+    """What is written: onnx, or pt2: that and torch's AOTInductor package for this device."""
     precision: Literal["fp32", "fp16"] = "fp32"
     """Of the graph."""
     images: tuple[str, ...] = ()

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import ExportError, lookup
+from dimefm_edge.export.aot_inductor import export_onnx_and_pt2
 from dimefm_edge.export.bundle import building, record_accuracy, write_bundle
 from dimefm_edge.export.onnx import OnnxGraph, ParityReport, check_parity, export_onnx
 from dimefm_edge.labels import LabelBank
@@ -24,7 +25,10 @@ __all__ = [
     "record_accuracy",
 ]  # fmt: skip
 
-EXPORTERS: dict[str, Callable[..., OnnxGraph]] = {"onnx": export_onnx}
+EXPORTERS: dict[str, Callable[..., OnnxGraph]] = {
+    "onnx": export_onnx,
+    "pt2": export_onnx_and_pt2,
+}
 """Formats; each writes one graph and checks its parity, with `export_onnx`'s arguments."""
 
 

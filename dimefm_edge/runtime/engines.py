@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import lookup
+from dimefm_edge.runtime.aot_inductor import AotInductorEngine
 from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine
 
@@ -34,7 +35,14 @@ def _load_onnxruntime(bundle: Bundle, threads: int) -> Engine:
     )
 
 
-ENGINES: dict[str, Callable[[Bundle, int], Engine]] = {"onnxruntime": _load_onnxruntime}
+def _load_aot_inductor(bundle: Bundle, threads: int) -> Engine:
+    return AotInductorEngine(bundle, threads=threads)
+
+
+ENGINES: dict[str, Callable[[Bundle, int], Engine]] = {
+    "onnxruntime": _load_onnxruntime,
+    "aot-inductor": _load_aot_inductor,
+}
 
 
 def load_engine(bundle: Bundle, *, threads: int = 0, engine: str = "onnxruntime") -> Engine:

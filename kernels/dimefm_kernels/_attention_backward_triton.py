@@ -152,6 +152,8 @@ def attention_backward_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Grid: (blocks, programs that share the B * H heads); first for queries, then for keys."""
     block = tl.program_id(0)
+    stride_b_rows: tl.constexpr = STRIDE_N if IS_KEYS else STRIDE_ON
+    stride_d_rows: tl.constexpr = STRIDE_ON if IS_KEYS else STRIDE_N
     for item in range(tl.program_id(1), num_items, tl.num_programs(1)):
         batch_idx = tl.cast(item // num_heads, tl.int64)
         head_idx = tl.cast(item % num_heads, tl.int64)
@@ -164,16 +166,12 @@ def attention_backward_kernel(  # type: ignore[no-untyped-def]
             c = q_ptr + at
             d = grad_ptr + out_at
             grad_a = grads_ptr + at + part_stride
-            stride_b_rows: tl.constexpr = STRIDE_N
-            stride_d_rows: tl.constexpr = STRIDE_ON
         else:
             a = q_ptr + at
             b = grad_ptr + out_at
             c = k_ptr + at
             d = v_ptr + at
             grad_a = grads_ptr + at
-            stride_b_rows: tl.constexpr = STRIDE_ON
-            stride_d_rows: tl.constexpr = STRIDE_N
         if FULL_BLOCKS > 0 and block < FULL_BLOCKS:
             _grad_block(
                 a, b, c, d, out_ptr + out_at, lse_ptr + row_at, delta_ptr + row_at,

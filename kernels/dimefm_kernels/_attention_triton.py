@@ -33,7 +33,7 @@ def product(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]  # T
     return tl.dot(a, b, input_precision=PRECISION)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def round_even(x):  # type: ignore[no-untyped-def]
     """Nearest whole number, ties to even, of |x| < 2^22: the sum has no bits for a fraction."""
     return (x + 12582912.0) - 12582912.0
@@ -253,13 +253,12 @@ def launch_attention(
     )  # fmt: skip
 
 
-def program_count(q: Tensor, num_items: int, blocks: int) -> int:
+def program_count(q: Tensor, num_items: int, blocks: int) -> int | torch.SymInt:
     """Programs along the heads: one each, or fewer that loop where one block is a whole head."""
     if blocks > 1 or not q.is_cuda:
         return num_items
     limit = _PROGRAMS_PER_SM * torch.cuda.get_device_properties(q.device).multi_processor_count
-    count: int = torch.sym_min(num_items, limit)
-    return count
+    return torch.sym_min(num_items, limit)
 
 
 def dot_precision() -> str:

@@ -117,7 +117,7 @@ def _build(spec: KernelSpec, capability: int) -> list[tuple[str, Tiles, Compiled
     from dimefm_kernels._attention_triton import packed_attention_kernel
 
     itemsize, shape = ITEMSIZE[spec.precision], (spec.num_tokens, spec.head_dim)
-    fixed = {"NUM_TOKENS": spec.num_tokens, "HEAD_DIM": spec.head_dim}
+    fixed: dict[str, Any] = {"NUM_TOKENS": spec.num_tokens, "HEAD_DIM": spec.head_dim}
     width = spec.num_heads * spec.head_dim
     if not spec.is_backward:
         scale = spec.head_dim**-0.5 if spec.logit_scale is None else spec.logit_scale
@@ -129,7 +129,7 @@ def _build(spec: KernelSpec, capability: int) -> list[tuple[str, Tiles, Compiled
         tiles = forward_tiles(*shape, itemsize=itemsize)
         built = _compile(packed_attention_kernel, kinds, fixed, tiles, capability)
         return [(spec.name, tiles, built)]
-    fixed |= {"STRIDE_N": 3 * width, "STRIDE_ON": width, "PRECISION": "ieee"}  # type: ignore[dict-item]
+    fixed |= {"STRIDE_N": 3 * width, "STRIDE_ON": width, "PRECISION": "ieee"}
     tiles = backward_tiles(*shape, itemsize=itemsize)
     kernels = []
     for suffix, is_keys in (("q", False), ("kv", True)):
@@ -176,7 +176,7 @@ def _write(
     ptx, shared = drop_scratch(built.asm["ptx"]), built.metadata.shared
     limit = SHARED_KIB.get(capability, 99) * 1024
     if shared > limit:
-        raise RuntimeError(f"{name} takes {shared} bytes of shared memory; sm_{capability}: {limit}")
+        raise RuntimeError(f"{name} takes {shared} bytes of shared memory of {limit}")
     ptx_path = out_dir / f"{name}.sm{capability}.ptx"
     cubin_path = ptx_path.with_suffix(".cubin")
     ptx_path.write_text(ptx, encoding="utf-8")

@@ -181,7 +181,7 @@ def _fused_attention(
     out, lse = q.new_empty(q.shape), _new_lse(q, needs_lse)
     launch_attention(
         q, k, v, out, lse if needs_lse else None,
-        out_strides=out.stride()[:3], logit_scale=scale,
+        out_strides=_strides(out), logit_scale=scale,
     )  # fmt: skip
     return out, lse
 
@@ -197,7 +197,7 @@ def _fused_attention_backward(
     grads = q.new_empty((3, *q.shape))
     launch_attention_backward(
         grad, q, k, v, out, lse, grads,
-        out_strides=out.stride()[:3], part_stride=grads.stride(0), logit_scale=scale,
+        out_strides=_strides(out), part_stride=grads.stride(0), logit_scale=scale,
     )  # fmt: skip
     return grads
 
@@ -260,6 +260,10 @@ def _join_heads(x: Tensor) -> Tensor:
     """(B, H, N, D) as (B, N, H * D), contiguous."""
     batch, num_heads, num_tokens, head_dim = x.shape
     return x.transpose(1, 2).reshape(batch, num_tokens, num_heads * head_dim).contiguous()
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    return x.stride(0), x.stride(1), x.stride(2)
 
 
 def _head_strides(q: Tensor) -> tuple[int, int, int]:

@@ -115,14 +115,14 @@ def _cut(
     full_tiles, rest = divmod(num_tokens, tile)
     keys = -(-rest // step) * step
     # In steps of 16 up to 64: 48 is 32 and 16, the others are themselves.
-    tails = [size for size in (64, 32, 16) if size & keys]
+    tails = [size for size in (64, 32, 16) if size & keys] + [0, 0]
     return Tiles(
         rows=rows,
         full_blocks=full_blocks,
         tail_rows=max(16, _power_of_two(rest_rows)) if rest_rows else 0,
         tile=tile,
         full_tiles=full_tiles,
-        tails=(*tails, 0, 0)[:2],
+        tails=(tails[0], tails[1]),
         dims=_split_dim(head_dim, step=step),
         num_warps=2 if num_tokens <= 32 else num_warps,
     )

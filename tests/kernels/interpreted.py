@@ -11,6 +11,7 @@ import json
 import sys
 
 import torch
+
 from dimefm_kernels._attention_backward_triton import launch_attention_backward
 from dimefm_kernels._attention_triton import launch_attention, packed_attention_kernel
 from dimefm_kernels.attention import split_qkv

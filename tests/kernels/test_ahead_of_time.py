@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("triton")
 
-from dimefm_kernels import ahead_of_time  # noqa: E402
-from dimefm_kernels.ahead_of_time import (  # noqa: E402
+from dimefm_kernels import ahead_of_time
+from dimefm_kernels.ahead_of_time import (
     KernelSpec,
     compile_kernels,
     drop_scratch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from dimefm_kernels.tiles import (
     MAX_TOKENS,
     backward_tiles,
