@@ -105,14 +105,22 @@ def compile_kernels(
     out_dir.mkdir(parents=True, exist_ok=True)
     records = []
     for spec in vit_specs() if specs is None else specs:
-        if spec.precision not in ITEMSIZE:
-            raise ValueError(f"unknown precision {spec.precision!r}: {', '.join(ITEMSIZE)}")
-        for name, tiles, built in _build(spec, capability):
+        for name, tiles, built in build_kernels(spec, capability):
             records.append(_write(out_dir, name, capability, tiles, built))
     return records
 
 
-def _build(spec: KernelSpec, capability: int) -> list[tuple[str, Tiles, CompiledKernel]]:
+def build_kernels(
+    spec: KernelSpec, capability: int
+) -> list[tuple[str, Tiles, CompiledKernel]]:
+    """(name, tiles, Triton's result) of a spec: one kernel, or the two of a backward pass.
+
+    Raises:
+        ImportError: If Triton is not installed.
+        ValueError: If the precision is not known.
+    """
+    if spec.precision not in ITEMSIZE:
+        raise ValueError(f"unknown precision {spec.precision!r}: {', '.join(ITEMSIZE)}")
     from dimefm_kernels._attention_backward_triton import attention_backward_kernel
     from dimefm_kernels._attention_triton import packed_attention_kernel
 
