@@ -210,8 +210,10 @@ def launch_attention_backward(
     tiles = backward_tiles(num_tokens, head_dim, itemsize=q.element_size())
     grid = (tiles.blocks, program_count(q, batch * num_heads, tiles.blocks))
     delta = torch.empty_like(lse)
+    is_compiled = isinstance(attention_backward_kernel, triton.JITFunction)
+    kernel = wrap_triton(attention_backward_kernel) if is_compiled else attention_backward_kernel
     for is_keys in (False, True):
-        wrap_triton(attention_backward_kernel)[grid](
+        kernel[grid](
             q, k, v, out, grad, lse, delta, grads,
             part_stride, q.stride(0), q.stride(1), out_strides[0], out_strides[1],
             num_heads, batch * num_heads, logit_scale, logit_scale * LOG2_E,

@@ -242,7 +242,10 @@ def launch_attention(
     batch, num_heads, num_tokens, head_dim = q.shape
     tiles = forward_tiles(num_tokens, head_dim, itemsize=q.element_size())
     grid = (tiles.blocks, program_count(q, batch * num_heads, tiles.blocks))
-    wrap_triton(attention_kernel)[grid](
+    # The interpreter's functions are not to be wrapped.
+    is_compiled = isinstance(attention_kernel, triton.JITFunction)
+    kernel = wrap_triton(attention_kernel) if is_compiled else attention_kernel
+    kernel[grid](
         q, k, v, out, out if lse is None else lse,
         q.stride(0), q.stride(1), out_strides[0], out_strides[1],
         num_heads, batch * num_heads, logit_scale * LOG2_E, out_scale,

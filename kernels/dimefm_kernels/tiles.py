@@ -72,7 +72,7 @@ class Tiles:
 
 
 def forward_tiles(num_tokens: int, head_dim: int, *, itemsize: int) -> Tiles:
-    """Tiles of the forward kernel, as large as registers allow on sm_87 without spilling.
+    """Tiles of the forward kernel, as large as sm_87's registers allow by Triton 3.6 and 3.8.
 
     Args:
         num_tokens: N, at least 1.
@@ -80,7 +80,7 @@ def forward_tiles(num_tokens: int, head_dim: int, *, itemsize: int) -> Tiles:
         itemsize: Bytes of one value: 4 (fp32), 2 (fp16, bf16) or 1 (int8).
     """
     rows = 32 if head_dim > 96 or itemsize == 4 else 64
-    tile = 32 if itemsize == 4 or (itemsize == 2 and 64 < head_dim <= 96) else 64
+    tile = 32 if itemsize == 4 or (itemsize == 2 and rows == 64 and num_tokens > 64) else 64
     return _cut(num_tokens, head_dim, rows=rows, tile=tile, itemsize=itemsize, num_warps=4)
 
 
