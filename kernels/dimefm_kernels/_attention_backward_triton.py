@@ -16,7 +16,6 @@ from torch.library import wrap_triton
 
 from dimefm_kernels._attention_triton import (
     LOG2_E,
-    dot_precision,
     load_tile,
     product,
     program_count,
@@ -37,18 +36,18 @@ def _add_tile(  # type: ignore[no-untyped-def]
     STRIDE_C: tl.constexpr, STRIDE_D: tl.constexpr,
     NUM_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, TILE: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr,
-    IS_KEYS: tl.constexpr, IS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    IS_KEYS: tl.constexpr, IS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Add one tile's share of the block's gradients."""
     c0 = load_tile(c_ptr, start, STRIDE_C, NUM_TOKENS, HEAD_DIM, TILE, 0, D0, IS_LAST)
     d0 = load_tile(d_ptr, start, STRIDE_D, NUM_TOKENS, HEAD_DIM, TILE, 0, D0, IS_LAST)
-    logits = product(a0, tl.trans(c0), PRECISION)
-    grad_probs = product(b0, tl.trans(d0), PRECISION)
+    logits = product(a0, tl.trans(c0))
+    grad_probs = product(b0, tl.trans(d0))
     if D1 > 0:
         c1 = load_tile(c_ptr, start, STRIDE_C, NUM_TOKENS, HEAD_DIM, TILE, D0, D1, IS_LAST)
         d1 = load_tile(d_ptr, start, STRIDE_D, NUM_TOKENS, HEAD_DIM, TILE, D0, D1, IS_LAST)
-        logits += product(a1, tl.trans(c1), PRECISION)
-        grad_probs += product(b1, tl.trans(d1), PRECISION)
+        logits += product(a1, tl.trans(c1))
+        grad_probs += product(b1, tl.trans(d1))
     cols = start + tl.arange(0, TILE)
     if IS_KEYS:
         lse = tl.load(lse_ptr + cols, mask=cols < NUM_TOKENS, other=0)[None, :]
@@ -60,13 +59,13 @@ def _add_tile(  # type: ignore[no-untyped-def]
     if IS_LAST:
         probs = tl.where((cols < NUM_TOKENS)[None, :], probs, 0.0)
     grad_logits = (probs * (grad_probs - delta)).to(c0.dtype)
-    grad_a0 += product(grad_logits, c0, PRECISION)
+    grad_a0 += product(grad_logits, c0)
     if D1 > 0:
-        grad_a1 += product(grad_logits, c1, PRECISION)
+        grad_a1 += product(grad_logits, c1)
     if IS_KEYS:
-        grad_b0 += product(probs.to(d0.dtype), d0, PRECISION)
+        grad_b0 += product(probs.to(d0.dtype), d0)
         if D1 > 0:
-            grad_b1 += product(probs.to(d1.dtype), d1, PRECISION)
+            grad_b1 += product(probs.to(d1.dtype), d1)
     return grad_a0, grad_a1, grad_b0, grad_b1
 
 
@@ -77,7 +76,7 @@ def _grad_block(  # type: ignore[no-untyped-def]
     STRIDE_A: tl.constexpr, STRIDE_B: tl.constexpr, STRIDE_D: tl.constexpr,
     NUM_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, IS_LAST: tl.constexpr,
     TILE: tl.constexpr, FULL_TILES: tl.constexpr, TAIL_A: tl.constexpr, TAIL_B: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, IS_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, IS_KEYS: tl.constexpr,
 ):  # fmt: skip
     """One block of queries, or of keys, of one head against all tiles of the other."""
     a0 = load_tile(a_ptr, start, STRIDE_A, NUM_TOKENS, HEAD_DIM, ROWS, 0, D0, IS_LAST)
@@ -108,19 +107,19 @@ def _grad_block(  # type: ignore[no-untyped-def]
         grad_a0, grad_a1, grad_b0, grad_b1 = _add_tile(
             a0, a1, b0, b1, lse, delta, grad_a0, grad_a1, grad_b0, grad_b1, c_ptr, d_ptr,
             lse_ptr, delta_ptr, col, scale_log2, STRIDE_A, STRIDE_D,
-            NUM_TOKENS, HEAD_DIM, TILE, D0, D1, IS_KEYS, False, PRECISION,
+            NUM_TOKENS, HEAD_DIM, TILE, D0, D1, IS_KEYS, False,
         )  # fmt: skip
     if TAIL_A > 0:
         grad_a0, grad_a1, grad_b0, grad_b1 = _add_tile(
             a0, a1, b0, b1, lse, delta, grad_a0, grad_a1, grad_b0, grad_b1, c_ptr, d_ptr,
             lse_ptr, delta_ptr, FULL_TILES * TILE, scale_log2, STRIDE_A, STRIDE_D,
-            NUM_TOKENS, HEAD_DIM, TAIL_A, D0, D1, IS_KEYS, TAIL_B == 0, PRECISION,
+            NUM_TOKENS, HEAD_DIM, TAIL_A, D0, D1, IS_KEYS, TAIL_B == 0,
         )  # fmt: skip
     if TAIL_B > 0:
         grad_a0, grad_a1, grad_b0, grad_b1 = _add_tile(
             a0, a1, b0, b1, lse, delta, grad_a0, grad_a1, grad_b0, grad_b1, c_ptr, d_ptr,
             lse_ptr, delta_ptr, FULL_TILES * TILE + TAIL_A, scale_log2, STRIDE_A, STRIDE_D,
-            NUM_TOKENS, HEAD_DIM, TAIL_B, D0, D1, IS_KEYS, True, PRECISION,
+            NUM_TOKENS, HEAD_DIM, TAIL_B, D0, D1, IS_KEYS, True,
         )  # fmt: skip
     store_tile(grad_a_ptr, grad_a0 * scale, start, STRIDE_A, NUM_TOKENS, HEAD_DIM, ROWS, 0, D0)
     if D1 > 0:
@@ -148,7 +147,6 @@ def attention_backward_kernel(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr, FULL_TILES: tl.constexpr, TAIL_A: tl.constexpr, TAIL_B: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr,
     IS_KEYS: tl.constexpr,  # blocks of keys (gradients of k and v), else of queries (of q)
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks, programs that share the B * H heads); first for queries, then for keys."""
     block = tl.program_id(0)
@@ -172,19 +170,20 @@ def attention_backward_kernel(  # type: ignore[no-untyped-def]
             c = k_ptr + at
             d = v_ptr + at
             grad_a = grads_ptr + at
-        if FULL_BLOCKS > 0 and block < FULL_BLOCKS:
+        # No branch where there is one kind of block: loads overlap in a plain loop only.
+        if FULL_BLOCKS > 0 and (TAIL_ROWS == 0 or block < FULL_BLOCKS):
             _grad_block(
                 a, b, c, d, out_ptr + out_at, lse_ptr + row_at, delta_ptr + row_at,
                 grad_a, grad_a + part_stride, block * ROWS, scale, scale_log2,
                 STRIDE_N, stride_b_rows, stride_d_rows, NUM_TOKENS, HEAD_DIM, ROWS, False,
-                TILE, FULL_TILES, TAIL_A, TAIL_B, D0, D1, IS_KEYS, PRECISION,
+                TILE, FULL_TILES, TAIL_A, TAIL_B, D0, D1, IS_KEYS,
             )  # fmt: skip
-        if TAIL_ROWS > 0 and block == FULL_BLOCKS:
+        if TAIL_ROWS > 0 and (FULL_BLOCKS == 0 or block == FULL_BLOCKS):
             _grad_block(
                 a, b, c, d, out_ptr + out_at, lse_ptr + row_at, delta_ptr + row_at,
                 grad_a, grad_a + part_stride, FULL_BLOCKS * ROWS, scale, scale_log2,
                 STRIDE_N, stride_b_rows, stride_d_rows, NUM_TOKENS, HEAD_DIM, TAIL_ROWS, True,
-                TILE, FULL_TILES, TAIL_A, TAIL_B, D0, D1, IS_KEYS, PRECISION,
+                TILE, FULL_TILES, TAIL_A, TAIL_B, D0, D1, IS_KEYS,
             )  # fmt: skip
 
 
@@ -218,6 +217,6 @@ def launch_attention_backward(
             part_stride, q.stride(0), q.stride(1), out_strides[0], out_strides[1],
             num_heads, batch * num_heads, logit_scale, logit_scale * LOG2_E,
             STRIDE_N=q.stride(2), STRIDE_ON=out_strides[2],
-            NUM_TOKENS=num_tokens, HEAD_DIM=head_dim, IS_KEYS=is_keys, PRECISION=dot_precision(),
+            NUM_TOKENS=num_tokens, HEAD_DIM=head_dim, IS_KEYS=is_keys,
             num_warps=tiles.num_warps, num_stages=2, **tiles.constants(),
         )  # fmt: skip

@@ -22,15 +22,17 @@ from dimefm_kernels.tiles import forward_tiles
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
+MAX_GRID_Y = 65535
+"""Of CUDA; programs loop over what is left."""
 _PROGRAMS_PER_SM = 4  # of 128 threads: enough to hide a load behind another's products
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def product(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]  # Triton reads them
+@triton.jit
+def product(a, b):  # type: ignore[no-untyped-def]
     """Matrix product added up in float32, or exactly in int32 for int8."""
     if a.dtype == tl.int8:
         return tl.dot(a, b, out_dtype=tl.int32)
-    return tl.dot(a, b, input_precision=PRECISION)
+    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -85,14 +87,14 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     q0, q1, top, total, out0, out1, k_ptr, v_ptr, start, scale_log2,
     STRIDE_N: tl.constexpr, NUM_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr,
     TILE: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    IS_LAST: tl.constexpr, PRECISION: tl.constexpr,
+    IS_LAST: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys: the running maximum, the sum of exponentials, the weighted values."""
     k0 = load_tile(k_ptr, start, STRIDE_N, NUM_TOKENS, HEAD_DIM, TILE, 0, D0, IS_LAST)
-    logits = product(q0, tl.trans(k0), PRECISION)
+    logits = product(q0, tl.trans(k0))
     if D1 > 0:
         k1 = load_tile(k_ptr, start, STRIDE_N, NUM_TOKENS, HEAD_DIM, TILE, D0, D1, IS_LAST)
-        logits += product(q1, tl.trans(k1), PRECISION)
+        logits += product(q1, tl.trans(k1))
     logits = logits.to(tl.float32) * scale_log2
     if IS_LAST:
         is_key = start + tl.arange(0, TILE) < NUM_TOKENS
@@ -104,10 +106,10 @@ def _attend_tile(  # type: ignore[no-untyped-def]
     if v_ptr.dtype.element_ty == tl.int8:
         probs = round_even(probs * 127.0)
     v0 = load_tile(v_ptr, start, STRIDE_N, NUM_TOKENS, HEAD_DIM, TILE, 0, D0, IS_LAST)
-    out0 = out0 * decay[:, None] + product(probs.to(v0.dtype), v0, PRECISION)
+    out0 = out0 * decay[:, None] + product(probs.to(v0.dtype), v0)
     if D1 > 0:
         v1 = load_tile(v_ptr, start, STRIDE_N, NUM_TOKENS, HEAD_DIM, TILE, D0, D1, IS_LAST)
-        out1 = out1 * decay[:, None] + product(probs.to(v1.dtype), v1, PRECISION)
+        out1 = out1 * decay[:, None] + product(probs.to(v1.dtype), v1)
     return new_top, total, out0, out1
 
 
@@ -117,7 +119,7 @@ def _attend_block(  # type: ignore[no-untyped-def]
     STRIDE_N: tl.constexpr, STRIDE_ON: tl.constexpr,
     NUM_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr, IS_LAST: tl.constexpr,
     TILE: tl.constexpr, FULL_TILES: tl.constexpr, TAIL_A: tl.constexpr, TAIL_B: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, HAS_LSE: tl.constexpr, PRECISION: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head against all its keys."""
     q0 = load_tile(q_ptr, start, STRIDE_N, NUM_TOKENS, HEAD_DIM, ROWS, 0, D0, IS_LAST)
@@ -132,17 +134,17 @@ def _attend_block(  # type: ignore[no-untyped-def]
     for key in range(0, FULL_TILES * TILE, TILE):
         top, total, out0, out1 = _attend_tile(
             q0, q1, top, total, out0, out1, k_ptr, v_ptr, key, scale_log2,
-            STRIDE_N, NUM_TOKENS, HEAD_DIM, TILE, D0, D1, False, PRECISION,
+            STRIDE_N, NUM_TOKENS, HEAD_DIM, TILE, D0, D1, False,
         )  # fmt: skip
     if TAIL_A > 0:
         top, total, out0, out1 = _attend_tile(
             q0, q1, top, total, out0, out1, k_ptr, v_ptr, FULL_TILES * TILE, scale_log2,
-            STRIDE_N, NUM_TOKENS, HEAD_DIM, TAIL_A, D0, D1, TAIL_B == 0, PRECISION,
+            STRIDE_N, NUM_TOKENS, HEAD_DIM, TAIL_A, D0, D1, TAIL_B == 0,
         )  # fmt: skip
     if TAIL_B > 0:
         top, total, out0, out1 = _attend_tile(
             q0, q1, top, total, out0, out1, k_ptr, v_ptr, FULL_TILES * TILE + TAIL_A, scale_log2,
-            STRIDE_N, NUM_TOKENS, HEAD_DIM, TAIL_B, D0, D1, True, PRECISION,
+            STRIDE_N, NUM_TOKENS, HEAD_DIM, TAIL_B, D0, D1, True,
         )  # fmt: skip
     share = out_scale / total[:, None]
     store_tile(out_ptr, out0 * share, start, STRIDE_ON, NUM_TOKENS, HEAD_DIM, ROWS, 0, D0)
@@ -174,7 +176,6 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     TILE: tl.constexpr, FULL_TILES: tl.constexpr, TAIL_A: tl.constexpr, TAIL_B: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr,
     HAS_LSE: tl.constexpr,
-    PRECISION: tl.constexpr,  # of fp32 products: ieee, or tf32
 ):  # fmt: skip
     """Grid: (blocks of queries, programs that share the B * H heads)."""
     block = tl.program_id(0)
@@ -184,17 +185,18 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         at = batch_idx * stride_b + head_idx * stride_h
         out_at = out_ptr + batch_idx * stride_ob + head_idx * stride_oh
         lse_at = lse_ptr + (batch_idx * num_heads + head_idx) * NUM_TOKENS
-        if FULL_BLOCKS > 0 and block < FULL_BLOCKS:
+        # No branch where there is one kind of block: loads overlap in a plain loop only.
+        if FULL_BLOCKS > 0 and (TAIL_ROWS == 0 or block < FULL_BLOCKS):
             _attend_block(
                 q_ptr + at, k_ptr + at, v_ptr + at, out_at, lse_at, block * ROWS,
                 scale_log2, out_scale, STRIDE_N, STRIDE_ON, NUM_TOKENS, HEAD_DIM, ROWS, False,
-                TILE, FULL_TILES, TAIL_A, TAIL_B, D0, D1, HAS_LSE, PRECISION,
+                TILE, FULL_TILES, TAIL_A, TAIL_B, D0, D1, HAS_LSE,
             )  # fmt: skip
-        if TAIL_ROWS > 0 and block == FULL_BLOCKS:
+        if TAIL_ROWS > 0 and (FULL_BLOCKS == 0 or block == FULL_BLOCKS):
             _attend_block(
                 q_ptr + at, k_ptr + at, v_ptr + at, out_at, lse_at, FULL_BLOCKS * ROWS,
                 scale_log2, out_scale, STRIDE_N, STRIDE_ON, NUM_TOKENS, HEAD_DIM, TAIL_ROWS, True,
-                TILE, FULL_TILES, TAIL_A, TAIL_B, D0, D1, HAS_LSE, PRECISION,
+                TILE, FULL_TILES, TAIL_A, TAIL_B, D0, D1, HAS_LSE,
             )  # fmt: skip
 
 
@@ -218,7 +220,7 @@ def packed_attention_kernel(  # type: ignore[no-untyped-def]
         qkv_ptr, qkv_ptr + width, qkv_ptr + 2 * width, out_ptr, out_ptr,
         NUM_TOKENS * 3 * width, HEAD_DIM, NUM_TOKENS * width, HEAD_DIM,
         NUM_HEADS, num_items, SCALE_LOG2, OUT_SCALE, 3 * width, width, NUM_TOKENS, HEAD_DIM,
-        ROWS, FULL_BLOCKS, TAIL_ROWS, TILE, FULL_TILES, TAIL_A, TAIL_B, D0, D1, False, "ieee",
+        ROWS, FULL_BLOCKS, TAIL_ROWS, TILE, FULL_TILES, TAIL_A, TAIL_B, D0, D1, False,
     )  # fmt: skip
 
 
@@ -251,19 +253,15 @@ def launch_attention(
         num_heads, batch * num_heads, logit_scale * LOG2_E, out_scale,
         STRIDE_N=q.stride(2), STRIDE_ON=out_strides[2],
         NUM_TOKENS=num_tokens, HEAD_DIM=head_dim,
-        HAS_LSE=lse is not None, PRECISION=dot_precision(),
+        HAS_LSE=lse is not None,
         num_warps=tiles.num_warps, num_stages=2, **tiles.constants(),
     )  # fmt: skip
 
 
 def program_count(q: Tensor, num_items: int, blocks: int) -> int | torch.SymInt:
     """Programs along the heads: one each, or fewer that loop where one block is a whole head."""
-    if blocks > 1 or not q.is_cuda:
-        return num_items
-    limit = _PROGRAMS_PER_SM * torch.cuda.get_device_properties(q.device).multi_processor_count
+    limit = MAX_GRID_Y
+    if blocks == 1 and q.is_cuda:
+        device = torch.cuda.get_device_properties(q.device)
+        limit = _PROGRAMS_PER_SM * device.multi_processor_count
     return torch.sym_min(num_items, limit)
-
-
-def dot_precision() -> str:
-    """What torch's own fp32 products may be on this machine: ieee, or tf32."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"

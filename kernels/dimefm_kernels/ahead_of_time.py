@@ -137,7 +137,7 @@ def build_kernels(
         tiles = forward_tiles(*shape, itemsize=itemsize)
         built = _compile(packed_attention_kernel, kinds, fixed, tiles, capability)
         return [(spec.name, tiles, built)]
-    fixed |= {"STRIDE_N": 3 * width, "STRIDE_ON": width, "PRECISION": "ieee"}
+    fixed |= {"STRIDE_N": 3 * width, "STRIDE_ON": width}
     tiles = backward_tiles(*shape, itemsize=itemsize)
     kernels = []
     for suffix, is_keys in (("q", False), ("kv", True)):

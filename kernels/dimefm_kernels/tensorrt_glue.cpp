@@ -13,6 +13,7 @@
 #include <NvInferRuntime.h>
 #include <cuda.h>
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <vector>
@@ -136,7 +137,8 @@ public:
         int32_t items = static_cast<int32_t>(input[0].dims.d[0]) * settings_.numHeads;
         if (items == 0) return 0;
         void* arguments[] = {&qkv, &items, &out};
-        return cuLaunchKernel(function_, settings_.gridX, items, 1, settings_.numThreads, 1, 1,
+        int32_t const programs = std::min(items, 65535);  // CUDA's limit; they loop over the rest
+        return cuLaunchKernel(function_, settings_.gridX, programs, 1, settings_.numThreads, 1, 1,
                               settings_.sharedBytes, stream, arguments, nullptr) != CUDA_SUCCESS;
     }
 

@@ -63,6 +63,8 @@ def _define(trtp: Any) -> None:
     ) -> tuple[str, str, trtp.KernelLaunchParams, trtp.SymExprs]:
         import triton
 
+        from dimefm_kernels._attention_triton import MAX_GRID_Y
+
         capability = triton.runtime.driver.active.get_current_target().arch
         num_tokens, width = (qkv.shape_expr[i].constant_value() for i in (1, 2))
         precision = _PRECISIONS[qkv.dtype.name]
@@ -73,7 +75,7 @@ def _define(trtp: Any) -> None:
         ((_, tiles, built),) = build_kernels(spec, capability)
         num_items = qkv.shape_expr[0] * num_heads
         launch = trtp.KernelLaunchParams(
-            grid_x=tiles.blocks, grid_y=trtp.SymInt32(num_items),
+            grid_x=tiles.blocks, grid_y=trtp.min(num_items, MAX_GRID_Y),
             block_x=32 * tiles.num_warps, shared_mem=built.metadata.shared,
         )  # fmt: skip
         sizes = trtp.SymIntExprs(1)
