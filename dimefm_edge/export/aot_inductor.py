@@ -94,20 +94,7 @@ def export_aot_inductor(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = _prepared(student, precision).to(device)
     example = torch.zeros(batch_size or _EXAMPLE_BATCH, 3, image_size, image_size, device=device)
-    batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
-    shapes = None if batch_size else ({0: batch},)
-    try:
-        with torch.no_grad():
-            program = torch.export.export(model, (example,), dynamic_shapes=shapes)
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(path), inductor_configs=configs
-            )
-    except Exception as error:  # export, Inductor and the C++ compiler share no base
-        raise ExportError(
-            f"torch {torch.__version__} cannot compile the student for {device}: "
-            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}",
-            hint="a C++ compiler is needed (apt install g++); or --format onnx",
-        ) from error
+    _compile(model, example, path, is_dynamic=batch_size is None, configs=configs)
     build = {**native_build(torch, device), "precision": precision}
     build["batch_size"] = "1 to 1024" if batch_size is None else str(batch_size)
     path.with_name(PT2_BUILD_FILE).write_text(json.dumps(build, indent=2) + "\n", encoding="utf-8")
@@ -124,6 +111,28 @@ def export_aot_inductor(
         path.unlink()
         path.with_name(PT2_BUILD_FILE).unlink()
         raise
+
+
+def _compile(
+    model: nn.Module, example: Tensor, path: Path, *, is_dynamic: bool, configs: Any
+) -> None:
+    import torch
+
+    batch = torch.export.Dim("batch", min=1, max=_MAX_BATCH)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                model, (example,), dynamic_shapes=({0: batch},) if is_dynamic else None
+            )
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(path), inductor_configs=configs
+            )
+    except Exception as error:  # export, Inductor and the C++ compiler share no base
+        raise ExportError(
+            f"torch {torch.__version__} cannot compile the student for {example.device.type}: "
+            f"{(str(error).strip() or type(error).__name__).splitlines()[0]}",
+            hint="a C++ compiler is needed (apt install g++); or --format onnx",
+        ) from error
 
 
 def _prepared(student: nn.Module, precision: str) -> nn.Module:

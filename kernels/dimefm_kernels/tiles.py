@@ -80,7 +80,8 @@ def forward_tiles(num_tokens: int, head_dim: int, *, itemsize: int) -> Tiles:
         itemsize: Bytes of one value: 4 (fp32), 2 (fp16, bf16) or 1 (int8).
     """
     rows = 32 if head_dim > 96 or itemsize == 4 else 64
-    tile = 32 if itemsize == 4 or (itemsize == 2 and rows == 64 and num_tokens > 64) else 64
+    is_one_tile = itemsize == 2 and num_tokens <= 64 and head_dim <= 96
+    tile = 64 if itemsize == 1 or is_one_tile else 32
     return _cut(num_tokens, head_dim, rows=rows, tile=tile, itemsize=itemsize, num_warps=4)
 
 
