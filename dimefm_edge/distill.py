@@ -37,6 +37,7 @@ from dimefm_edge.run_log import (
     save_state,
     training_progress,
 )
+from dimefm_edge.students.attention import use_fused_attention, wants_fused_attention
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,8 @@ class _Loop:
         self.save_weights, self.evaluate = save_weights, evaluate
         # Convolutions are a quarter faster in this layout, on CPUs and GPUs.
         self.student: nn.Module = student.to(self.device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        if wants_fused_attention(train.fused_attention, self.device.type):
+            use_fused_attention(self.student)
         self.net: nn.Module = self.student
         if self.ranks.world_size > 1:
             self.net = nn.parallel.DistributedDataParallel(self.student)
@@ -357,7 +360,7 @@ class _Loop:
         logger.info("resuming at step %d of %d", self.step, self.total)
 
     def _identity(self) -> dict[str, Any]:
-        free = {"eval_every", "save_every", "threads"}
+        free = {"eval_every", "save_every", "threads", "fused_attention"}
         settings = {**dataclasses.asdict(self.loss), **dataclasses.asdict(self.train)}
         manifests = (self.data.images.manifest, self.data.texts.manifest)
         return {

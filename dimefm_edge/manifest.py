@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import platform
 import stat
 import struct
 import zipfile
@@ -28,6 +29,10 @@ LABELS_FILE = "labels.npz"
 KERNELS_DIR = "kernels"
 TEXT_FILE = "text.onnx"
 TOKENIZER_FILE = "tokenizer.json"
+PT2_FILE = "model.pt2"
+"""The same model as native code of torch's AOTInductor, where it was asked for."""
+PT2_BUILD_FILE = "model.pt2.json"
+"""What `model.pt2` was compiled for: `native_build`."""
 INPUT_NAME = "image"
 OUTPUT_NAME = "image_embeds"
 LOGITS_NAME = "logits"
@@ -156,6 +161,24 @@ def sha256_of(path: Path) -> str:
         while chunk := stream.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def native_build(torch: Any, device: str) -> dict[str, str]:
+    """What code that this torch compiles for a device runs on: all of it must be equal there.
+
+    Args:
+        torch: The module, handed in: this file does without.
+        device: cpu or cuda.
+    """
+    chip = torch.backends.cpu.get_cpu_capability()
+    if device == "cuda":
+        chip = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return {
+        "torch": str(torch.__version__),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device,
+        "chip": str(chip),
+    }
 
 
 def _check_version(version: Any, where: str) -> None:

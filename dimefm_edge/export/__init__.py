@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import ExportError, lookup
+from dimefm_edge.export.aot_inductor import export_onnx_and_pt2
 from dimefm_edge.export.bundle import building, record_accuracy, write_bundle
 from dimefm_edge.export.graph_spec import GraphSpec, graph_spec
 from dimefm_edge.export.onnx import FusionReport, OnnxGraph, export_onnx
@@ -28,7 +29,10 @@ __all__ = [
     "export_onnx", "export_student", "graph_spec", "image_tower", "record_accuracy",
 ]  # fmt: skip
 
-EXPORTERS: dict[str, Callable[..., OnnxGraph]] = {"onnx": export_onnx}
+EXPORTERS: dict[str, Callable[..., OnnxGraph]] = {
+    "onnx": export_onnx,
+    "pt2": export_onnx_and_pt2,
+}
 """Formats; each writes one graph and checks its parity, with `export_onnx`'s arguments."""
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import lookup
+from dimefm_edge.runtime.aot_inductor import AotInductorEngine
 from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine
 from dimefm_edge.runtime.providers import AUTO
@@ -48,9 +49,14 @@ def _load_tensorrt(bundle: Bundle, threads: int, option: str) -> Engine:
     return open_engine(bundle)
 
 
+def _load_aot_inductor(bundle: Bundle, threads: int, option: str) -> Engine:
+    return AotInductorEngine(bundle, threads=threads)
+
+
 ENGINES: dict[str, Callable[[Bundle, int, str], Engine]] = {
     "onnxruntime": _load_onnxruntime,
     "tensorrt": _load_tensorrt,
+    "aot-inductor": _load_aot_inductor,
 }
 """By name: (bundle, threads, what follows the name and a colon)."""
 

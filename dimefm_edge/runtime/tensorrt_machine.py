@@ -56,7 +56,7 @@ def import_tensorrt() -> Any:
         MissingExtraError: If it is not installed, cannot load its libraries, or is too old.
     """
     try:
-        import tensorrt  # type: ignore[import-not-found]
+        import tensorrt
     except ImportError as error:
         raise MissingExtraError(
             f"TensorRT's Python package cannot be imported: {str(error) or 'not installed'}",

@@ -65,6 +65,16 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+def test_training_through_fused_attention_is_training_without_it(tmp_path: Path) -> None:
+    for choice in ("off", "on"):
+        train = dataclasses.replace(case.TRAIN, steps=3, fused_attention=choice)
+        case.run_case(tmp_path / choice, train=train)
+    plain, fused = weights(tmp_path / "off"), weights(tmp_path / "on")
+    assert plain.keys() == fused.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(fused[name], value, atol=2e-4, rtol=0)
+
+
 def test_a_run_learns_and_leaves_what_it_promises(tmp_path: Path) -> None:
     train = dataclasses.replace(case.TRAIN, steps=60, lr=3e-3, min_crop=1.0, flip=False)
     report = case.run_case(tmp_path / "run", train=train)
