@@ -113,7 +113,7 @@ class _Histogram:
             self.counts += np.bincount(bins, minlength=_BINS)
         return True
 
-    def centers(self) -> npt.NDArray[np.float64]:
+    def centers(self) -> npt.NDArray[Any]:
         """(BINS,) the value in the middle of each bin."""
         return (np.arange(_BINS) + 0.5) * (2 * self.reach / _BINS) - self.reach
 

@@ -9,7 +9,7 @@ residual stream, norms, softmax and GELU.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from dimefm_edge.errors import ExportError
 from dimefm_edge.export.calibration import Range, calibrate
 from dimefm_edge.export.quant_rules import QuantRules
+from dimefm_edge.manifest import INPUT_NAME
 
 if TYPE_CHECKING:
     import onnx
@@ -76,23 +77,25 @@ def quantize_graph(
 
 
 def _with_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose Constant nodes are initializers, without stale shapes; nodes have names."""
+    """A copy whose Constant nodes are initializers and whose nodes have names of their own."""
     import onnx
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     graph = copy.graph
-    kept = []
+    kept: dict[str, onnx.NodeProto] = {}
     for index, node in enumerate(graph.node):
         value = next((a.t for a in node.attribute if a.name == "value"), None)
         if node.op_type == "Constant" and value is not None:
             value.name = node.output[0]
             graph.initializer.append(value)
             continue
-        node.name = node.name or f"{node.op_type}_{index}"
-        kept.append(node)
+        if not node.name or node.name in kept:
+            node.name = f"{node.name or node.op_type}_{index}"
+        kept[node.name] = node
+    nodes = list(kept.values())
     del graph.node[:]
-    graph.node.extend(kept)
+    graph.node.extend(nodes)
     return copy
 
 
@@ -119,13 +122,11 @@ def _product(graph: _Graph, node: onnx.NodeProto, rules: QuantRules) -> _Product
     if node.op_type not in rules.op_types or node.domain not in ("", "ai.onnx"):
         return None
     constants = [i for i in range(2) if node.input[i] in graph.weights]
-    if len(constants) == 2:
-        return None
-    if node.op_type == "MatMul" and constants != [1]:
-        if not constants and not (rules.is_attention_quantized and _is_attention(graph, node)):
-            return None
-        return _Product(node, (0, 1))
-    if constants != [1] or not _is_plain(graph, node):
+    if not constants and node.op_type == "MatMul":
+        is_wanted = rules.is_attention_quantized and _is_attention(graph, node)
+        return _Product(node, (0, 1)) if is_wanted else None
+    # A constant on the left has its channels where integer kernels have rows: it stays float.
+    if constants != [1] or not _is_plain(graph, node) or not _is_wanted(graph, node, rules):
         return None
     rank = len(graph.weights[node.input[1]].dims)
     axis = {"Conv": 0, "Gemm": 1 - int(_attribute(node, "transB", 0)), "MatMul": rank - 1}
@@ -134,6 +135,16 @@ def _product(graph: _Graph, node: onnx.NodeProto, rules: QuantRules) -> _Product
         node, (0,), 1, axis[node.op_type] if rank > 1 else None, 2 if has_bias else None,
         _integer_output(graph, node) if node.op_type in rules.output_op_types else None,
     )  # fmt: skip
+
+
+def _is_wanted(graph: _Graph, node: onnx.NodeProto, rules: QuantRules) -> bool:
+    """Whether the rules quantise this kind of convolution; all else they do."""
+    if node.op_type != "Conv":
+        return True
+    if node.input[0] == INPUT_NAME:
+        return rules.is_stem_quantized
+    channels_out, channels_in = graph.weights[node.input[1]].dims[:2]
+    return rules.is_depthwise_quantized or channels_in > 1 or channels_out == 1
 
 
 def _is_plain(graph: _Graph, node: onnx.NodeProto) -> bool:
@@ -288,8 +299,8 @@ class _Rewriter:
             limits = np.iinfo(dtype)
             stored = integers.clip(limits.min, limits.max).astype(dtype)
             inputs = [self._store(f"{label}_quantized", stored), *parameters]
-            along = {} if axis is None else {"axis": axis}
-            nodes.append(make_node("DequantizeLinear", inputs, [made], made, **along))
+            # ONNX ignores the axis of a scale that is a single number.
+            nodes.append(make_node("DequantizeLinear", inputs, [made], made, axis=axis or 0))
             self.dequantized[key] = made
         return self.dequantized[key]
 
@@ -308,7 +319,8 @@ class _Rewriter:
     def _array(self, name: str) -> npt.NDArray[np.float32]:
         from onnx.numpy_helper import to_array
 
-        return to_array(self.graph.weights[name])
+        values: npt.NDArray[np.float32] = to_array(self.graph.weights[name])
+        return values
 
 
 def _affine(reach: Range, rules: QuantRules) -> tuple[np.float32, npt.NDArray[Any]]:
@@ -326,7 +338,7 @@ def _weight_scale(
 ) -> npt.NDArray[np.float32]:
     """One scale per output channel; () when `axis` is None."""
     others = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis)
-    peak = np.abs(weight).max(axis=others, initial=0)
+    peak = np.asarray(np.abs(weight).max(axis=others, initial=0))
     return np.where(peak > 0, peak, 1).astype(np.float32) / np.float32(rules.weight_max)
 
 

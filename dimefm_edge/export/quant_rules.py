@@ -1,7 +1,24 @@
 """Which tensors are quantised, and to what: one set of rules per runtime, as data.
 
-Read by int8.py, which does what the rules say. A graph made by the rules of one runtime answers
-on any, but only its own runs all of its products in integers.
+Read by int8.py, which does what they say. A graph made by the rules of one runtime answers on
+any, but only its own runs all of its products in integers.
+
+What was measured for the defaults (benchmarks/bench_int8.py; AMD EPYC Zen 2, AVX2 without VNNI,
+ONNX Runtime 1.32, one thread, batch 1), 1 - cosine to fp32 on real images being the loss:
+
+- uint8 weights (zero point 128) take ONNX Runtime's u8 x u8 kernels, which do not saturate: the
+  answers are those of the graph as written, in the time of u8 x s8. Weights in 7 bits are no
+  faster and lose more; 8-bit s8 weights saturate (cosine 0.98 to 0.999 to the graph as written).
+- Zen 2 issues one integer and two float vector products a cycle: int8 and fp32 have the same
+  peak. What int8 wins there, it wins from memory: most where weights are many and tokens few.
+- Attention in integers gains no time in ONNX Runtime and loses accuracy; so it stays float.
+- Depthwise convolutions in integers are slow in ONNX Runtime: a hybrid student becomes slower
+  than fp32. They hold few weights and stay float.
+- QLinearConv answers in 8 bits only, which for the stem is the residual stream itself: half of a
+  ViT's loss. It stays float.
+- Q/DQ around residual adds, as `quantize_static` puts them, lose accuracy and win no time.
+- MatMul + Add is as fast as Reshape, Gemm with an int32 bias, Reshape; so MatMul stays MatMul.
+- Percentile calibration (one value in 1e5 clipped on each side) lost less than min-max and MSE.
 """
 
 from __future__ import annotations
@@ -12,30 +29,34 @@ from typing import Literal
 CalibrationMethod = Literal["minmax", "percentile", "mse"]
 IntType = Literal["int8", "uint8"]
 
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
+
 
 @dataclass(frozen=True)
 class QuantRules:
     """How one runtime wants its Q/DQ graphs."""
 
     name: str
-    runtime: str
-    """onnxruntime or tensorrt."""
     activation: IntType
-    is_symmetric: bool
-    """Zero point 0 (int8 only): activations are clipped at the same magnitude on both sides."""
     weight: IntType
     """uint8 weights have zero point 128: the same values, another kernel."""
-    op_types: tuple[str, ...]
-    """Operators whose product of activations with constant weights runs in integers."""
-    output_op_types: tuple[str, ...]
-    """Of these, those whose kernel also answers in integers: Q/DQ follows them."""
+    is_symmetric: bool
+    """Activations have zero point 0 (int8 only): clipped at one magnitude on both sides."""
     is_attention_quantized: bool
-    """Whether both products of a spelt-out attention are quantised too."""
+    """Whether both products of a spelt-out attention are."""
+    is_depthwise_quantized: bool
+    """Whether convolutions with one input channel per group are."""
+    is_stem_quantized: bool
+    """Whether convolutions of the image itself are: a ViT's patches, a CNN's first layer."""
     is_bias_quantized: bool
     """int32 biases, as the kernels of Conv and Gemm add them; else they stay float."""
+    output_op_types: tuple[str, ...]
+    """Operators whose integer kernel answers in integers only: Q/DQ follows them too."""
     sources: tuple[str, ...]
+    op_types: tuple[str, ...] = _PRODUCTS
+    """Operators whose products of activations with constant weights are quantised."""
     weight_bits: int = 8
-    """7 keeps u8 x s8 pairs below 2**15, for kernels that add two of them in 16 bits."""
+    """7 keeps two u8 x s8 products below 2**15, for kernels that add them in 16 bits."""
     calibration: CalibrationMethod = "percentile"
 
     @property
@@ -44,64 +65,70 @@ class QuantRules:
         return int(2 ** (self.weight_bits - 1)) - 1
 
 
-_PRODUCTS = ("Conv", "Gemm", "MatMul")
-
 _ORT_DOC = "onnxruntime.ai/docs/performance/model-optimizations/quantization.html"
-_ORT_KERNELS = (
-    "MatMul answers in float from integers (MatMulIntegerToFloat), Gemm too (QGemm), Conv only in "
-    "integers (QLinearConv): ONNX Runtime's qdq_transformer/selectors_actions"
+_ORT_FUSIONS = (
+    "which Q/DQ patterns become QLinearConv, QGemm and MatMulIntegerToFloat: ONNX Runtime's "
+    "core/optimizer/qdq_transformer; checked here by export/integer_kernels.py"
+)
+_TENSORRT_DOC = (
+    "docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/"
+    "work-quantized-types.html and quantized-types-explicit-quantization.html"
 )
 
-QUANT_RULES: dict[str, QuantRules] = {
-    rules.name: rules
-    for rules in (
-        QuantRules(
-            name="onnxruntime-x86",
-            runtime="onnxruntime",
-            activation="uint8",
-            is_symmetric=False,
-            weight="int8",
-            op_types=_PRODUCTS,
-            output_op_types=("Conv",),
-            is_attention_quantized=False,
-            is_bias_quantized=True,
-            sources=(),
-        ),
-        QuantRules(
-            name="onnxruntime-x86-avx2",
-            runtime="onnxruntime",
-            activation="uint8",
-            is_symmetric=False,
-            weight="uint8",
-            op_types=_PRODUCTS,
-            output_op_types=("Conv",),
-            is_attention_quantized=False,
-            is_bias_quantized=True,
-            sources=(),
-        ),
-        QuantRules(
-            name="onnxruntime-arm",
-            runtime="onnxruntime",
-            activation="int8",
-            is_symmetric=False,
-            weight="int8",
-            op_types=_PRODUCTS,
-            output_op_types=("Conv",),
-            is_attention_quantized=False,
-            is_bias_quantized=True,
-            sources=(),
-        ),
-        QuantRules(
-            name="tensorrt",
-            runtime="tensorrt",
-            activation="int8",
-            is_symmetric=True,
-            weight="int8",
-            op_types=_PRODUCTS,
-            output_op_types=(),
-            is_attention_quantized=True,
-            is_bias_quantized=False,
-            sources=(),
-        ),
+
+def _onnxruntime(
+    name: str, activation: IntType, weight: IntType, *sources: str, is_depthwise: bool = False
+) -> QuantRules:
+    return QuantRules(
+        name=name,
+        activation=activation,
+        weight=weight,
+        is_symmetric=False,
+        is_attention_quantized=False,
+        is_depthwise_quantized=is_depthwise,
+        is_stem_quantized=False,
+        is_bias_quantized=True,
+        output_op_types=("Conv",),
+        sources=(*sources, _ORT_FUSIONS),
     )
-}
+
+
+_RULES = (
+    _onnxruntime(
+        "onnxruntime-x86", "uint8", "int8",
+        f"u8 activations and s8 weights on x86 with VNNI: {_ORT_DOC}, section Data type selection",
+    ),
+    _onnxruntime(
+        "onnxruntime-x86-avx2", "uint8", "uint8",
+        f"u8 x s8 saturates on AVX2 and AVX-512 without VNNI; try u8 x u8 or 7 bits: {_ORT_DOC}, "
+        "section When and why do I need to try U8U8; measured here, see above",
+    ),
+    _onnxruntime(
+        "onnxruntime-arm", "int8", "int8",
+        f"s8 activations and weights on Arm: {_ORT_DOC}; not measured on a device",
+        "ONNX Runtime has depthwise kernels for Arm (core/mlas/lib/aarch64/ConvSymS8KernelDot.S "
+        "and beside it); not measured on a device",
+        is_depthwise=True,
+    ),
+    QuantRules(
+        name="tensorrt",
+        activation="int8",
+        weight="int8",
+        is_symmetric=True,
+        is_attention_quantized=True,
+        is_depthwise_quantized=True,
+        is_stem_quantized=True,
+        is_bias_quantized=False,
+        output_op_types=(),
+        sources=(
+            f"symmetric, per-tensor activations, per-channel weights, int8 weights behind a "
+            f"DequantizeLinear: {_TENSORRT_DOC}",
+            "Q/DQ before the first product of an attention, after its softmax and around the "
+            "second: NVIDIA/TensorRT issue 4167",
+            "nothing on residual adds and norms, where int8 collapses a ViT: onnxsim PR 1742",
+        ),
+    ),
+)  # fmt: skip
+
+QUANT_RULES: dict[str, QuantRules] = {rules.name: rules for rules in _RULES}
+"""By name; `targets.cpu.cpu_quant_rules` says which suit this CPU."""

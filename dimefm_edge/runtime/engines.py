@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -11,6 +12,9 @@ import numpy.typing as npt
 from dimefm_edge.errors import lookup
 from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine
+from dimefm_edge.targets.cpu import cpu_quant_rules
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -26,12 +30,25 @@ class Engine(Protocol):
 
 
 def _load_onnxruntime(bundle: Bundle, threads: int) -> Engine:
+    _check_quantization(bundle)
     return OnnxRuntimeEngine(
         bundle.model_path,
         preprocess=bundle.preprocess,
         embed_dim=bundle.embed_dim,
         threads=threads,
     )
+
+
+def _check_quantization(bundle: Bundle) -> None:
+    """Say so when int8 was made for another CPU: right answers, but not this CPU's speed."""
+    made_for = (bundle.manifest.get("quantization") or {}).get("rules")
+    here = cpu_quant_rules()
+    if made_for not in (None, here):
+        logger.warning(
+            "%s holds int8 for %s; this CPU wants %s: the answers are right, but others would "
+            "come faster. try: dimefm-edge export RUN --precision int8 --target local",
+            bundle.path, made_for, here,
+        )  # fmt: skip
 
 
 ENGINES: dict[str, Callable[[Bundle, int], Engine]] = {"onnxruntime": _load_onnxruntime}

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from dimefm_edge.errors import CheckpointError, DimeFMError, MissingExtraError
 from dimefm_edge.manifest import EXPORT_AGAIN, INPUT_NAME, OUTPUT_NAME
 from dimefm_edge.preprocess import PreprocessSpec, normalise_pixels
+from dimefm_edge.targets.cpu import int8_products_saturate
 
 _ERRORS_ONLY = 3
 _CPUS = Path("/sys/devices/system/cpu")
@@ -110,6 +111,8 @@ def _load_session(model_path: Path, threads: int) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if int8_products_saturate():  # a graph made for another CPU answers right here too
+        options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return onnxruntime.InferenceSession(
             str(model_path), options, providers=["CPUExecutionProvider"]
