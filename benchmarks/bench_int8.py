@@ -100,7 +100,7 @@ def variants(path: Path, images: Images, rules: QuantRules) -> dict[str, Callabl
         "ours": rules,
         "ours_7bit": replace(rules, weight="int8", weight_bits=7),
         "ours_s8": QUANT_RULES["onnxruntime-x86"],
-        "ours_attention": replace(rules, is_attention_quantized=True),
+        "ours_attention": replace(rules, attention_head_dims=(32, 64)),
         "ours_stem": replace(rules, is_stem_quantized=True),
         "ours_depthwise": replace(rules, is_depthwise_quantized=True),
         "ours_minmax": replace(rules, calibration="minmax"),

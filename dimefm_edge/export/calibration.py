@@ -51,23 +51,25 @@ def calibrate(
             threshold with the least squared error in 8 bits.
 
     Raises:
-        ExportError: If an activation is not finite.
+        ExportError: If there are no images, or an activation is not finite.
         UnknownNameError: If there is no such method.
     """
     choose = lookup(_METHODS, method, kind="calibration method")
+    if not len(images):
+        raise ExportError("calibration needs at least one image", hint="--images FOLDER")
     histograms = {name: _Histogram() for name in tensors}
     inner = [name for name in tensors if name != INPUT_NAME]
     session = _probe(model, inner)
     batch = session.get_inputs()[0].shape[0]
     size = batch if isinstance(batch, int) else _BATCH
-    for start in range(0, len(images) - size + 1 if batch == size else len(images), size):
-        piece = images[start : start + size]
+    for start in range(0, len(images), size):
+        piece = images[np.arange(start, start + size) % len(images)]  # the last one is filled up
         values = session.run(inner, {INPUT_NAME: piece}) if inner else []
         for name, value in zip([*inner, INPUT_NAME], [*values, piece], strict=True):
             if name in histograms and not histograms[name].add(value):
                 raise ExportError(
-                    f"activation '{name}' is not finite on one of images {start} to "
-                    f"{start + len(piece) - 1}: it cannot be quantised",
+                    f"activation '{name}' is not finite on one of {size} images from number "
+                    f"{start} on: it cannot be quantised",
                     hint="dimefm-edge export RUN --precision fp32",
                 )
     return {name: choose(histogram) for name, histogram in histograms.items()}

@@ -56,11 +56,11 @@ def quantize_graph(
         weights and no float copy of them. Equal input makes an equal graph.
 
     Raises:
-        ExportError: If there is nothing to quantise, or an activation is not finite.
+        ExportError: If there is nothing to quantise, no image, or an activation is not finite.
     """
     import onnx
 
-    model = _with_initializers(model)
+    model = _prepared(model)
     graph = _Graph(model)
     products = [p for node in model.graph.node if (p := _product(graph, node, rules)) is not None]
     if not products:
@@ -76,8 +76,8 @@ def quantize_graph(
     return inferred
 
 
-def _with_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy whose Constant nodes are initializers and whose nodes have names of their own."""
+def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy with shapes, initializers for Constant nodes, and a name of its own for each node."""
     import onnx
 
     copy = onnx.ModelProto()
@@ -96,7 +96,8 @@ def _with_initializers(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes = list(kept.values())
     del graph.node[:]
     graph.node.extend(nodes)
-    return copy
+    inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(copy, data_prop=True)
+    return inferred
 
 
 class _Graph:
@@ -111,6 +112,12 @@ class _Graph:
                 self.readers.setdefault(name, []).append(node)
         self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self.outputs = {value.name for value in model.graph.output}
+        self.shapes = {value.name: value.type.tensor_type.shape for value in model.graph.value_info}
+
+    def width(self, name: str) -> int:
+        """Size of a tensor's last dimension; 0 if it is not known."""
+        dims = self.shapes[name].dim if name in self.shapes else ()
+        return int(dims[-1].dim_value) if dims else 0
 
     def only_reader(self, name: str) -> onnx.NodeProto | None:
         readers = self.readers.get(name, [])
@@ -123,8 +130,7 @@ def _product(graph: _Graph, node: onnx.NodeProto, rules: QuantRules) -> _Product
         return None
     constants = [i for i in range(2) if node.input[i] in graph.weights]
     if not constants and node.op_type == "MatMul":
-        is_wanted = rules.is_attention_quantized and _is_attention(graph, node)
-        return _Product(node, (0, 1)) if is_wanted else None
+        return _Product(node, (0, 1)) if _is_attention(graph, node, rules) else None
     # A constant on the left has its channels where integer kernels have rows: it stays float.
     if constants != [1] or not _is_plain(graph, node) or not _is_wanted(graph, node, rules):
         return None
@@ -159,11 +165,15 @@ def _is_plain(graph: _Graph, node: onnx.NodeProto) -> bool:
     return factors.count(1.0) == len(factors) and not _attribute(node, "transA", 0)
 
 
-def _is_attention(graph: _Graph, node: onnx.NodeProto) -> bool:
-    """Whether a product of two activations feeds a softmax, or weighs values with one."""
-    return _leads_to(graph.producers.get(node.input[0]), graph, is_up=True) or any(
-        _leads_to(reader, graph, is_up=False) for reader in graph.readers.get(node.output[0], ())
-    )
+def _is_attention(graph: _Graph, node: onnx.NodeProto, rules: QuantRules) -> bool:
+    """Whether a product of two activations is part of an attention that the rules quantise."""
+    if _leads_to(graph.producers.get(node.input[0]), graph, is_up=True):
+        num_tokens, head_dim = graph.width(node.input[0]), graph.width(node.output[0])
+    elif any(_leads_to(r, graph, is_up=False) for r in graph.readers.get(node.output[0], ())):
+        num_tokens, head_dim = graph.width(node.output[0]), graph.width(node.input[0])
+    else:
+        return False
+    return 0 < num_tokens <= rules.attention_max_tokens and head_dim in rules.attention_head_dims
 
 
 def _leads_to(node: onnx.NodeProto | None, graph: _Graph, *, is_up: bool) -> bool:
