@@ -182,9 +182,12 @@ def _leads_to(node: onnx.NodeProto | None, graph: _Graph, *, is_up: bool) -> boo
         return False
     if node.op_type == "Softmax":
         return True
+    near: list[onnx.NodeProto | None]
     if is_up:
-        return _leads_to(graph.producers.get(node.input[0]), graph, is_up=True)
-    return any(_leads_to(r, graph, is_up=False) for r in graph.readers.get(node.output[0], ()))
+        near = [graph.producers.get(name) for name in node.input]
+    else:
+        near = list(graph.readers.get(node.output[0], ()))
+    return any(_leads_to(other, graph, is_up=is_up) for other in near)
 
 
 def _integer_output(graph: _Graph, node: onnx.NodeProto) -> str | None:
