@@ -77,25 +77,23 @@ def quantize_graph(
 
 
 def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with shapes, initializers for Constant nodes, and a name of its own for each node."""
+    """A copy with shapes, initializers for Constant nodes, and a name for each node."""
     import onnx
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     graph = copy.graph
-    kept: dict[str, onnx.NodeProto] = {}
+    kept = []
     for index, node in enumerate(graph.node):
         value = next((a.t for a in node.attribute if a.name == "value"), None)
         if node.op_type == "Constant" and value is not None:
             value.name = node.output[0]
             graph.initializer.append(value)
             continue
-        if not node.name or node.name in kept:
-            node.name = f"{node.name or node.op_type}_{index}"
-        kept[node.name] = node
-    nodes = list(kept.values())
+        node.name = node.name or f"{node.op_type}_{index}"
+        kept.append(node)
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(kept)
     inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(copy, data_prop=True)
     return inferred
 

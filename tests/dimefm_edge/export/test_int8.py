@@ -50,23 +50,24 @@ def readers(model: onnx.ModelProto, op_type: str) -> Counter[str]:
 # ------------------------------------------------------------------------- every family
 
 
-@pytest.mark.parametrize("rules", QUANT_RULES.values(), ids=lambda rules: rules.name)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_valid_and_near_to_fp32(family, rules):
+def test_valid_and_near_to_fp32(family):
     model, images = family_graph(family), scenes(24)
     before = model.SerializeToString(deterministic=True)
-    found = quantize_graph(model, images[:16], rules=rules)
-    assert model.SerializeToString(deterministic=True) == before
-    onnx.checker.check_model(found, full_check=True)
-    answers = run(found, images, is_exact=True)
-    assert cosines(answers, run(model, images)).min() >= rules.min_cosine
-    # As written and by integer kernels: a rounding of a half may fall otherwise, no more.
-    assert cosines(answers, run(found, images, is_simulated=True)).min() > 0.9995
+    wanted = run(model, images)
+    for rules in QUANT_RULES.values():
+        found = quantize_graph(model, images[:16], rules=rules)
+        assert model.SerializeToString(deterministic=True) == before
+        onnx.checker.check_model(found, full_check=True)
+        answers = run(found, images, is_exact=True)
+        assert cosines(answers, wanted).min() >= rules.min_cosine, rules.name
+        # As written and by integer kernels: a rounding of a half may fall otherwise, no more.
+        written = run(found, images, is_simulated=True)
+        assert cosines(answers, written).min() > 0.9995, rules.name
 
 
-@pytest.mark.parametrize("family", ["vit", "hybrid"])
-def test_a_fixed_batch_and_a_second_time(family):
-    model, images = family_graph(family, batch=1), scenes(5)
+def test_a_fixed_batch_and_a_second_time():
+    model, images = family_graph("vit", batch=1), scenes(5)
     found = quantize_graph(model, images, rules=AVX2)
     onnx.checker.check_model(found, full_check=True)
     assert cosines(run(found, images), run(model, images)).min() >= AVX2.min_cosine
@@ -105,10 +106,9 @@ def test_saturation_is_real_and_avoided():
 # ---------------------------------------------------------------------------- placement
 
 
-@pytest.mark.parametrize("family", ["vit", "open_clip_resnet"])
-def test_tensorrt_pairs_stand_before_products_only(family):
-    """Nothing on residual adds, norms, GELU: what reads a pair is a product, or moves it there."""
-    model = quantize_graph(family_graph(family), scenes(4), rules=TENSORRT)
+def test_tensorrt_pairs_stand_before_products_only():
+    """Nothing on residual adds, norms and GELU; zero points are 0, activations have one scale."""
+    model = quantize_graph(family_graph("vit"), scenes(4), rules=TENSORRT)
     assert set(readers(model, "DequantizeLinear")) <= {"Conv", "MatMul", "Gemm"}
     assert set(readers(model, "QuantizeLinear")) == {"DequantizeLinear"}
     zeros = {n.input[2] for n in model.graph.node if n.op_type.endswith("izeLinear")}
@@ -200,8 +200,8 @@ def test_one_pair_for_a_tensor_that_many_read():
 
 def test_a_shared_weight_is_stored_once():
     nodes = [
-        helper.make_node("MatMul", ["image", "w"], ["x"], "same"),
-        helper.make_node("MatMul", ["x", "w"], ["image_embeds"], "same"),
+        helper.make_node("MatMul", ["image", "w"], ["x"]),
+        helper.make_node("MatMul", ["x", "w"], ["image_embeds"]),
     ]
     model = hand_made(nodes, {"w": normal(64, 64) / 8}, shape=["B", 64], out=["B", 64])
     found = quantize_graph(model, normal(64, 64), rules=AVX2)
@@ -224,11 +224,12 @@ def test_gemm_weights_by_channel_and_biases(trans_b, rules):
     np.testing.assert_allclose(scale, np.abs(w).max(axis=0) / 127, rtol=1e-6)
     stored = weight(found, "w_quantized").astype(np.int32)
     stored = (stored.T if trans_b else stored) - (128 if rules.weight == "uint8" else 0)
-    assert np.abs(stored * scale - w).max(axis=0) <= pytest.approx(scale / 2, rel=1e-4)
+    assert (np.abs(stored * scale - w).max(axis=0) <= scale / 2 * 1.001).all()
     if rules.is_bias_quantized:
         bias = weight(found, "b_quantized")
         assert bias.dtype == np.int32
-        np.testing.assert_allclose(bias * weight(found, "b_scale"), b, atol=1e-3)
+        step = weight(found, "b_scale")
+        assert (np.abs(bias * step - b) <= step / 2 * 1.001 + 1e-6).all()
     else:
         np.testing.assert_array_equal(weight(found, "b"), b)
     rows = normal(16, 24)
@@ -276,10 +277,10 @@ def test_what_cannot_be_quantised_stays_float():
         helper.make_node("MatMul", ["d", "w"], ["image_embeds"]),
     ]
     model = hand_made(nodes, {"w": normal(8, 8) / 3}, shape=[8, 8], out=[8, 8])
-    found = quantize_graph(model, normal(16, 8), rules=AVX2)
+    rows = normal(8, 8)
+    found = quantize_graph(model, rows, rules=AVX2)
     assert [n.input[0] for n in found.graph.node if n.op_type == "QuantizeLinear"] == ["d"]
     assert count(found)["DequantizeLinear"] == 2
-    rows = normal(8, 8)
     assert cosines(run(found, rows), run(model, rows)).min() > 0.99
 
 
