@@ -204,6 +204,7 @@ def _check_fields(values: dict[str, Any]) -> None:
     if not _is_number(values["logit_scale"]) or values["logit_scale"] <= 0:
         raise ValueError(f"logit_scale must be positive, got {values['logit_scale']!r}")
     _check_preprocess(values["preprocess"])
+    _check_quantization(values.get("quantization"))
     _check_files(values["files"])
     _check_label_sets(values["label_sets"], LABELS_FILE in values["files"])
     _check_graph(values.get("graph", {}), [entry["name"] for entry in values["label_sets"]])
@@ -229,6 +230,14 @@ def _check_preprocess(values: Any) -> None:
     if not _is_int(fill) or not 0 <= fill <= 255:
         raise ValueError(f"preprocess.fill_color must be 0 to 255, got {fill!r}")
     PreprocessSpec.from_dict(values)
+
+
+def _check_quantization(values: Any) -> None:
+    """What int8 was made for, such as `{"rules": "onnxruntime-arm"}`; other precisions lack it."""
+    if values is None:
+        return
+    if not isinstance(values, dict) or not isinstance(values["rules"], str):
+        raise ValueError("quantization must be an object that names its rules")
 
 
 def _check_files(values: Any) -> None:

@@ -124,6 +124,7 @@ def export_student(
             "logit_scale": float(logit_scale),
             "graph": graph.to_dict() | {"head": head} | written.to_dict(),
             "parity": written.parity.to_dict(),
+            "quantization": graph.quant_rules and {"rules": graph.quant_rules},
             "accuracy": accuracy,
             "extra": others,
             "text": text,

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from dimefm_edge.errors import ExportError, lookup
 from dimefm_edge.targets import Target
+from dimefm_edge.targets.cpu import cpu_quant_rules
 
 PRECISIONS = ("fp32", "fp16", "int8")
 OPSETS = (18, 19, 20, 21, 22, 23)
@@ -42,7 +43,7 @@ class GraphSpec:
     providers: tuple[str, ...] = ("cpu",)
     """ONNX Runtime's execution providers to be tried, the preferred one first."""
     quant_rules: str | None = None
-    """A name in `quantizers.QUANT_RULES`; int8 only."""
+    """A name in `quant_rules.QUANT_RULES`; int8 only."""
 
     def __post_init__(self) -> None:
         lookup(dict.fromkeys(PRECISIONS), self.precision, kind="ONNX precision")
@@ -101,6 +102,7 @@ def graph_spec(
     runtime = "onnxruntime" if target is None else target.runtime
     attention = attention or RUNTIME_ATTENTION[runtime][0]
     default_opset = ATTENTION_OPSET if attention == "Attention" else DEFAULT_OPSET
+    rules = "tensorrt" if runtime == "tensorrt" else target.quant_rules if target else None
     return GraphSpec(
         runtime=runtime,
         runtime_version=None if target is None else target.tensorrt,
@@ -110,4 +112,5 @@ def graph_spec(
         batch_size=batch_size,
         image_input=image_input,
         providers=("cpu",) if target is None else target.providers,
+        quant_rules=(rules or cpu_quant_rules()) if precision == "int8" else None,
     )

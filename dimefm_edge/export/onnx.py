@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dimefm_edge.errors import ExportError
+from dimefm_edge.errors import ExportError, lookup
 from dimefm_edge.export.attention_patterns import (
     AttentionMatch,
     find_attentions,
@@ -26,12 +26,14 @@ from dimefm_edge.export.attention_patterns import (
 from dimefm_edge.export.ends import add_head, normalised_to_pixels, take_pixels
 from dimefm_edge.export.fp16 import check_fp16_range, convert_to_fp16
 from dimefm_edge.export.graph_spec import GraphSpec
+from dimefm_edge.export.int8 import quantize_graph
 from dimefm_edge.export.parity import (
     ParityReport,
     check_parity,
     module_embeds,
     onnxruntime_errors,
 )
+from dimefm_edge.export.quant_rules import QUANT_RULES
 from dimefm_edge.export.tensorrt import require_graph, rules_for
 from dimefm_edge.export.trace import silence, trace
 from dimefm_edge.manifest import INPUT_NAME, OUTPUT_NAME
@@ -175,6 +177,10 @@ def in_precision(
                 model, inputs[:_MAX_RANGE_INPUTS], kind=kind, batch_size=spec.batch_size or 1
             )
         logger.info("the largest fp16 activation is %.4g of 65504", peak)
+    if spec.precision == "int8":
+        rules = lookup(QUANT_RULES, spec.quant_rules or "", kind="int8 rules")
+        with onnxruntime_errors():
+            model = quantize_graph(model, inputs, rules=rules)
     return model
 
 

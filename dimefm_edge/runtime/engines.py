@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -14,6 +15,9 @@ from dimefm_edge.runtime.aot_inductor import AotInductorEngine
 from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine
 from dimefm_edge.runtime.providers import AUTO
+from dimefm_edge.targets.cpu import cpu_quant_rules
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
@@ -29,6 +33,7 @@ class Engine(Protocol):
 
 
 def _load_onnxruntime(bundle: Bundle, threads: int, provider: str) -> Engine:
+    _check_quantization(bundle)
     graph = bundle.manifest.get("graph", {})
     return OnnxRuntimeEngine(
         bundle.model_path,
@@ -41,6 +46,18 @@ def _load_onnxruntime(bundle: Bundle, threads: int, provider: str) -> Engine:
         providers=graph.get("providers", ()),
         provider=provider or AUTO,
     )
+
+
+def _check_quantization(bundle: Bundle) -> None:
+    """Say so when int8 was made for another CPU: right answers, but not this CPU's speed."""
+    made_for = (bundle.manifest.get("quantization") or {}).get("rules")
+    here = cpu_quant_rules()
+    if made_for not in (None, here):
+        logger.warning(
+            "%s holds int8 for %s; this CPU wants %s: the answers are right, but others would "
+            "come faster. try: dimefm-edge export RUN --precision int8 --target local",
+            bundle.path, made_for, here,
+        )  # fmt: skip
 
 
 def _load_tensorrt(bundle: Bundle, threads: int, option: str) -> Engine:

@@ -19,6 +19,7 @@ from dimefm_edge.runtime.providers import (
     choose_providers,
     session_providers,
 )
+from dimefm_edge.targets.cpu import int8_products_saturate
 
 _ERRORS_ONLY = 3
 _CPUS = Path("/sys/devices/system/cpu")
@@ -181,6 +182,8 @@ def load_session(
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    if int8_products_saturate():  # a graph made for another CPU answers right here too
+        options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return onnxruntime.InferenceSession(str(model_path), options, providers=list(providers))
     # ONNX Runtime's own exceptions share no public base but Exception.

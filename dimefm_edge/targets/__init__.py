@@ -53,6 +53,8 @@ class Target:
     """Reached share of the peak by kind of kernel: dense, attention, depthwise, bandwidth."""
     providers: tuple[str, ...]
     """ONNX Runtime's execution providers there, the preferred one first."""
+    quant_rules: str | None
+    """How int8 graphs are quantised for its CPU; None: as the machine at hand wants it."""
     sm: str | None
     """CUDA architecture, such as sm_87; None on CPUs."""
     jetpack: str | None
@@ -123,6 +125,7 @@ def _target(profile: dict[str, Any], mode: str) -> Target:
         launch_us=float(profile["launch_us"]),
         efficiency={k: float(v) for k, v in profile["efficiency"].items()},
         providers=tuple(profile.get("providers", ("cpu",))),
+        quant_rules=profile.get("quant_rules"),
         sm=profile.get("sm"),
         jetpack=profile.get("jetpack"),
         tensorrt=profile.get("tensorrt"),

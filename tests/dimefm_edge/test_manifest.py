@@ -63,6 +63,8 @@ def changed(path: tuple[str | int, ...], value: Any) -> bytes:
 def test_a_good_manifest_is_returned_as_it_is() -> None:
     manifest = parse_manifest(json.dumps(GOOD).encode(), where="b")
     assert manifest == GOOD
+    int8 = {**GOOD, "quantization": {"rules": "onnxruntime-arm"}}
+    assert parse_manifest(json.dumps(int8).encode(), where="b") == int8
     assert preprocess_of(manifest) == PreprocessSpec(32)
     assert tokenizer_spec_of(manifest) == TokenizerSpec(77, "lower")
 
@@ -96,6 +98,9 @@ def test_bundles_from_before_there_was_a_text_side() -> None:
         (("preprocess", "interpolation"), "sinc", "interpolation must be one of bicubic"),
         (("preprocess", "shear"), 3, "unexpected keyword argument 'shear'"),
         (("preprocess", "fill_color"), 256, "fill_color must be 0 to 255, got 256"),
+        (("quantization",), "int8", "quantization must be an object that names its rules"),
+        (("quantization",), {"rules": 3}, "quantization must be an object that names its rules"),
+        (("quantization",), {}, "it lacks 'rules'"),
         (("files",), {}, "files must be an object that holds model.onnx"),
         (("files", "model.onnx"), ..., "files must be an object that holds model.onnx"),
         (("files", "../evil"), {}, "the file name '../evil' leaves the bundle"),

@@ -76,7 +76,7 @@ def test_fp16_with_a_fixed_batch(student, tmp_path):
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_parity_is_measured(student, precision):
     report = _check_parity(_embed(student), student, IMAGES, sizes=(1, 7, 32), precision=precision)
-    assert report.num_images == 9
+    assert report.num_inputs == 9
     assert report.max_abs_diff < 1e-6
     assert report.min_cosine > 0.9999
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from PIL import Image
 
 from dimefm_edge.data.scenes import scene_image
 from dimefm_edge.errors import CheckpointError, DimeFMError, UnknownNameError
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images, resize_image
-from dimefm_edge.runtime import load_bundle, load_engine
+from dimefm_edge.runtime import Bundle, load_bundle, load_engine
 from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine, count_physical_cores
+from dimefm_edge.targets.cpu import cpu_quant_rules
 
 
 def test_pixels_and_images_give_the_same_for_any_batch(exported_bundle: Path) -> None:
@@ -113,3 +116,38 @@ def test_loading_and_running_print_nothing(exported_bundle: Path) -> None:
         capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[3],
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def _int8_bundle(bundle_path: Path, folder: Path, rules: str) -> Bundle:
+    """A loaded bundle whose graph is int8 by some rules."""
+    from dimefm_edge.export.int8 import quantize_graph
+    from dimefm_edge.export.quant_rules import QUANT_RULES
+
+    bundle = load_bundle(bundle_path)
+    images = preprocess_images([scene_image(i) for i in range(16)], bundle.preprocess)
+    model = quantize_graph(onnx.load(bundle.model_path), images, rules=QUANT_RULES[rules])
+    onnx.save(model, folder / "model.onnx")
+    manifest = {**bundle.manifest, "quantization": {"rules": rules}}
+    return dataclasses.replace(bundle, manifest=manifest, model_path=folder / "model.onnx")
+
+
+@pytest.mark.parametrize("rules", ["onnxruntime-x86", "onnxruntime-x86-avx2", "onnxruntime-arm"])
+def test_int8_for_another_cpu_answers_right_and_is_named(
+    exported_bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, rules: str
+) -> None:
+    """As its graph is written, though this CPU's fast kernels may saturate."""
+    bundle = _int8_bundle(exported_bundle, tmp_path, rules)
+    engine = load_engine(bundle, threads=1)
+    images = preprocess_images([scene_image(100 + i) for i in range(64)], bundle.preprocess)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(bundle.model_path), options)
+    (written,) = session.run(None, {"image": images})
+    assert (engine.encode_image(images) * written).sum(axis=1).min() > 0.9999
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    if rules == cpu_quant_rules():
+        assert told == []
+    else:
+        assert len(told) == 1
+        assert f"holds int8 for {rules}; this CPU wants {cpu_quant_rules()}" in told[0]
+        assert "try: dimefm-edge export RUN --precision int8" in told[0]

@@ -1,0 +1,199 @@
+"""Is an int8 graph faster than fp32 on this CPU, how near are its answers, and is stock better?
+
+Each subject's fp32 graph is quantised by our rules for this CPU and by ONNX Runtime's own
+`quantize_static` (per channel, reduced range where it must be), with the same images, and timed
+in turn on one thread by the processor's clock, so that other work on the machine counts little.
+Speed: random weights, sizes that people deploy. Accuracy: the sample teacher's image tower.
+
+    python benchmarks/bench_int8.py --json | python benchmarks/record.py int8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+from onnxruntime import quantization as stock
+from torch import nn
+
+from dimefm_edge.data.images import open_images
+from dimefm_edge.export.int8 import quantize_graph
+from dimefm_edge.export.integer_kernels import count_integer_kernels
+from dimefm_edge.export.onnx import export_onnx
+from dimefm_edge.export.quant_rules import QUANT_RULES, QuantRules
+from dimefm_edge.latency.measure import machine_info
+from dimefm_edge.manifest import INPUT_NAME
+from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
+from dimefm_edge.students import build_student, hybrid_spec, student_spec, vit_spec
+from dimefm_edge.targets.cpu import AVX2_RULES, cpu_quant_rules
+from dimefm_edge.teacher import load_teacher
+
+Images = npt.NDArray[np.float32]
+_SIDE = 224
+_SHAPES = {
+    "vit_s16": {"patch_size": 16, "width": 384, "num_heads": 6},
+    "vit_b32": {"patch_size": 32, "width": 768, "num_heads": 12},
+}
+
+
+class _Unit(nn.Module):
+    """A teacher's tower with its output at unit length, as a student's is."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(self.tower(image), dim=-1)
+
+
+def subject(name: str) -> tuple[nn.Module, PreprocessSpec]:
+    """A model with its preprocessing."""
+    torch.manual_seed(0)
+    if name == "sample_teacher":
+        teacher = load_teacher("sample", device="cpu")
+        return _Unit(teacher.image_tower), teacher.preprocess
+    if name == "hybrid":
+        spec = hybrid_spec(image_size=_SIDE, embed_dim=512, width=64, depth=(2, 2, 6, 2))
+    elif name in _SHAPES:
+        spec = vit_spec(image_size=_SIDE, embed_dim=512, depth=12, **_SHAPES[name])
+    else:
+        spec = student_spec(name, image_size=_SIDE, embed_dim=512)
+    return build_student(spec).eval(), PreprocessSpec(_SIDE)
+
+
+def stock_graph(path: Path, images: Images, *, weight: str, reduce_range: bool) -> onnx.ModelProto:
+    """ONNX Runtime's own static quantisation, as its documentation recommends it."""
+
+    class Reader(stock.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.pieces = iter([{INPUT_NAME: images[i : i + 1]} for i in range(len(images))])
+
+        def get_next(self) -> Any:
+            return next(self.pieces, None)
+
+    out = path.with_name("stock.onnx")
+    stock.quantize_static(
+        str(path), str(out), Reader(), per_channel=True, reduce_range=reduce_range,
+        activation_type=stock.QuantType.QUInt8,
+        weight_type=stock.QuantType.QUInt8 if weight == "uint8" else stock.QuantType.QInt8,
+    )  # fmt: skip
+    return onnx.load(str(out))
+
+
+def variants(path: Path, images: Images, rules: QuantRules) -> dict[str, Callable[[], Any]]:
+    """What is compared: the rules of this CPU, the choices not taken, and stock."""
+    model = onnx.load(str(path))
+    others = {
+        "ours": rules,
+        "ours_7bit": replace(rules, weight="int8", weight_bits=7),
+        "ours_s8": QUANT_RULES["onnxruntime-x86"],
+        "ours_attention": replace(rules, attention_head_dims=(32, 64)),
+        "ours_stem": replace(rules, is_stem_quantized=True),
+        "ours_depthwise": replace(rules, is_depthwise_quantized=True),
+        "ours_minmax": replace(rules, calibration="minmax"),
+        "ours_mse": replace(rules, calibration="mse"),
+    }
+    made: dict[str, Callable[[], Any]] = {
+        name: lambda r=other: quantize_graph(model, images, rules=r)  # type: ignore[misc]
+        for name, other in others.items()
+    }
+    must_reduce = rules.name == AVX2_RULES
+    made["stock"] = lambda: stock_graph(path, images, weight="int8", reduce_range=must_reduce)
+    made["stock_u8"] = lambda: stock_graph(path, images, weight="uint8", reduce_range=False)
+    return made
+
+
+def open_session(path: Path) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def embeds(session: Any, images: Images) -> Images:
+    """(N, E), at unit length; one image at a time."""
+    rows = [session.run(None, {INPUT_NAME: images[i : i + 1]})[0] for i in range(len(images))]
+    found = np.concatenate(rows)
+    unit: Images = found / np.linalg.norm(found, axis=1, keepdims=True)
+    return unit
+
+
+def cpu_ms(sessions: dict[str, Any], image: Images, *, rounds: int) -> dict[str, float]:
+    """Median processor time of one run, sessions in turn."""
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for round_idx in range(rounds + 2):
+        for name, session in sessions.items():
+            begun = time.process_time_ns()
+            session.run(None, {INPUT_NAME: image})
+            if round_idx >= 2:
+                times[name].append((time.process_time_ns() - begun) / 1e6)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def bench(name: str, sources: list[str], *, num_images: int, rounds: int) -> dict[str, Any]:
+    """Quantise one subject in every way, then time and compare."""
+    module, preprocess = subject(name)
+    pool = open_images(sources)
+    rows = [i * 37 % len(pool) for i in range(2 * num_images)]
+    images = preprocess_images([pool.load(row) for row in rows], preprocess)
+    calibration, test = images[:num_images], images[num_images:]
+    rules = QUANT_RULES[cpu_quant_rules()]
+    values: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "fp32.onnx")
+        export_onnx(module, path, image_size=preprocess.image_size, precision="fp32",
+                    parity_images=calibration[:8], metadata={})  # fmt: skip
+        sessions = {"fp32": open_session(path)}
+        expected = embeds(sessions["fp32"], test)
+        for variant, make in variants(path, calibration, rules).items():
+            begun = time.process_time()
+            model = make()
+            cost_s = time.process_time() - begun
+            out = Path(folder, f"{variant}.onnx")
+            onnx.save(model, str(out))
+            sessions[variant] = open_session(out)
+            cosines = (embeds(sessions[variant], test) * expected).sum(axis=1)
+            kernels = count_integer_kernels(out, test[:1])
+            values[variant] = {
+                "mean_cosine": float(cosines.mean()), "min_cosine": float(cosines.min()),
+                "size_share": out.stat().st_size / path.stat().st_size, "quantize_cpu_s": cost_s,
+                "integer_kernels": kernels.num_integer, "fallen_back": len(kernels.fallen_back),
+            }  # fmt: skip
+        times = cpu_ms(sessions, test[:1], rounds=rounds)
+    values["fp32"] = {}
+    for variant, ms in times.items():
+        values[variant] |= {"cpu_ms": ms, "speed_over_fp32": times["fp32"] / ms}
+    return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--subjects", nargs="+", help="or any student's name",
+                        default=["sample_teacher", "vit_s16", "vit_b32", "hybrid"])  # fmt: skip
+    parser.add_argument("--images", nargs="+", default=["scenes"], help="to calibrate and test on")
+    parser.add_argument("--num-images", type=int, default=64, help="of each")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    values: dict[str, Any] = {"rules": cpu_quant_rules()}
+    for name in args.subjects:
+        values[name] = bench(name, args.images, num_images=args.num_images, rounds=args.rounds)
+    values["machine"] = machine_info()
+    print(json.dumps(values, indent=None if args.json else 1))
+
+
+if __name__ == "__main__":
+    main()

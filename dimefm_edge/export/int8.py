@@ -1,0 +1,366 @@
+"""An fp32 ONNX graph in int8: Q/DQ pairs where the rules of a runtime want them.
+
+Between tracing and checking of an export (onnx.py). quant_rules.py says what is quantised,
+calibration.py how far activations reach; here products are found and the pairs put in.
+A float tensor x stands as scale * (q - zero_point). What no product reads stays float: the
+residual stream, norms, softmax and GELU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dimefm_edge.errors import ExportError
+from dimefm_edge.export.calibration import Range, calibrate
+from dimefm_edge.export.quant_rules import QuantRules
+from dimefm_edge.manifest import INPUT_NAME
+
+if TYPE_CHECKING:
+    import onnx
+
+_PROBABILITIES = Range(0.0, 1.0)  # what a softmax answers, whatever it is asked
+_AROUND_SOFTMAX = ("Mul", "Div", "Add", "Sub", "Where", "Cast", "Identity", "Reshape", "Transpose")
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A node that multiplies, and which of its inputs are what."""
+
+    node: onnx.NodeProto
+    activations: tuple[int, ...]
+    weight: int | None = None
+    axis: int | None = None
+    """Of the weight's output channels; None quantises the whole tensor alike."""
+    bias: int | None = None
+    output: str | None = None
+    """Tensor that the node's integer kernel writes, when it writes integers."""
+
+
+def quantize_graph(
+    model: onnx.ModelProto, images: npt.NDArray[np.float32], *, rules: QuantRules
+) -> onnx.ModelProto:
+    """Quantise the products of a graph, by calibration on images.
+
+    Args:
+        model: fp32, opset 13 or later, without subgraphs; input `image`. Not changed.
+        images: (N, 3, S, S) float32, preprocessed, of the kind that the model will see.
+        rules: One of `QUANT_RULES`.
+
+    Returns:
+        The same graph with QuantizeLinear and DequantizeLinear nodes around its products, int8
+        weights and no float copy of them. Equal input makes an equal graph.
+
+    Raises:
+        ExportError: If there is nothing to quantise, no image, or an activation is not finite.
+    """
+    import onnx
+
+    model = _prepared(model)
+    graph = _Graph(model)
+    products = [p for node in model.graph.node if (p := _product(graph, node, rules)) is not None]
+    if not products:
+        raise ExportError(
+            f"the graph has no product that {rules.name} runs in int8",
+            hint="dimefm-edge export RUN --precision fp16",
+        )
+    known = {n.output[0]: _PROBABILITIES for n in model.graph.node if n.op_type == "Softmax"}
+    tensors = dict.fromkeys(name for p in products for name in _activations(p) if name not in known)
+    ranges = known | calibrate(model, images, tensors=list(tensors), method=rules.calibration)
+    _Rewriter(graph, ranges, rules).rewrite(products)
+    inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    return inferred
+
+
+def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy with shapes, initializers for Constant nodes, and a name for each node."""
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    graph = copy.graph
+    kept = []
+    for index, node in enumerate(graph.node):
+        value = next((a.t for a in node.attribute if a.name == "value"), None)
+        if node.op_type == "Constant" and value is not None:
+            value.name = node.output[0]
+            graph.initializer.append(value)
+            continue
+        node.name = node.name or f"{node.op_type}_{index}"
+        kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)
+    inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(copy, data_prop=True)
+    return inferred
+
+
+class _Graph:
+    """A graph with who makes and who reads each tensor."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.proto = model.graph
+        self.producers = {name: node for node in model.graph.node for name in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.outputs = {value.name for value in model.graph.output}
+        self.shapes = {value.name: value.type.tensor_type.shape for value in model.graph.value_info}
+
+    def width(self, name: str) -> int:
+        """Size of a tensor's last dimension; 0 if it is not known."""
+        dims = self.shapes[name].dim if name in self.shapes else ()
+        return int(dims[-1].dim_value) if dims else 0
+
+    def only_reader(self, name: str) -> onnx.NodeProto | None:
+        readers = self.readers.get(name, [])
+        return readers[0] if len(readers) == 1 and name not in self.outputs else None
+
+
+def _product(graph: _Graph, node: onnx.NodeProto, rules: QuantRules) -> _Product | None:
+    """What to quantise of a node; None leaves it in float."""
+    if node.op_type not in rules.op_types or node.domain not in ("", "ai.onnx"):
+        return None
+    constants = [i for i in range(2) if node.input[i] in graph.weights]
+    if not constants and node.op_type == "MatMul":
+        return _Product(node, (0, 1)) if _is_attention(graph, node, rules) else None
+    # A constant on the left has its channels where integer kernels have rows: it stays float.
+    if constants != [1] or not _is_plain(graph, node) or not _is_wanted(graph, node, rules):
+        return None
+    rank = len(graph.weights[node.input[1]].dims)
+    axis = {"Conv": 0, "Gemm": 1 - int(_attribute(node, "transB", 0)), "MatMul": rank - 1}
+    has_bias = rules.is_bias_quantized and len(node.input) > 2 and bool(node.input[2])
+    return _Product(
+        node, (0,), 1, axis[node.op_type] if rank > 1 else None, 2 if has_bias else None,
+        _integer_output(graph, node) if node.op_type in rules.output_op_types else None,
+    )  # fmt: skip
+
+
+def _is_wanted(graph: _Graph, node: onnx.NodeProto, rules: QuantRules) -> bool:
+    """Whether the rules quantise this kind of convolution; all else they do."""
+    if node.op_type != "Conv":
+        return True
+    if node.input[0] == INPUT_NAME:
+        return rules.is_stem_quantized
+    channels_out, channels_in = graph.weights[node.input[1]].dims[:2]
+    return rules.is_depthwise_quantized or channels_in > 1 or channels_out == 1
+
+
+def _is_plain(graph: _Graph, node: onnx.NodeProto) -> bool:
+    """Whether a node is x times a constant plus, at most, one constant per channel."""
+    if node.op_type == "MatMul" or len(node.input) < 3 or not node.input[2]:
+        factors = [_attribute(node, "alpha", 1.0)]
+    else:
+        bias = graph.weights.get(node.input[2])
+        if bias is None or max(bias.dims, default=1) != np.prod(bias.dims):
+            return False
+        factors = [_attribute(node, "alpha", 1.0), _attribute(node, "beta", 1.0)]
+    return factors.count(1.0) == len(factors) and not _attribute(node, "transA", 0)
+
+
+def _is_attention(graph: _Graph, node: onnx.NodeProto, rules: QuantRules) -> bool:
+    """Whether a product of two activations is part of an attention that the rules quantise."""
+    if _leads_to(graph.producers.get(node.input[0]), graph, is_up=True):
+        num_tokens, head_dim = graph.width(node.input[0]), graph.width(node.output[0])
+    elif any(_leads_to(r, graph, is_up=False) for r in graph.readers.get(node.output[0], ())):
+        num_tokens, head_dim = graph.width(node.output[0]), graph.width(node.input[0])
+    else:
+        return False
+    return 0 < num_tokens <= rules.attention_max_tokens and head_dim in rules.attention_head_dims
+
+
+def _leads_to(node: onnx.NodeProto | None, graph: _Graph, *, is_up: bool) -> bool:
+    """Whether a softmax is reached through scales, masks, casts and views only."""
+    if node is None or node.op_type not in (*_AROUND_SOFTMAX, "Softmax"):
+        return False
+    if node.op_type == "Softmax":
+        return True
+    near: list[onnx.NodeProto | None]
+    if is_up:
+        near = [graph.producers.get(name) for name in node.input]
+    else:
+        near = list(graph.readers.get(node.output[0], ()))
+    return any(_leads_to(other, graph, is_up=is_up) for other in near)
+
+
+def _integer_output(graph: _Graph, node: onnx.NodeProto) -> str | None:
+    """The tensor to quantise behind a node: its clipping is free when it happens in integers."""
+    name = node.output[0]
+    reader = graph.only_reader(name)
+    if reader is not None and reader.op_type in ("Relu", "Clip"):
+        name = reader.output[0]
+    return None if name in graph.outputs else name
+
+
+def _activations(product: _Product) -> Iterator[str]:
+    """Names of the tensors that get a Q/DQ pair for a product."""
+    for index in product.activations:
+        yield product.node.input[index]
+    if product.output is not None:
+        yield product.output
+
+
+def _attribute(node: onnx.NodeProto, name: str, default: float) -> float:
+    found = next((a for a in node.attribute if a.name == name), None)
+    return default if found is None else float(found.f or found.i)
+
+
+class _Rewriter:
+    """Puts Q/DQ pairs and integer weights into a graph: each tensor is quantised once."""
+
+    def __init__(self, graph: _Graph, ranges: dict[str, Range], rules: QuantRules) -> None:
+        self.graph = graph
+        self.ranges = ranges
+        self.rules = rules
+        self.before: dict[str, list[onnx.NodeProto]] = {}  # new nodes, by the name of an old one
+        self.after: dict[str, list[onnx.NodeProto]] = {}
+        self.scales: dict[str, np.float32] = {}  # of dequantised activations
+        self.dequantized: dict[Any, str] = {}  # names, by what was quantised
+        self.labels: set[str] = set()
+
+    def rewrite(self, products: list[_Product]) -> None:
+        for product in products:
+            if product.output is not None:
+                self._quantize_output(product.output)
+        for product in products:
+            nodes = self.before.setdefault(product.node.name, [])
+            for index in product.activations:
+                product.node.input[index] = self._activation(product.node.input[index], nodes)
+            if product.weight is not None:
+                self._constants(product, nodes)
+        nodes = [
+            new
+            for node in self.graph.proto.node
+            for new in (*self.before.get(node.name, ()), node, *self.after.get(node.name, ()))
+        ]
+        del self.graph.proto.node[:]
+        self.graph.proto.node.extend(nodes)
+        _drop_unused(self.graph.proto)
+
+    def _quantize_output(self, name: str) -> None:
+        """All readers of what an integer kernel writes read the integers."""
+        nodes = self.after.setdefault(self.graph.producers[name].name, [])
+        dequantized = self._activation(name, nodes)
+        for node in self.graph.readers.get(name, ()):
+            for index, other in enumerate(node.input):
+                if other == name:
+                    node.input[index] = dequantized
+
+    def _activation(self, name: str, nodes: list[onnx.NodeProto]) -> str:
+        """A tensor's dequantised name; the pair is made where it is first needed."""
+        from onnx.helper import make_node
+
+        if name in self.scales:  # it is one
+            return name
+        if name not in self.dequantized:
+            scale, zero_point = _affine(self.ranges[name], self.rules)
+            parameters = self._parameters(name, scale, zero_point)
+            quantized, made = f"{name}_quantized", f"{name}_dequantized"
+            nodes += [
+                make_node("QuantizeLinear", [name, *parameters], [quantized], quantized),
+                make_node("DequantizeLinear", [quantized, *parameters], [made], made),
+            ]
+            self.dequantized[name] = made
+            self.scales[made] = scale
+        return self.dequantized[name]
+
+    def _constants(self, product: _Product, nodes: list[onnx.NodeProto]) -> None:
+        """A product's weight and bias in integers."""
+        node = product.node
+        assert product.weight is not None
+        weight = self._array(node.input[product.weight])
+        scale = _weight_scale(weight, product.axis, self.rules)
+        if product.bias is not None:
+            bias = self._array(node.input[product.bias]).ravel()
+            input_scale = self.scales[node.input[product.activations[0]]]
+            # A channel of tiny weights must not push its bias out of 32 bits.
+            scale = np.maximum(scale, np.abs(bias) / (input_scale * np.float32(2**30)))
+            node.input[product.bias] = self._constant(
+                node.input[product.bias], bias, input_scale * scale, 0, "int32", nodes
+            )
+        node.input[product.weight] = self._constant(
+            node.input[product.weight], weight, scale, product.axis, self.rules.weight, nodes
+        )
+
+    def _constant(
+        self,
+        name: str,
+        values: npt.NDArray[np.float32],
+        scale: npt.NDArray[np.float32],
+        axis: int | None,
+        dtype: str,
+        nodes: list[onnx.NodeProto],
+    ) -> str:
+        """A weight's dequantised name; weights that are shared are stored once."""
+        from onnx.helper import make_node
+
+        key = (name, axis, scale.tobytes())
+        if key not in self.dequantized:
+            label = name if name not in self.labels else f"{name}_{len(self.labels)}"
+            self.labels.add(label)
+            made = f"{label}_dequantized"
+            zero_point = 128 if dtype == "uint8" else 0
+            parameters = self._parameters(label, scale, np.full(scale.shape, zero_point, dtype))
+            integers = np.round(values / _along(scale, values.ndim, axis)) + zero_point
+            limits = np.iinfo(dtype)
+            stored = integers.clip(limits.min, limits.max).astype(dtype)
+            inputs = [self._store(f"{label}_quantized", stored), *parameters]
+            # ONNX ignores the axis of a scale that is a single number.
+            nodes.append(make_node("DequantizeLinear", inputs, [made], made, axis=axis or 0))
+            self.dequantized[key] = made
+        return self.dequantized[key]
+
+    def _parameters(self, label: str, scale: Any, zero_point: Any) -> list[str]:
+        return [
+            self._store(f"{label}_scale", scale),
+            self._store(f"{label}_zero_point", zero_point),
+        ]
+
+    def _store(self, name: str, values: Any) -> str:
+        from onnx.numpy_helper import from_array
+
+        self.graph.proto.initializer.append(from_array(np.asarray(values), name))
+        return name
+
+    def _array(self, name: str) -> npt.NDArray[np.float32]:
+        from onnx.numpy_helper import to_array
+
+        values: npt.NDArray[np.float32] = to_array(self.graph.weights[name])
+        return values
+
+
+def _affine(reach: Range, rules: QuantRules) -> tuple[np.float32, npt.NDArray[Any]]:
+    """Scale and zero point of an activation: 0 is always exact."""
+    limits = np.iinfo(rules.activation)
+    if rules.is_symmetric:
+        step = max(-reach.low, reach.high) / limits.max
+        return np.float32(step or 1.0), np.array(0, rules.activation)
+    scale = np.float32((reach.high - reach.low) / (limits.max - limits.min) or 1.0)
+    return scale, np.round(limits.min - reach.low / scale).astype(rules.activation)
+
+
+def _weight_scale(
+    weight: npt.NDArray[np.float32], axis: int | None, rules: QuantRules
+) -> npt.NDArray[np.float32]:
+    """One scale per output channel; () when `axis` is None."""
+    others = None if axis is None else tuple(i for i in range(weight.ndim) if i != axis)
+    peak = np.asarray(np.abs(weight).max(axis=others, initial=0))
+    return np.where(peak > 0, peak, 1).astype(np.float32) / np.float32(rules.weight_max)
+
+
+def _along(scale: npt.NDArray[np.float32], rank: int, axis: int | None) -> Any:
+    """A vector of scales shaped to divide a tensor along an axis."""
+    return scale if axis is None else np.expand_dims(scale, [i for i in range(rank) if i != axis])
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Drop weights that nothing reads any more."""
+    used = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

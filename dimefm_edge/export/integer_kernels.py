@@ -1,0 +1,101 @@
+"""Which products of an int8 graph ONNX Runtime really runs in integers: read from its profile.
+
+Q/DQ nodes only ask for integers; where ONNX Runtime has no kernel for what they stand around,
+it multiplies in float, silently and slower than without them.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dimefm_edge.manifest import INPUT_NAME
+
+if TYPE_CHECKING:
+    pass
+
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
+_INTEGER_KERNELS = (
+    "QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger",
+    "ConvInteger", "DynamicQuantizeMatMul",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class IntegerKernels:
+    """How the products of a graph ran, by the names of its nodes."""
+
+    counts: dict[str, int]
+    """Integer kernels that ran, by kind."""
+    fallen_back: tuple[str, ...]
+    """Products with Q/DQ around them that ran in float all the same."""
+    left_float: tuple[str, ...]
+    """Products that were not quantised: attention, where the rules leave it in float."""
+
+    @property
+    def num_integer(self) -> int:
+        return sum(self.counts.values())
+
+
+def count_integer_kernels(path: Path, image: npt.NDArray[np.float32]) -> IntegerKernels:
+    """Run an int8 graph once in ONNX Runtime on this CPU and see with what.
+
+    Args:
+        path: The `.onnx` file.
+        image: (B, 3, S, S) float32, preprocessed; B as the graph takes it.
+    """
+    import onnx
+
+    model = onnx.load(str(path))
+    dequantized = {
+        node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"
+    }
+    products = [node for node in model.graph.node if node.op_type in _PRODUCTS]
+    quantized = {node.name for node in products if set(node.input[:2]) <= dequantized}
+    counts: dict[str, int] = {}
+    in_integers = set()
+    for kernel, name in _kernels(path, image):
+        if kernel in _INTEGER_KERNELS:
+            counts[kernel] = counts.get(kernel, 0) + 1
+            in_integers.add(name)
+    names = [node.name for node in products]
+    return IntegerKernels(
+        dict(sorted(counts.items())),
+        tuple(name for name in names if name in quantized and name not in in_integers),
+        tuple(name for name in names if name not in quantized),
+    )
+
+
+def _kernels(path: Path, image: npt.NDArray[np.float32]) -> list[tuple[str, str]]:
+    """(kind, node) of every kernel that one run calls; nodes as the file names them."""
+    import onnxruntime  # type: ignore[import-untyped]
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder, "profile"))
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"]
+        )
+        session.run(None, {INPUT_NAME: image})
+        events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
+    return [
+        (str(event["args"]["op_name"]), _node_name(str(event["name"])))
+        for event in events
+        if event.get("cat") == "Node" and str(event["name"]).endswith(_SUFFIX)
+    ]
+
+
+_SUFFIX = "_kernel_time"
+
+
+def _node_name(event: str) -> str:
+    """The file's name of a node; ONNX Runtime adds to those that it moved or fused."""
+    return event.removesuffix(_SUFFIX).split("_token_")[0]

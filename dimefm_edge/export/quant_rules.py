@@ -1,0 +1,145 @@
+"""Which tensors are quantised, and to what: one set of rules per runtime, as data.
+
+Read by int8.py, which does what they say. A graph made by the rules of one runtime answers on
+any, but only its own runs all of its products in integers.
+
+Why the defaults are what they are, measured by benchmarks/bench_int8.py on an AMD EPYC of Zen 2
+(AVX2 without VNNI), ONNX Runtime 1.32, one thread, batch 1, against quantize_static too; cosines
+are to the fp32 graph's embeddings of real images that were not calibrated on:
+
+- uint8 weights (zero point 128) take u8 x u8 kernels, which do not saturate, in the same time.
+  s8 weights saturate (cosine down to 0.98 to the graph as it is written), and in 7 bits they lose
+  accuracy (ViT-B/32: 0.99943 for 0.99976) without being faster.
+- Zen 2 issues one integer and two float vector products a cycle, so int8 and fp32 have the same
+  peak (53e9 multiply-adds a second). What int8 wins it wins from memory: 1.47x for ViT-B/32's
+  50 tokens, 1.16x for ViT-S/16's 197, which keep the units busy in fp32 as well.
+- Attention in integers gains 0 to 3% in ONNX Runtime and loses accuracy (ViT-S/16: 0.9984 for
+  0.9999), so it stays float.
+- Depthwise convolutions in integers are slow in ONNX Runtime on x86: a hybrid student runs at
+  0.74x of fp32 with them and at 1.07x without. They hold few weights.
+- QLinearConv answers in 8 bits only, which for the stem is a ViT's residual stream: it is half of
+  the loss (1 - cosine) of the sample teacher, for 2% of ViT-B/32's time. It stays float.
+- Q/DQ on residual adds, norms and GELU, as quantize_static puts them, win no time and lose
+  accuracy: 0.9970 for 0.9998 on the sample teacher, 0.912 on ViT-B/32 with random weights.
+- MatMul + Add takes as long as Reshape, Gemm with an int32 bias, Reshape: MatMul stays MatMul.
+- Percentile (one value in 1e5 clipped on each side) loses about as little as MSE and less than
+  min-max: sample teacher, TensorRT's rules, 0.99888, 0.99883, 0.99852.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+CalibrationMethod = Literal["minmax", "percentile", "mse"]
+IntType = Literal["int8", "uint8"]
+
+_PRODUCTS = ("Conv", "Gemm", "MatMul")
+
+
+@dataclass(frozen=True)
+class QuantRules:
+    """How one runtime wants its Q/DQ graphs."""
+
+    name: str
+    activation: IntType
+    weight: IntType
+    """uint8 weights have zero point 128: the same values, another kernel."""
+    is_symmetric: bool
+    """Activations have zero point 0 (int8 only): clipped at one magnitude on both sides."""
+    attention_head_dims: tuple[int, ...]
+    """Sizes of head at which both products of a spelt-out attention are quantised too."""
+    is_depthwise_quantized: bool
+    """Whether convolutions with one input channel per group are."""
+    is_stem_quantized: bool
+    """Whether convolutions of the image itself are: a ViT's patches, a CNN's first layer."""
+    is_bias_quantized: bool
+    """int32 biases, as the kernels of Conv and Gemm add them; else they stay float."""
+    output_op_types: tuple[str, ...]
+    """Operators whose integer kernel answers in integers only: Q/DQ follows them too."""
+    min_cosine: float
+    """What an export demands of each image's embedding, to fp32; trained and random weights of
+    every family gave 0.993 and more for ONNX Runtime, 0.990 and more for TensorRT."""
+    sources: tuple[str, ...]
+    attention_max_tokens: int = 512
+    op_types: tuple[str, ...] = _PRODUCTS
+    """Operators whose products of activations with constant weights are quantised."""
+    weight_bits: int = 8
+    """7 keeps two u8 x s8 products below 2**15, for kernels that add them in 16 bits."""
+    calibration: CalibrationMethod = "percentile"
+
+    @property
+    def weight_max(self) -> int:
+        """The largest weight, its zero point taken off; the smallest is as far below 0."""
+        return int(2 ** (self.weight_bits - 1)) - 1
+
+
+_ORT_DOC = "onnxruntime.ai/docs/performance/model-optimizations/quantization.html"
+_ORT_FUSIONS = (
+    "which Q/DQ patterns become QLinearConv, QGemm and MatMulIntegerToFloat: ONNX Runtime's "
+    "core/optimizer/qdq_transformer; checked here by export/integer_kernels.py"
+)
+_TENSORRT_DOC = (
+    "docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/"
+    "work-quantized-types.html and quantized-types-explicit-quantization.html"
+)
+
+
+def _onnxruntime(
+    name: str, activation: IntType, weight: IntType, *sources: str, is_depthwise: bool = False
+) -> QuantRules:
+    return QuantRules(
+        name=name,
+        activation=activation,
+        weight=weight,
+        is_symmetric=False,
+        attention_head_dims=(),
+        is_depthwise_quantized=is_depthwise,
+        is_stem_quantized=False,
+        is_bias_quantized=True,
+        output_op_types=("Conv",),
+        min_cosine=0.99,
+        sources=(*sources, _ORT_FUSIONS),
+    )
+
+
+_RULES = (
+    _onnxruntime(
+        "onnxruntime-x86", "uint8", "int8",
+        f"u8 activations and s8 weights on x86 with VNNI: {_ORT_DOC}, section Data type selection",
+    ),
+    _onnxruntime(
+        "onnxruntime-x86-avx2", "uint8", "uint8",
+        f"u8 x s8 saturates on AVX2 and AVX-512 without VNNI; try u8 x u8 or 7 bits: {_ORT_DOC}, "
+        "section When and why do I need to try U8U8; measured here, see above",
+    ),
+    _onnxruntime(
+        "onnxruntime-arm", "int8", "int8",
+        f"s8 activations and weights on Arm: {_ORT_DOC}; not measured on a device",
+        "depthwise s8 kernels for Arm: ONNX Runtime's core/mlas/lib/aarch64/"
+        "DepthwiseQConvSymS8KernelNeon.S",
+        is_depthwise=True,
+    ),
+    QuantRules(
+        name="tensorrt",
+        activation="int8",
+        weight="int8",
+        is_symmetric=True,
+        attention_head_dims=(16, 32, 64),
+        is_depthwise_quantized=True,
+        is_stem_quantized=True,
+        is_bias_quantized=False,
+        output_op_types=(),
+        min_cosine=0.98,
+        sources=(
+            f"symmetric, per-tensor activations, per-channel weights, int8 weights behind a "
+            f"DequantizeLinear: {_TENSORRT_DOC}",
+            "Q/DQ before the first product of an attention, after its softmax and around the "
+            "second, heads of 16, 32 or 64 and up to 512 tokens: NVIDIA/TensorRT issue 4167",
+            "nothing on residual adds and norms, where int8 collapses a ViT: onnxsim PR 1742",
+        ),
+    ),
+)  # fmt: skip
+
+QUANT_RULES: dict[str, QuantRules] = {rules.name: rules for rules in _RULES}
+"""By name; `targets.cpu.cpu_quant_rules` says which suit this CPU."""

@@ -1,0 +1,82 @@
+"""What ran in integers, by ONNX Runtime's own profile; and what did not, by name."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+
+from dimefm_edge.export.int8 import quantize_graph
+from dimefm_edge.export.integer_kernels import IntegerKernels, count_integer_kernels
+from dimefm_edge.export.quant_rules import QUANT_RULES
+from tests.dimefm_edge.export.int8_case import family_graph, hand_made, scenes
+
+X86 = ("onnxruntime-x86", "onnxruntime-x86-avx2")
+
+
+def products(model: onnx.ModelProto) -> list[str]:
+    return [n.name for n in model.graph.node if n.op_type in ("Conv", "MatMul", "Gemm")]
+
+
+@pytest.mark.parametrize("name", X86)
+def test_every_quantised_product_of_a_vit_runs_in_integers(name, tmp_path):
+    model = quantize_graph(family_graph("vit"), scenes(4), rules=QUANT_RULES[name])
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    found = count_integer_kernels(tmp_path / "model.onnx", scenes(1))
+    assert found.fallen_back == ()
+    assert found.counts == {"MatMulIntegerToFloat": 8, "QGemm": 1}
+    assert found.num_integer == 9
+    assert len(found.left_float) == 5  # the stem, and both products of two attentions
+    assert set(found.left_float) < set(products(model))
+
+
+@pytest.mark.parametrize("name", X86)
+def test_convolutions_with_and_without_what_follows(name, tmp_path):
+    """A Relu, a residual Add, a GELU: the convolution before them is an integer kernel."""
+    nodes = [
+        helper.make_node("Conv", ["image", "w0"], ["a"], "stem", pads=[1] * 4),
+        helper.make_node("Conv", ["a", "w1", "b1"], ["b"], "before_relu", pads=[1] * 4),
+        helper.make_node("Relu", ["b"], ["c"]),
+        helper.make_node("Conv", ["c", "w1", "b1"], ["d"], "before_add", pads=[1] * 4),
+        helper.make_node("Add", ["a", "d"], ["e"]),
+        helper.make_node("Conv", ["e", "w1"], ["f"], "before_gelu", pads=[1] * 4),
+        helper.make_node("Gelu", ["f"], ["g"]),
+        helper.make_node("GlobalAveragePool", ["g"], ["h"]),
+        helper.make_node("Flatten", ["h"], ["image_embeds"]),
+    ]
+    rng = np.random.default_rng(0)
+    shapes = {"w0": (8, 3, 3, 3), "w1": (8, 8, 3, 3), "b1": (8,)}
+    weights = {k: rng.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}
+    model = hand_made(nodes, weights, shape=["B", 3, 32, 32], out=["B", 8])
+    model = quantize_graph(model, scenes(4), rules=QUANT_RULES[name])
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    found = count_integer_kernels(tmp_path / "model.onnx", scenes(1))
+    assert found == IntegerKernels({"QLinearConv": 3}, (), ("stem",))
+
+
+def test_a_float_graph_has_none(tmp_path):
+    onnx.save(family_graph("vit"), str(tmp_path / "model.onnx"))
+    found = count_integer_kernels(tmp_path / "model.onnx", scenes(1))
+    assert (found.counts, found.fallen_back, found.num_integer) == ({}, (), 0)
+    assert len(found.left_float) == 14
+
+
+def test_what_falls_back_is_named(tmp_path):
+    """A Gemm whose bias is float has no integer kernel, Q/DQ or not."""
+    nodes = [
+        helper.make_node("Gemm", ["image", "w", "b"], ["x"], "first"),
+        helper.make_node("Gemm", ["x", "w", "b"], ["image_embeds"], "second"),
+    ]
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.normal(size=(8, 8)).astype(np.float32), "b": np.ones(8, np.float32)}
+    model = hand_made(nodes, weights, shape=["B", 8], out=["B", 8])
+    rows = rng.normal(size=(16, 8)).astype(np.float32)
+    model = quantize_graph(model, rows, rules=QUANT_RULES["onnxruntime-x86-avx2"])
+    second = next(node for node in model.graph.node if node.name == "second")
+    second.input[2] = "float_bias"
+    model.graph.initializer.append(numpy_helper.from_array(weights["b"], "float_bias"))
+    onnx.save(model, str(tmp_path / "model.onnx"))
+    found = count_integer_kernels(tmp_path / "model.onnx", rows[:1])
+    assert found.counts == {"QGemm": 1}
+    assert found.fallen_back == ("second",)
