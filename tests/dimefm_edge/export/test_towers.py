@@ -27,7 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None},
         "text_cfg": TEXT,
     },
-    "siglip": {
+    "bidirectional": {  # as SigLIP; a name with that word asks open_clip for its tokenizer
         "custom_text": True,
         "init_logit_bias": -10,
         "vision_cfg": {
