@@ -154,7 +154,7 @@ def bench(name: str, sources: list[str], *, num_images: int, rounds: int) -> dic
     values: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "fp32.onnx")
-        export_onnx(module, path, image_size=preprocess.image_size, precision="fp32",
+        export_onnx(module, path, image_size=preprocess.image_size,
                     parity_images=calibration[:8], metadata={})  # fmt: skip
         sessions = {"fp32": open_session(path)}
         expected = embeds(sessions["fp32"], test)

@@ -65,7 +65,7 @@ def family_bytes(family: str) -> bytes:
         module = _Unit(open_clip.CLIP(32, vision, _TEXT).visual).eval()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
-        export_onnx(module, path, image_size=SIDE, precision="fp32",
+        export_onnx(module, path, image_size=SIDE,
                     parity_images=scenes(8), metadata={})  # fmt: skip
         return path.read_bytes()
 

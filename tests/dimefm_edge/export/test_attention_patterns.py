@@ -17,10 +17,17 @@ from dimefm_edge.export.attention_patterns import (
     find_unmatched_softmaxes,
 )
 from dimefm_edge.export.fp16 import convert_to_fp16
-from dimefm_edge.export.onnx import _trace
+from dimefm_edge.export.trace import trace
 from dimefm_edge.students import build_student, hybrid_spec
 
 SIDE = 32
+
+
+def traced(module: torch.nn.Module, side: int, *, opset: int, attention: str) -> onnx.ModelProto:
+    return trace(
+        module, torch.zeros(2, 3, side, side), input_name="image", output_name="image_embeds",
+        opset=opset, attention=attention,
+    )  # fmt: skip
 
 
 def our_hybrid() -> nn.Module:
@@ -67,7 +74,7 @@ def sizes(match: AttentionMatch) -> tuple[int | None, int | None, int | None]:
 def test_every_attention_of_an_exported_model_is_found(build: Callable[[], nn.Module]) -> None:
     side, count, *expected = EXPORTED[build]
     torch.manual_seed(0)
-    model = _trace(build().eval(), image_size=side, opset=20)
+    model = traced(build().eval(), side, opset=20, attention="decomposed")
     for graph in (model, convert_to_fp16(model)):  # the latter with casts around each softmax
         matches = find_attentions(graph)
         assert [m.form for m in matches] == ["decomposed"] * count
@@ -83,7 +90,7 @@ def test_every_attention_of_an_exported_model_is_found(build: Callable[[], nn.Mo
 
 
 def test_opset_23_has_attention_as_one_node() -> None:
-    model = _trace(our_hybrid().eval(), image_size=2 * SIDE, opset=23)
+    model = traced(our_hybrid().eval(), 2 * SIDE, opset=23, attention="Attention")
     (match,) = find_attentions(model)
     assert (match.form, sizes(match)) == ("onnx", (4, 16, 32))
     assert find_unmatched_softmaxes(model) == []
