@@ -86,7 +86,7 @@ def test_every_attention_of_an_exported_model_is_found(build: Callable[[], nn.Mo
             ops = [kinds[name] for name in match.nodes]
             assert ops.count("MatMul") == 2
             assert ops.count("Softmax") == 1
-            assert "Mul" not in ops  # the scale
+            assert "Mul" not in ops  # the scale is in the projection
 
 
 def test_opset_23_has_attention_as_one_node() -> None:
