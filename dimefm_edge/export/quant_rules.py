@@ -5,25 +5,27 @@ any, but only its own runs all of its products in integers.
 
 Why the defaults are what they are, measured by benchmarks/bench_int8.py on an AMD EPYC of Zen 2
 (AVX2 without VNNI), ONNX Runtime 1.32, one thread, batch 1, against quantize_static too; cosines
-are to the fp32 graph's embeddings of real images that were not calibrated on:
+are to the fp32 graph's embeddings of real images that were not calibrated on, speeds are those of
+the least disturbed run (on a busy machine fp32 suffers more, and int8 looks better):
 
 - uint8 weights (zero point 128) take u8 x u8 kernels, which do not saturate, in the same time.
   s8 weights saturate (cosine down to 0.98 to the graph as it is written), and in 7 bits they lose
   accuracy (ViT-B/32: 0.99943 for 0.99976) without being faster.
 - Zen 2 issues one integer and two float vector products a cycle, so int8 and fp32 have the same
-  peak (53e9 multiply-adds a second). What int8 wins it wins from memory: 1.47x for ViT-B/32's
-  50 tokens, 1.16x for ViT-S/16's 197, which keep the units busy in fp32 as well.
-- Attention in integers gains 0 to 3% in ONNX Runtime and loses accuracy (ViT-S/16: 0.9984 for
+  peak (53e9 multiply-adds a second). What int8 wins it wins from memory: 1.24x for ViT-B/32's
+  50 tokens, 1.03x for ViT-S/16's 197, which keep the units busy in fp32 as well.
+- Attention in integers gains -1 to 4% in ONNX Runtime and loses accuracy (ViT-S/16: 0.9984 for
   0.9999), so it stays float.
 - Depthwise convolutions in integers are slow in ONNX Runtime on x86: a hybrid student runs at
-  0.74x of fp32 with them and at 1.07x without. They hold few weights.
-- QLinearConv answers in 8 bits only, which for the stem is a ViT's residual stream: it is half of
-  the loss (1 - cosine) of the sample teacher, for 2% of ViT-B/32's time. It stays float.
+  0.64x of fp32 with them and at 0.94x without. They hold few weights. So int8 makes a hybrid
+  smaller on such a CPU, not faster.
+- QLinearConv answers in 8 bits only, which for the stem is a ViT's residual stream: it is two
+  fifths of the loss (1 - cosine) of the sample teacher, for 1% of ViT-B/32's time. It stays float.
 - Q/DQ on residual adds, norms and GELU, as quantize_static puts them, win no time and lose
   accuracy: 0.9970 for 0.9998 on the sample teacher, 0.912 on ViT-B/32 with random weights.
 - MatMul + Add takes as long as Reshape, Gemm with an int32 bias, Reshape: MatMul stays MatMul.
-- Percentile (one value in 1e5 clipped on each side) loses about as little as MSE and less than
-  min-max: sample teacher, TensorRT's rules, 0.99888, 0.99883, 0.99852.
+- Percentile (one value in 1e5 clipped on each side), MSE and min-max are alike by the rules of
+  ONNX Runtime; by TensorRT's, on the sample teacher, they give 0.99888, 0.99883 and 0.99852.
 """
 
 from __future__ import annotations
