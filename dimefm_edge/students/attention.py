@@ -14,6 +14,7 @@ from timm.models.vision_transformer import Attention  # type: ignore[attr-define
 from torch import Tensor, nn
 
 from dimefm_edge.errors import MissingExtraError
+from dimefm_edge.students.class_token import ClassTokenBlock
 
 
 class _FusedAttention(Attention):
@@ -59,9 +60,14 @@ def use_fused_attention(module: nn.Module) -> int:
 
     Returns:
         How many were swapped. Those with dropout of attention, norms of q and k, or a gate are
-        left as they are.
+        left as they are, and so is that of a `ClassTokenBlock`, which has one query.
     """
-    found = [part for part in module.modules() if type(part) in _FUSED and _is_plain(part)]
+    others = {part.attn for part in module.modules() if isinstance(part, ClassTokenBlock)}
+    found = [
+        part
+        for part in module.modules()
+        if type(part) in _FUSED and part not in others and _is_plain(part)
+    ]
     for part in found:
         part.__class__ = _FUSED[type(part)]
     return len(found)

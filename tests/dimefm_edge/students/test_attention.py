@@ -23,7 +23,7 @@ VIT = vit_spec(image_size=32, embed_dim=16, patch_size=8, width=64, depth=2, num
 HYBRID = student_spec("hybrid-nano", image_size=32, embed_dim=16)
 
 
-@pytest.mark.parametrize(("spec", "count"), [(VIT, 2), (HYBRID, 1)], ids=["vit", "hybrid"])
+@pytest.mark.parametrize(("spec", "count"), [(VIT, 1), (HYBRID, 1)], ids=["vit", "hybrid"])
 def test_same_state_answers_and_gradients(spec, count):
     torch.manual_seed(0)
     plain = build_student(spec).eval()
@@ -47,7 +47,8 @@ def test_the_op_is_what_runs():
     with torch.no_grad():
         program = torch.export.export(student, (torch.randn(2, 3, 32, 32),))
     targets = [str(node.target) for node in program.graph.nodes]
-    assert targets.count("dimefm.fused_attention_qkv.default") == 2
+    # Of two blocks: the last one has a single query.
+    assert targets.count("dimefm.fused_attention_qkv.default") == 1
 
 
 def test_attention_with_more_to_it_is_left_alone():
