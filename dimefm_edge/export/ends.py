@@ -2,7 +2,8 @@
 
 The device then needs no code of its own between a camera and an answer. Resizing follows
 `preprocess.resize_image`: sizes in whole numbers, Pillow's filters (antialias, cubic with
-a = -0.5), the crop and the padding to the same pixel.
+a = -0.5), the crop and the padding to the same pixel. Where `nearest` falls on the edge between
+two pixels, exactly, it may take the other one: ONNX Runtime computes places in fp32.
 """
 
 from __future__ import annotations
