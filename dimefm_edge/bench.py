@@ -24,11 +24,10 @@ from dimefm_edge.errors import (
     CheckpointError,
     ExportError,
     InputError,
-    MissingExtraError,
     ParityError,
 )
 from dimefm_edge.latency.measure import LatencyReport, measure_interleaved, peak_rss_mib
-from dimefm_edge.runtime.onnxruntime import count_physical_cores
+from dimefm_edge.runtime.onnxruntime import count_physical_cores, import_onnxruntime
 from dimefm_edge.subjects import subject_kind
 
 logger = logging.getLogger(__name__)
@@ -218,12 +217,7 @@ def onnx_call(
         CheckpointError: If ONNX Runtime cannot load or run it.
         MissingExtraError: If ONNX Runtime is not installed.
     """
-    try:
-        import onnxruntime  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise MissingExtraError(
-            "ONNX Runtime is not installed", hint="pip install onnxruntime"
-        ) from error
+    onnxruntime = import_onnxruntime()
     if not path.is_file():
         raise CheckpointError(f"no ONNX file at {path}", hint="check the path")
     options = onnxruntime.SessionOptions()
@@ -272,7 +266,7 @@ def _memory_mib(path: Path, *, batch_size: int, image_size: int, threads: int) -
 
 
 def _main(words: Sequence[str]) -> None:
-    import onnxruntime  # noqa: F401  (part of the bare process)
+    import onnxruntime  # type: ignore[import-untyped]  # noqa: F401  (part of the bare process)
 
     path, batch_size, image_size, threads = words
     before = peak_rss_mib()

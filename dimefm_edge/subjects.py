@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dimefm_edge.errors import CheckpointError, InputError, MissingExtraError
+from dimefm_edge.errors import CheckpointError, InputError
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.manifest import MANIFEST_FILE
 from dimefm_edge.preprocess import PreprocessSpec
@@ -144,14 +144,11 @@ def onnx_metadata(path: Path) -> tuple[PreprocessSpec, int, float]:
 
 
 def _metadata_of(path: Path) -> dict[str, str]:
+    from dimefm_edge.runtime.onnxruntime import import_onnxruntime
+
     if not path.is_file():
         raise CheckpointError(f"no ONNX file at {path}", hint="check the path")
-    try:
-        import onnxruntime  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise MissingExtraError(
-            "ONNX Runtime is not installed", hint="pip install onnxruntime"
-        ) from error
+    onnxruntime = import_onnxruntime()
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # no public base but Exception

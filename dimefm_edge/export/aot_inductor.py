@@ -8,7 +8,6 @@ needs neither Triton nor this package to run.
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Callable
@@ -20,8 +19,14 @@ import numpy.typing as npt
 
 from dimefm_edge.errors import ExportError, ParityError
 from dimefm_edge.export.graph_spec import GraphSpec
-from dimefm_edge.export.onnx import OnnxGraph, export_onnx
-from dimefm_edge.export.parity import MAX_ABS_DIFF_FP32, MIN_COSINE, ParityReport
+from dimefm_edge.export.onnx import EXAMPLE_BATCH, OnnxGraph, export_onnx
+from dimefm_edge.export.parity import (
+    MAX_ABS_DIFF_FP32,
+    MIN_COSINE,
+    PARITY_BATCHES,
+    ParityReport,
+    module_embeds,
+)
 from dimefm_edge.manifest import PT2_BUILD_FILE, PT2_FILE, native_build
 
 if TYPE_CHECKING:
@@ -30,8 +35,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAX_BATCH = 1024
-_EXAMPLE_BATCH = 2  # torch.export takes 0 and 1 for constants
-_PARITY_BATCHES = (1, 7, 32)
 
 
 def export_onnx_and_pt2(student: nn.Module, path: Path, **arguments: Any) -> OnnxGraph:
@@ -96,7 +99,7 @@ def export_aot_inductor(
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = _prepared(student, precision).to(device)
-    example = torch.zeros(batch_size or _EXAMPLE_BATCH, 3, image_size, image_size, device=device)
+    example = torch.zeros(batch_size or EXAMPLE_BATCH, 3, image_size, image_size, device=device)
     _compile(model, example, path, is_dynamic=batch_size is None, configs=configs)
     build = {**native_build(torch, device), "precision": precision}
     build["batch_size"] = "1 to 1024" if batch_size is None else str(batch_size)
@@ -107,7 +110,7 @@ def export_aot_inductor(
             lambda images: _as_numpy(runner(images.to(device))),
             student,
             parity_images,
-            sizes=(batch_size,) if batch_size else _PARITY_BATCHES,
+            sizes=(batch_size,) if batch_size else PARITY_BATCHES,
             precision=precision,
         )
     except ParityError:
@@ -175,9 +178,7 @@ def _check_parity(
     """Compare on every image, in batches of each size; the limits are those of ONNX."""
     import torch
 
-    student = copy.deepcopy(student).cpu().float().eval()
-    with torch.inference_mode():
-        wanted = student(torch.from_numpy(images)).numpy()
+    wanted = module_embeds(student, images)
     diff, cosine = 0.0, 1.0
     for size in sizes:
         rows = np.arange(-(-len(images) // size) * size) % len(images)

@@ -7,9 +7,8 @@ after the softmax, and around the second product (BMM2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -91,16 +90,17 @@ def find_attentions(model: onnx.ModelProto) -> list[AttentionMatch]:
     return found
 
 
-def load_attentions(path: Path) -> list[AttentionMatch]:
-    """`find_attentions` of an ONNX file."""
-    import onnx
+def find_unmatched_softmaxes(
+    model: onnx.ModelProto, matches: Sequence[AttentionMatch] | None = None
+) -> list[str]:
+    """Names of the Softmax nodes that are part of no attention.
 
-    return find_attentions(onnx.load(path))
-
-
-def find_unmatched_softmaxes(model: onnx.ModelProto) -> list[str]:
-    """Names of the Softmax nodes that are part of no attention."""
-    matched = {name for match in find_attentions(model) for name in match.nodes}
+    Args:
+        model: As for `find_attentions`.
+        matches: What that found, where it is known: finding costs a shape inference.
+    """
+    matches = find_attentions(model) if matches is None else matches
+    matched = {name for match in matches for name in match.nodes}
     softmaxes = [node_name(node) for node in model.graph.node if node.op_type == "Softmax"]
     return [name for name in softmaxes if name not in matched]
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import ExportError, lookup
+from dimefm_edge.export.parity import cpu_session
 from dimefm_edge.export.quant_rules import CalibrationMethod
 from dimefm_edge.manifest import INPUT_NAME
 
@@ -78,7 +79,6 @@ def calibrate(
 def _probe(model: onnx.ModelProto, tensors: Sequence[str]) -> Any:
     """A session that answers with these tensors of the graph, and nothing else."""
     import onnx
-    import onnxruntime  # type: ignore[import-untyped]
 
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
@@ -86,11 +86,7 @@ def _probe(model: onnx.ModelProto, tensors: Sequence[str]) -> Any:
     probe.graph.output.extend(
         onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in tensors
     )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        probe.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return cpu_session(probe.SerializeToString())
 
 
 class _Histogram:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import ParityError
+from dimefm_edge.export.parity import cpu_session
 
 if TYPE_CHECKING:
     import onnx
@@ -78,7 +79,6 @@ def check_fp16_range(
         ParityError: If a tensor overflows or is not a number.
     """
     import onnx
-    import onnxruntime  # type: ignore[import-untyped]
 
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
@@ -86,11 +86,7 @@ def check_fp16_range(
     made = [(name, node) for node in probe.graph.node for name in node.output]
     watched = {name: node for name, node in made if kinds.get(name) == _FLOAT16}
     probe.graph.output.extend(v for v in probe.graph.value_info if v.name in watched)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(
-        probe.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = cpu_session(probe.SerializeToString())
     largest = 0.0
     input_name = model.graph.input[0].name
     for i in range(len(inputs)):

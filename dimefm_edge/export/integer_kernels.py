@@ -10,17 +10,14 @@ import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from dimefm_edge.export.quant_rules import PRODUCTS
 from dimefm_edge.manifest import INPUT_NAME
 
-if TYPE_CHECKING:
-    pass
-
-_PRODUCTS = ("Conv", "Gemm", "MatMul")
 _INTEGER_KERNELS = (
     "QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger",
     "ConvInteger", "DynamicQuantizeMatMul",
@@ -56,7 +53,7 @@ def count_integer_kernels(path: Path, image: npt.NDArray[np.float32]) -> Integer
     dequantized = {
         node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"
     }
-    products = [node for node in model.graph.node if node.op_type in _PRODUCTS]
+    products = [node for node in model.graph.node if node.op_type in PRODUCTS]
     quantized = {node.name for node in products if set(node.input[:2]) <= dequantized}
     counts: dict[str, int] = {}
     in_integers = set()

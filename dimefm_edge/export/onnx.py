@@ -242,7 +242,7 @@ def report_fusion(
     return FusionReport(
         attentions=len(attentions),
         attention_forms=forms,
-        unmatched_softmaxes=tuple(find_unmatched_softmaxes(model)),
+        unmatched_softmaxes=tuple(find_unmatched_softmaxes(model, attentions)),
         norms=ops.get("LayerNormalization", 0),
         gelus=ops.get("Gelu", 0),
     )

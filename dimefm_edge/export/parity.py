@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MAX_ABS_DIFF_FP32 = 1e-4
 MIN_COSINE = {"fp16": 0.999, "int8": 0.98}
 
-_BATCHES = (1, 7, 32)
+PARITY_BATCHES = (1, 7, 32)
 
 
 @dataclass(frozen=True)
@@ -137,17 +137,9 @@ def _graph_embeds(
     path: Path, inputs: npt.NDArray[Any], batch_size: int | None
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Embeddings by the graph, and the input that each row is of."""
-    import onnxruntime  # type: ignore[import-untyped]
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    if int8_products_saturate():  # as the runtime does: a graph may be for another CPU
-        options.add_session_config_entry("session.x64quantprecision", "1")
     with onnxruntime_errors():
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-        batches = _BATCHES if batch_size is None else (batch_size,)
+        session = cpu_session(str(path))
+        batches = PARITY_BATCHES if batch_size is None else (batch_size,)
         input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
         # Few inputs are repeated, so that every batch size is run, and fixed ones are full.
         least = max(len(inputs), sum(batches[:2]))
@@ -162,6 +154,17 @@ def _graph_embeds(
             pieces.append(np.asarray(embeds, np.float32))
             start += size
     return np.concatenate(pieces), rows
+
+
+def cpu_session(model: bytes | str) -> Any:
+    """An ONNX Runtime session of a graph, or of its file, that an export runs to look at it."""
+    import onnxruntime  # type: ignore[import-untyped]
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if int8_products_saturate():  # as the runtime does: a graph may be for another CPU
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 @contextlib.contextmanager

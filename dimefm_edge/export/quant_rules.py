@@ -36,7 +36,7 @@ from typing import Literal
 CalibrationMethod = Literal["minmax", "percentile", "mse"]
 IntType = Literal["int8", "uint8"]
 
-_PRODUCTS = ("Conv", "Gemm", "MatMul")
+PRODUCTS = ("Conv", "Gemm", "MatMul")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class QuantRules:
     every family gave 0.993 and more for ONNX Runtime, 0.990 and more for TensorRT."""
     sources: tuple[str, ...]
     attention_max_tokens: int = 512
-    op_types: tuple[str, ...] = _PRODUCTS
+    op_types: tuple[str, ...] = PRODUCTS
     """Operators whose products of activations with constant weights are quantised."""
     weight_bits: int = 8
     """7 keeps two u8 x s8 products below 2**15, for kernels that add them in 16 bits."""

@@ -118,12 +118,13 @@ def check_graph(
     known = {*plugins, *(f"{function.domain}::{function.name}" for function in model.functions)}
     for node in graph.nodes:
         found += _check_node(node, graph, rules, known)
-    for match in find_attentions(model):
+    matches = find_attentions(model)
+    for match in matches:
         found += _check_attention(match, graph, precision)
     found += [
         _warning(name, "a softmax that is part of no attention", "it runs as a kernel of its own",
                  "nothing, unless it should be one: see find_attentions")
-        for name in find_unmatched_softmaxes(model)
+        for name in find_unmatched_softmaxes(model, matches)
     ]  # fmt: skip
     if precision != "fp32":
         found += _check_norms(graph)

@@ -148,7 +148,12 @@ class OnnxRuntimeEngine:
             )
 
 
-def _import_onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The package.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
     try:
         import onnxruntime  # type: ignore[import-untyped]
     except ImportError as error:
@@ -159,7 +164,7 @@ def _import_onnxruntime() -> Any:
 
 
 def _available_providers() -> list[str]:
-    names: list[str] = _import_onnxruntime().get_available_providers()
+    names: list[str] = import_onnxruntime().get_available_providers()
     return names
 
 
@@ -172,7 +177,7 @@ def load_session(
         CheckpointError: If ONNX Runtime cannot load the graph.
         MissingExtraError: If ONNX Runtime is not installed.
     """
-    onnxruntime = _import_onnxruntime()
+    onnxruntime = import_onnxruntime()
     options = onnxruntime.SessionOptions()
     # A count of our own also stops ONNX Runtime from pinning threads to cores, which fails
     # loudly where a container does not own them all.
