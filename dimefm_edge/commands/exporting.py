@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,10 +101,33 @@ def _require_builder(options: ExportOptions) -> None:
     """Before anything is loaded or written."""
     from dimefm_edge.runtime.tensorrt_machine import require_builder
 
-    subject = options.run or f"--teacher {options.teacher}"
-    out = options.out or Path("BUNDLE")
-    command = f"dimefm-edge export {subject} --target {options.target or 'jetson-orin'}"
-    require_builder(export_command=f"{command} --out {out}", bundle=out)
+    out = options.out or _default_out(options)
+    onnx = dataclasses.replace(
+        options, format="onnx", target=options.target or "jetson-orin", out=out, json=False
+    )
+    require_builder(export_command=_command(onnx), bundle=out)
+
+
+def _default_out(options: ExportOptions) -> Path:
+    from dimefm_edge.export.towers import file_name_of
+
+    if options.teacher:
+        return Path(f"{file_name_of(options.teacher)}-bundle")
+    run = Path(options.run).expanduser()
+    return (run if run.is_dir() else run.parent) / f"bundle-{options.precision}"
+
+
+def _command(options: ExportOptions) -> str:
+    """What a user types to get these options."""
+    words = ["dimefm-edge", "export", *([options.run] if options.run else [])]
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if field.name == "run" or value == field.default:
+            continue
+        words.append("--" + field.name.replace("_", "-"))
+        if not isinstance(value, bool):
+            words += map(str, value if isinstance(value, tuple) else [value])
+    return shlex.join(words)
 
 
 def _with_engine(outcome: Outcome, out: Path) -> Outcome:
@@ -130,12 +155,14 @@ def _check(options: ExportOptions) -> None:
 def _outcome(bundle: Bundle, out: Path) -> Outcome:
     parity, text = bundle.manifest["parity"], bundle.manifest.get("text")
     graph = bundle.manifest["graph"]
+    integers = graph.get("integer_kernels")
     lines = [
         f"{out}: {bundle.name}, {bundle.precision}, {bundle.size_mib:.2f} MiB, label sets: "
         f"{', '.join(bundle.label_banks) or 'none'}",
         f"for {graph['runtime']}, opset {bundle.manifest['opset']}, {graph['nodes']} nodes; "
         f"{graph['fusion']['summary']}",
         f"parity on {parity['num_images']} images: {_parity(parity)}",
+        *([f"int8 on this CPU: {integers['summary']}"] if integers else []),
         *(f"warning: {text}" for text in graph["warnings"]),
     ]
     values = {
@@ -170,7 +197,7 @@ def _parity(parity: dict[str, Any]) -> str:
 
 def _of_teacher(options: ExportOptions) -> _Source:
     from dimefm_edge.export.bundle import check_destination
-    from dimefm_edge.export.towers import file_name_of, image_tower
+    from dimefm_edge.export.towers import image_tower
     from dimefm_edge.teacher import RUN_CHECKPOINT, load_teacher
 
     assert options.teacher is not None
@@ -178,7 +205,7 @@ def _of_teacher(options: ExportOptions) -> _Source:
         raise InputError(
             f"{options.teacher} is a run", hint=f"dimefm-edge export {options.teacher} --text"
         )
-    out = options.out or Path(f"{file_name_of(options.teacher)}-bundle")
+    out = options.out or _default_out(options)
     check_destination(out)  # a big teacher takes a while to load
     teacher = load_teacher(options.teacher)
     return _Source(
@@ -226,7 +253,7 @@ def _of_run(options: ExportOptions) -> _Source:
     teacher = load_teacher(name) if needs_teacher and name else None
     return _Source(
         loaded,
-        options.out or run_dir / f"bundle-{options.precision}",
+        options.out or _default_out(options),
         _banks_of(run_dir / "bundle") if has_banks else _label_banks(sources, teacher),
         (images, column),
         run_logit_scale(loaded.metadata, options.run),

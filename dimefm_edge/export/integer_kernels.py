@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
+from dimefm_edge.export.parity import cpu_session
 from dimefm_edge.export.quant_rules import PRODUCTS
-from dimefm_edge.manifest import INPUT_NAME
 
 _INTEGER_KERNELS = (
     "QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "MatMulInteger",
@@ -39,13 +38,22 @@ class IntegerKernels:
     def num_integer(self) -> int:
         return sum(self.counts.values())
 
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
+        said = f"{self.num_integer} products run in integers" + (f" ({kinds})" if kinds else "")
+        said += f", {len(self.left_float)} are left in float"
+        fallen = self.fallen_back
+        return said + (
+            f"; {len(fallen)} fell back to float: {', '.join(fallen)}" if fallen else ""
+        )
 
-def count_integer_kernels(path: Path, image: npt.NDArray[np.float32]) -> IntegerKernels:
-    """Run an int8 graph once in ONNX Runtime on this CPU and see with what.
+
+def count_integer_kernels(path: Path, image: npt.NDArray[Any]) -> IntegerKernels:
+    """Run an int8 graph once in ONNX Runtime on this CPU, as the runtime does, and see with what.
 
     Args:
         path: The `.onnx` file.
-        image: (B, 3, S, S) float32, preprocessed; B as the graph takes it.
+        image: (B, ...) as the graph takes it.
     """
     import onnx
 
@@ -69,19 +77,11 @@ def count_integer_kernels(path: Path, image: npt.NDArray[np.float32]) -> Integer
     )
 
 
-def _kernels(path: Path, image: npt.NDArray[np.float32]) -> list[tuple[str, str]]:
+def _kernels(path: Path, image: npt.NDArray[Any]) -> list[tuple[str, str]]:
     """(kind, node) of every kernel that one run calls; nodes as the file names them."""
-    import onnxruntime  # type: ignore[import-untyped]
-
     with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder, "profile"))
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-        session.run(None, {INPUT_NAME: image})
+        session = cpu_session(str(path), profile=str(Path(folder, "profile")))
+        session.run(None, {session.get_inputs()[0].name: image})
         events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
     return [
         (str(event["args"]["op_name"]), _node_name(str(event["name"])))

@@ -27,16 +27,18 @@ from dimefm_edge.export.ends import add_head, normalised_to_pixels, take_pixels
 from dimefm_edge.export.fp16 import check_fp16_range, convert_to_fp16
 from dimefm_edge.export.graph_spec import GraphSpec
 from dimefm_edge.export.int8 import quantize_graph
+from dimefm_edge.export.integer_kernels import IntegerKernels, count_integer_kernels
 from dimefm_edge.export.parity import (
     ParityReport,
     check_parity,
     module_embeds,
     onnxruntime_errors,
 )
-from dimefm_edge.export.quant_rules import QUANT_RULES
+from dimefm_edge.export.quant_rules import QUANT_RULES, QuantRules
 from dimefm_edge.export.tensorrt import require_graph, rules_for
 from dimefm_edge.export.trace import silence, trace
 from dimefm_edge.manifest import INPUT_NAME, OUTPUT_NAME
+from dimefm_edge.targets.cpu import cpu_quant_rules
 
 if TYPE_CHECKING:
     import onnx
@@ -86,6 +88,8 @@ class OnnxGraph:
     attentions: tuple[AttentionMatch, ...]
     warnings: tuple[str, ...]
     """What its runtime would read and then run slowly or wrongly."""
+    integer_kernels: IntegerKernels | None = None
+    """What ran in integers here; of int8 for ONNX Runtime on a CPU such as this one."""
 
     def to_dict(self) -> dict[str, Any]:
         """What a manifest keeps of it."""
@@ -95,6 +99,8 @@ class OnnxGraph:
             "fusion": asdict(self.fusion) | {"summary": str(self.fusion)},
             "attentions": [asdict(match) for match in self.attentions],
             "warnings": list(self.warnings),
+            "integer_kernels": self.integer_kernels
+            and asdict(self.integer_kernels) | {"summary": str(self.integer_kernels)},
         }
 
 
@@ -178,9 +184,8 @@ def in_precision(
             )
         logger.info("the largest fp16 activation is %.4g of 65504", peak)
     if spec.precision == "int8":
-        rules = lookup(QUANT_RULES, spec.quant_rules or "", kind="int8 rules")
         with onnxruntime_errors():
-            model = quantize_graph(model, inputs, rules=rules)
+            model = quantize_graph(model, inputs, rules=_quant_rules(spec))
     return model
 
 
@@ -216,18 +221,29 @@ def land_graph(
     _check_graph(model)
     warnings = _runtime_warnings(model, spec)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    is_int8, integers = spec.precision == "int8", None
     try:
         part.write_bytes(model.SerializeToString(deterministic=True))
         parity = check_parity(
             part, expected, inputs=inputs, precision=spec.precision, batch_size=spec.batch_size,
-            kind=kind,
+            kind=kind, min_cosine=_quant_rules(spec).min_cosine if is_int8 else None,
         )  # fmt: skip
+        if is_int8 and spec.quant_rules == cpu_quant_rules():
+            rows = np.arange(spec.batch_size or 1) % len(inputs)
+            with onnxruntime_errors():
+                integers = count_integer_kernels(part, inputs[rows])
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
     attentions = tuple(find_attentions(model))
     fusion = report_fusion(model, attentions)
-    return OnnxGraph(path, spec.opset, _count_ops(model), parity, fusion, attentions, warnings)
+    return OnnxGraph(
+        path, spec.opset, _count_ops(model), parity, fusion, attentions, warnings, integers
+    )
+
+
+def _quant_rules(spec: GraphSpec) -> QuantRules:
+    return lookup(QUANT_RULES, spec.quant_rules or "", kind="int8 rules")
 
 
 def report_fusion(

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_ABS_DIFF_FP32 = 1e-4
 MIN_COSINE = {"fp16": 0.999, "int8": 0.98}
+"""Least cosine allowed; int8's is that of the least strict rules (quant_rules.py has each)."""
 
 PARITY_BATCHES = (1, 7, 32)
 
@@ -86,6 +87,7 @@ def check_parity(
     precision: str,
     batch_size: int | None = None,
     kind: str = "image",
+    min_cosine: float | None = None,
 ) -> ParityReport:
     """Compare a graph in ONNX Runtime with the module's own embeddings.
 
@@ -100,6 +102,7 @@ def check_parity(
             one of 0.98.
         batch_size: The graph's, where it is fixed.
         kind: What an input is, for errors.
+        min_cosine: Another cosine to be reached than the precision's.
 
     Raises:
         ExportError: If ONNX Runtime cannot run the graph.
@@ -111,7 +114,7 @@ def check_parity(
     cosines = (found * wanted).sum(axis=1) / (
         np.maximum(np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1), 1e-12)
     )
-    min_cosine = MIN_COSINE.get(precision)
+    min_cosine = MIN_COSINE.get(precision) if min_cosine is None else min_cosine
     is_good = diffs <= MAX_ABS_DIFF_FP32 if min_cosine is None else cosines >= min_cosine
     if not is_good.all():  # NaN is not good either
         badness = np.nan_to_num(diffs if min_cosine is None else 1 - cosines, nan=np.inf)
@@ -156,12 +159,20 @@ def _graph_embeds(
     return np.concatenate(pieces), rows
 
 
-def cpu_session(model: bytes | str) -> Any:
-    """An ONNX Runtime session of a graph, or of its file, that an export runs to look at it."""
+def cpu_session(model: bytes | str, *, profile: str | None = None) -> Any:
+    """An ONNX Runtime session of a graph, or of its file, that an export runs to look at it.
+
+    Args:
+        model: The graph, or its file.
+        profile: How a file begins that each kernel's time is written to; None writes none.
+    """
     import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile
     if int8_products_saturate():  # as the runtime does: a graph may be for another CPU
         options.add_session_config_entry("session.x64quantprecision", "1")
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])

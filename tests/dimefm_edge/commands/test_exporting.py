@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +98,51 @@ def test_a_teacher_by_its_folder(
     code, values = _json(capsys, "eval", out, "--data", labelled_dir)
     assert code == 0
     assert values["results"][0]["num_images"] == 12
+
+
+def test_without_tensorrt_the_hint_is_commands_that_work(
+    tiny_run_dir, labelled_dir, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    out = tmp_path / "my bundles" / "b"
+    words = ["export", str(tiny_run_dir), "--format", "tensorrt", "--out", str(out),
+             "--batch-size", "2", "--images", str(labelled_dir)]  # fmt: skip
+    assert cli.main(words) == 1
+    said = capsys.readouterr().err
+    assert not out.parent.exists()
+    export, _, build = said.partition("  try: ")[2].strip().partition("  here; ")
+    assert build == f"then, where the bundle is on the device: dimefm-edge build '{out}'"
+    assert "--target jetson-orin" in export
+    program, *rest = shlex.split(export)
+    assert program == "dimefm-edge"
+    assert cli.main(rest) == 0
+    assert load_bundle(out).manifest["graph"]["batch_size"] == 2
+
+
+@pytest.mark.parametrize("words", [["--precision", "fp16"], ["--input", "uint8"]])
+def test_the_default_destination_is_what_the_hint_says(words, tiny_run_dir, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert cli.main(["export", str(tiny_run_dir), "--format", "tensorrt", *words]) == 1
+    name = "bundle-fp16" if "fp16" in words else "bundle-fp32"
+    said = capsys.readouterr().err
+    assert f"dimefm-edge build {tiny_run_dir / name}" in said
+    assert " ".join(words) in said
+
+
+def test_int8_says_what_runs_in_integers(tiny_run_dir, tmp_path, capsys):
+    words = ["export", str(tiny_run_dir), "--precision", "int8", "--target", "local"]
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    graph = load_bundle(tmp_path / "b").manifest["graph"]
+    integers = graph["integer_kernels"]
+    assert integers["fallen_back"] == []
+    count = sum(integers["counts"].values())
+    assert count > 6
+    assert f"int8 on this CPU: {count} products run in integers (" in said
+    code, values = _json(capsys, "export", tiny_run_dir, "--precision", "int8", "--target",
+                         "jetson-orin", "--out", tmp_path / "c")  # fmt: skip
+    assert code == 0
+    assert values["graph"]["integer_kernels"] is None  # TensorRT's are told by `build`
 
 
 @pytest.mark.slow

@@ -205,6 +205,33 @@ def test_parity_error_names_the_worst_image_and_both_figures(
         check_parity(path, expected, inputs=images, precision=precision)
 
 
+@pytest.mark.parametrize("name", ["onnxruntime-x86-avx2", "tensorrt"])
+def test_int8_must_reach_what_its_rules_ask(
+    name: str, images: npt.NDArray[np.float32], vit: Exported, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """An answer at a cosine of 0.985 is good enough for TensorRT's rules, not for the others'."""
+    rng = np.random.default_rng(0)
+    embeds = module_embeds(vit.student, images)
+    aside = rng.normal(size=embeds.shape).astype(np.float32)
+    aside -= (aside * embeds).sum(1, keepdims=True) * embeds
+    aside /= np.linalg.norm(aside, axis=1, keepdims=True)
+    moved = 0.985 * embeds + np.sqrt(1 - 0.985**2) * aside
+    monkeypatch.setattr("dimefm_edge.export.onnx.module_embeds", lambda *_: moved)
+    spec = GraphSpec(runtime=name.split("-")[0], attention="decomposed", precision="int8",
+                     quant_rules=name)  # fmt: skip
+
+    def export() -> OnnxGraph:
+        return export_onnx(vit.student, tmp_path / "model.onnx", image_size=SIDE, spec=spec,
+                           parity_images=images, metadata={})  # fmt: skip
+
+    if name == "tensorrt":
+        assert 0.98 <= export().parity.min_cosine < 0.99
+        return
+    with pytest.raises(ParityError, match=r"allowed: cosine of at least 0\.99\)"):
+        export()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_failed_export_keeps_the_file_that_was_there(
     precision: str,
