@@ -47,6 +47,7 @@ class AotInductorEngine:
             raise ValueError(f"threads must not be negative, got {threads}")
         self.threads = threads or count_physical_cores()
         self.embed_dim = bundle.embed_dim
+        self.takes_any_size = False
         self._preprocess = bundle.preprocess
         self.build = _read_build(bundle)
         self._torch = _import_torch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,20 @@ class ZeroShotClassifier:
         answers: list[list[tuple[str, float]]] = []
         for start in range(0, len(images), _IMAGES_PER_CALL):
             chunk = images[start : start + _IMAGES_PER_CALL]
-            pixels = np.stack([resize_image(image, self.bundle.preprocess) for image in chunk])
-            logits = self.bundle.logit_scale * self.engine.encode_pixels(pixels) @ bank.embeds.T
+            logits = self.bundle.logit_scale * self._embed(chunk) @ bank.embeds.T
             for row in _softmax(logits):
                 order = np.argsort(-row, kind="stable")[:top_k]
                 answers.append([(bank.classnames[i], float(row[i])) for i in order])
         return answers
+
+    def _embed(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float32]:
+        """(B, E); a graph that resizes gets each image as it is, those of one size together."""
+        if not self.engine.takes_any_size:
+            pixels = np.stack([resize_image(image, self.bundle.preprocess) for image in images])
+            return self.engine.encode_pixels(pixels)
+        whole = [np.asarray(image.convert("RGB")) for image in images]
+        runs = itertools.groupby(whole, key=np.shape)
+        return np.concatenate([self.engine.encode_pixels(np.stack(list(run))) for _, run in runs])
 
     @functools.cached_property
     def _label_encoder(self) -> LabelEncoder:

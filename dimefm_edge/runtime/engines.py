@@ -24,6 +24,8 @@ class Engine(Protocol):
     """The thing that runs a bundle's graph."""
 
     embed_dim: int
+    takes_any_size: bool
+    """Whether `encode_pixels` takes (B, H, W, 3) and resizes: then nobody else should."""
 
     def encode_image(self, image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """(B, 3, S, S) float32, preprocessed -> (B, E) float32, L2-normalised."""

@@ -31,6 +31,7 @@ class OnnxRuntimeEngine:
     Attributes:
         threads: Threads of one call.
         embed_dim: Size E of the embeddings.
+        takes_any_size: Whether the graph resizes.
         provider: What runs the graph, a name in `providers.PROVIDERS`.
     """
 
@@ -72,6 +73,7 @@ class OnnxRuntimeEngine:
         self.embed_dim = embed_dim
         self._preprocess = preprocess
         self._batch_size, self._image_input = batch_size, image_input
+        self.takes_any_size = image_input == "image"
         names = choose_providers(providers, _available_providers(), asked=provider)
         given = session_providers(names, precision=precision)
         self._session = load_session(model_path, self.threads, given)
@@ -100,9 +102,9 @@ class OnnxRuntimeEngine:
         A graph that resizes takes (B, H, W, 3) of any height and width.
         """
         side = self._preprocess.image_size
-        is_resized = self._image_input == "image" or pixels.shape[1:3] == (side, side)
+        is_resized = self.takes_any_size or pixels.shape[1:3] == (side, side)
         if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8 or not is_resized:
-            sides = "H, W" if self._image_input == "image" else f"{side}, {side}"
+            sides = "H, W" if self.takes_any_size else f"{side}, {side}"
             raise ValueError(
                 f"pixels must be (B, {sides}, 3) uint8, got {pixels.shape} {pixels.dtype}"
             )

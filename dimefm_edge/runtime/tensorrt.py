@@ -89,6 +89,7 @@ class TensorRtEngine:
             MissingExtraError: If TensorRT or NVIDIA's driver is missing.
         """
         self.embed_dim = bundle.embed_dim
+        self.takes_any_size = False
         self._trt = import_tensorrt()
         self._cuda = cuda or Cuda()
         self._cuda.activate()

@@ -10,7 +10,11 @@ from PIL import Image
 
 from dimefm_edge.data.scenes import scene_image
 from dimefm_edge.errors import CheckpointError, UnknownNameError
+from dimefm_edge.export import GraphSpec, export_student
+from dimefm_edge.labels import LabelBank
+from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.runtime import ZeroShotClassifier, load_bundle
+from dimefm_edge.students import LoadedStudent, build_student, vit_spec
 
 
 def test_each_image_is_its_own_class(exported_bundle: Path) -> None:
@@ -47,6 +51,34 @@ def test_any_mode_and_size(exported_bundle: Path, mode: str, size: tuple[int, in
     (ranked,) = ZeroShotClassifier(exported_bundle, threads=1).classify([image], top_k=3)
     assert len(ranked) == 3
     assert all(0 <= share <= 1 for _, share in ranked)
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_a_graph_that_resizes_gets_images_as_they_are(
+    batch_size: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    torch.manual_seed(1)
+    preprocess = PreprocessSpec(32)
+    spec = vit_spec(image_size=32, embed_dim=24, patch_size=16, width=32, depth=1, num_heads=1)
+    student = build_student(spec).eval()
+    sizes = [(50, 40), (50, 40), (33, 97), (50, 40), (500, 3)]
+    pictures = [scene_image(i).resize(size) for i, size in enumerate(sizes)]
+    pictures[1] = pictures[1].convert("L")
+    prepared = preprocess_images(pictures, preprocess)
+    with torch.no_grad():
+        embeds = student(torch.from_numpy(prepared)).numpy()
+    bank = LabelBank("images", tuple(f"image {i}" for i in range(5)), ("{c}",), embeds)
+    graph = GraphSpec(runtime="onnxruntime", image_input="image", batch_size=batch_size)
+    loaded = LoadedStudent(student, spec, preprocess, {})
+    out = export_student(loaded, tmp_path / "b", graph=graph, label_banks=[bank],
+                         parity_images=prepared, logit_scale=100.0)  # fmt: skip
+    monkeypatch.setattr("dimefm_edge.runtime.classifier.resize_image", None)
+    classifier = ZeroShotClassifier(out, threads=1)
+    np.testing.assert_allclose(classifier._embed(pictures), embeds, atol=2e-2)
+    ranked = classifier.classify(pictures, top_k=1)
+    assert [top[0][0] for top in ranked] == [f"image {i}" for i in range(5)]
 
 
 def test_bad_requests(exported_bundle: Path) -> None:
