@@ -24,6 +24,7 @@ _MIN_PYTHON = (3, 10)
 _MIN_DISK_GIB = 5.0
 _MIN_MEMORY_GIB = 2.0
 _INSTALL_TRAIN = "pip install 'dimefm_edge[train]'"
+_TEXT = ("tokenizers", "ftfy")
 _TRAIN = ("torchvision", "timm", "open_clip_torch", "onnx", "onnxscript", "safetensors")
 _SOURCES = ("braceexpand", "pyarrow")
 _CPUINFO = Path("/proc/cpuinfo")
@@ -62,7 +63,7 @@ def examine(folder: Path = Path()) -> list[Check]:
     return [
         _python(),
         *_onnxruntime(),
-        _installed("tokenizers", "pip install tokenizers", is_required=True),
+        *(_installed(name, f"pip install {name}", is_required=True) for name in _TEXT),
         *_torch(),
         *(_installed(name, _INSTALL_TRAIN) for name in (*_TRAIN, *_SOURCES)),
         *_tensorrt(),

@@ -43,6 +43,11 @@ _INT8_HEAD_DIMS = (16, 32, 64)
 _INT8_MAX_TOKENS = 512
 _QDQ = ("QuantizeLinear", "DequantizeLinear")
 _LISTED = 5
+_FIXES = {
+    ("Resize", "antialias"): "export with --input uint8: the device resizes the image, as it does "
+    "for any other graph, and hands over pixels",
+}
+"""What to do about an attribute, where another value of it would give other answers."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,8 @@ def _check_node(
         if values is not None and not set(_values(attribute)) <= set(values):
             yield _error(
                 name, f"{op} with {attribute.name} {', '.join(map(str, _values(attribute)))}",
-                f"{by} has {', '.join(map(str, values))}", f"export it with {values[0]}",
+                f"{by} has {', '.join(map(str, values))}",
+                _FIXES.get((op, attribute.name), f"write {op} with {attribute.name} {values[0]}"),
             )  # fmt: skip
     places, rank = rules.ranks.get(op, ((), 0))
     for place in places:

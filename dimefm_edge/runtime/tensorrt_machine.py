@@ -6,6 +6,7 @@ TensorRT is imported here only, when it is asked for.
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def require_builder(*, export_command: str, bundle: Path) -> None:
     except MissingExtraError as error:
         raise MissingExtraError(
             f"no engine can be built here: {error.args[0]}",
-            hint=f"{export_command}  here, then on the device: dimefm-edge build {bundle.name}",
+            hint=f"{export_command}  here; then, where the bundle is on the device: "
+            f"dimefm-edge build {shlex.quote(str(bundle))}",
         ) from error
 
 

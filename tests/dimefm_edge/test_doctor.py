@@ -31,7 +31,8 @@ def test_what_is_not_installed_says_how_to_install_it(monkeypatch):
     assert checks["torch"].mend == "pip install 'dimefm_edge[train]'"
     assert "bundles run" in checks["torch"].detail
     assert not checks["torch"].is_required
-    assert checks["tokenizers"].is_required
+    for name in ("tokenizers", "ftfy"):
+        assert (checks[name].is_required, checks[name].mend) == (True, f"pip install {name}")
     assert "CUDA" not in checks
 
 

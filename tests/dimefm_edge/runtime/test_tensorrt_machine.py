@@ -57,7 +57,8 @@ def test_an_export_that_cannot_end_in_an_engine_says_so_first(
     with pytest.raises(MissingExtraError, match="no engine can be built here: TensorRT's") as e:
         require_builder(**command)  # type: ignore[arg-type]
     assert e.value.hint == (
-        "dimefm-edge export runs/a  here, then on the device: dimefm-edge build bundle"
+        "dimefm-edge export runs/a  here; then, where the bundle is on the device: "
+        "dimefm-edge build runs/a/bundle"
     )
 
 
