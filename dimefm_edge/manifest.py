@@ -101,6 +101,12 @@ def attention_nodes(manifest: dict[str, Any]) -> list[list[str]] | None:
     return None if recorded is None else [list(entry["nodes"]) for entry in recorded]
 
 
+def kernels_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Compiled kernels of our own that the graph's attention needs, as `KernelRecord` has them."""
+    graph = manifest.get("graph")
+    return list(graph.get("kernels") or ()) if isinstance(graph, dict) else []
+
+
 def tokenizer_spec_of(manifest: dict[str, Any]) -> TokenizerSpec | None:
     """What a parsed manifest asks for around its tokenizer; None where there is no text side."""
     text = manifest.get("text")
@@ -208,6 +214,7 @@ def _check_fields(values: dict[str, Any]) -> None:
     _check_files(values["files"])
     _check_label_sets(values["label_sets"], LABELS_FILE in values["files"])
     _check_graph(values.get("graph", {}), [entry["name"] for entry in values["label_sets"]])
+    _check_kernels(kernels_of(values), values["files"])
     _check_text(values.get("text"), values["files"])
 
 
@@ -296,6 +303,17 @@ def _check_attentions(recorded: Any) -> None:
         names = entry.get("nodes") if isinstance(entry, dict) else None
         if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
             raise ValueError("graph.attentions: each needs the names of its nodes")
+
+
+def _check_kernels(recorded: list[Any], files: dict[str, Any]) -> None:
+    for entry in recorded:
+        if not isinstance(entry, dict) or not isinstance(entry["spec"], dict):
+            raise ValueError("graph.kernels: each must be an object with a spec")
+        for key in ("capability", "grid_x", "num_threads", "shared_bytes"):
+            if not _is_int(entry[key]) or entry[key] < 0:
+                raise ValueError(f"graph.kernels: {key} cannot be {entry[key]!r}")
+        if not isinstance(entry["entry"], str) or f"{KERNELS_DIR}/{entry['ptx']}" not in files:
+            raise ValueError(f"graph.kernels names {entry['ptx']!r}, which is not there")
 
 
 def _check_text(values: Any, files: dict[str, Any]) -> None:

@@ -192,8 +192,9 @@ class ExportOptions(CommonOptions):
     opset: int | None = None
     """ONNX opset. Default: what the target's runtime reads."""
     attention: str | None = None
-    """decomposed, MultiHeadAttention (ONNX Runtime) or Attention (opset 23). Default: what the
-    target's runtime fuses, or runs fastest."""
+    """decomposed; MultiHeadAttention (ONNX Runtime); Attention (opset 23); or plugin: our own
+    kernels, compiled for the target's GPU into the bundle (TensorRT 10.16 and newer; never run on
+    one). Default: what the target's runtime fuses, or runs fastest."""
     batch_size: int | None = None
     """Images per call, fixed in the graph. Default: any number."""
     input: Literal["float", "uint8", "image"] = "float"

@@ -153,6 +153,8 @@ def _check(options: ExportOptions) -> None:
 
 
 def _outcome(bundle: Bundle, out: Path) -> Outcome:
+    from dimefm_edge.manifest import kernels_of
+
     parity, text = bundle.manifest["parity"], bundle.manifest.get("text")
     graph = bundle.manifest["graph"]
     integers = graph.get("integer_kernels")
@@ -163,6 +165,11 @@ def _outcome(bundle: Bundle, out: Path) -> Outcome:
         f"{graph['fusion']['summary']}",
         f"parity on {parity['num_images']} images: {_parity(parity)}",
         *([f"int8 on this CPU: {integers['summary']}"] if integers else []),
+        *(
+            f"kernel for sm_{k['capability']}: {k['name']}, {k['num_registers']} registers, "
+            f"{k['shared_bytes'] / 1024:.1f} KiB shared, {k['spill_bytes']} bytes spilled"
+            for k in kernels_of(bundle.manifest)
+        ),
         *(f"warning: {text}" for text in graph["warnings"]),
     ]
     values = {

@@ -15,6 +15,7 @@ from dimefm_edge.export.bundle import building, record_accuracy, write_bundle
 from dimefm_edge.export.graph_spec import GraphSpec, graph_spec
 from dimefm_edge.export.onnx import FusionReport, OnnxGraph, export_onnx
 from dimefm_edge.export.parity import ParityReport, check_parity
+from dimefm_edge.export.plugin import write_kernels
 from dimefm_edge.export.text import write_text_side
 from dimefm_edge.export.towers import LoadedTeacher, image_tower
 from dimefm_edge.labels import LabelBank
@@ -113,6 +114,12 @@ def export_student(
             head=head_bank,
             logit_scale=logit_scale,
         )
+        kernels = None
+        if graph.attention == "plugin":
+            assert graph.sm is not None
+            kernels = write_kernels(
+                folder, written.path, precision=graph.precision, sm=graph.sm
+            )
         fields = {
             "name": spec.name,
             "spec": spec.to_dict(),
@@ -122,7 +129,7 @@ def export_student(
             "preprocess": preprocess.to_dict(),
             "embed_dim": spec.embed_dim,
             "logit_scale": float(logit_scale),
-            "graph": graph.to_dict() | {"head": head} | written.to_dict(),
+            "graph": graph.to_dict() | {"head": head, "kernels": kernels} | written.to_dict(),
             "parity": written.parity.to_dict(),
             "quantization": graph.quant_rules and {"rules": graph.quant_rules},
             "accuracy": accuracy,

@@ -11,13 +11,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from dimefm_kernels.tensorrt_plugin import PLUGIN_NAME, PLUGIN_NAMESPACE
+
 if TYPE_CHECKING:
     import onnx
 
-AttentionForm = Literal["onnx", "microsoft", "decomposed"]
+AttentionForm = Literal["onnx", "microsoft", "plugin", "decomposed"]
 
 _MICROSOFT = "com.microsoft"
-_FUSED_OPS = {
+_FUSED_OPS: dict[tuple[str, str], AttentionForm] = {
+    (PLUGIN_NAMESPACE, PLUGIN_NAME): "plugin",
     ("", "Attention"): "onnx",
     (_MICROSOFT, "MultiHeadAttention"): "microsoft",
     (_MICROSOFT, "Attention"): "microsoft",
@@ -49,7 +52,7 @@ class AttentionMatch:
 
     form: AttentionForm
     """onnx (Attention, opset 23 and later), microsoft (MultiHeadAttention or Attention of ONNX
-    Runtime), or decomposed (MatMul, Softmax, MatMul)."""
+    Runtime), plugin (plugin.py's), or decomposed (MatMul, Softmax, MatMul)."""
     nodes: tuple[str, ...]
     """Names, in the graph's order; a node without a name is called after its first output."""
     num_heads: int | None
@@ -84,7 +87,7 @@ def find_attentions(model: onnx.ModelProto) -> list[AttentionMatch]:
     for node in graph.nodes:
         form = _FUSED_OPS.get((_domain(node), node.op_type))
         if form is not None:
-            found.append(_fused(graph, node, "onnx" if form == "onnx" else "microsoft"))
+            found.append(_fused(graph, node, form))
         elif node.op_type == "Softmax":
             found.extend(_decomposed(graph, node))
     return found
@@ -161,6 +164,7 @@ def _fused(graph: _Graph, node: onnx.NodeProto, form: AttentionForm) -> Attentio
     onnx: queries (B, heads, N, head_dim) or (B, N, heads * head_dim), then keys and values.
     MultiHeadAttention: (B, N, heads * head_dim), or (B, N, heads, 3, head_dim) packed.
     ONNX Runtime's Attention: (B, N, D) and the weights (D, 3 * heads * head_dim).
+    plugin: (B, N, 3 * heads * head_dim).
     """
     query = node.input[0]
     is_self_contained = (form, node.op_type) == ("microsoft", "Attention")
@@ -175,7 +179,7 @@ def _fused(graph: _Graph, node: onnx.NodeProto, form: AttentionForm) -> Attentio
         head_dim = graph.size(query, -1)
     else:
         width = graph.size(node.input[1] if is_self_contained else query, -1)
-        width = width // 3 if width and is_self_contained else width
+        width = width // 3 if width and (is_self_contained or form == "plugin") else width
         head_dim = width // num_heads if width and num_heads else None
     return AttentionMatch(
         form,

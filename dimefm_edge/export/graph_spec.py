@@ -44,6 +44,8 @@ class GraphSpec:
     """ONNX Runtime's execution providers to be tried, the preferred one first."""
     quant_rules: str | None = None
     """A name in `quant_rules.QUANT_RULES`; int8 only."""
+    sm: str | None = None
+    """CUDA architecture that kernels of our own are compiled for, such as sm_110."""
 
     def __post_init__(self) -> None:
         lookup(dict.fromkeys(PRECISIONS), self.precision, kind="ONNX precision")
@@ -59,8 +61,28 @@ class GraphSpec:
                 f"opset {self.opset} has no Attention operator: it came with {ATTENTION_OPSET}",
                 hint=f"--opset {ATTENTION_OPSET}, or --attention decomposed",
             )
+        if self.attention == "plugin":
+            self._check_plugin()
         if self.batch_size is not None and self.batch_size < 1:
             raise ExportError(f"batch size must be positive, got {self.batch_size}")
+
+    def _check_plugin(self) -> None:
+        """TensorRT's Python plugins carry PTX for one GPU, and know nothing of our Q/DQ."""
+        hint = "leave out --attention plugin: TensorRT then fuses attention itself"
+        if self.precision == "int8":
+            raise ExportError("--attention plugin is for fp32 and fp16 graphs, not int8", hint=hint)
+        if self.sm is None:
+            raise ExportError(
+                "--attention plugin compiles kernels for one GPU, and no target says which",
+                hint="--target jetson-agx-thor",
+            )
+        version = self.runtime_version or "0.0"
+        if tuple(map(int, version.split(".")[:2])) < PLUGIN_TENSORRT:
+            raise ExportError(
+                f"TensorRT {self.runtime_version} has no ahead-of-time Python plugins, which "
+                f"--attention plugin needs: {'.'.join(map(str, PLUGIN_TENSORRT))} has",
+                hint=hint,
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the manifest, which has `precision` and `opset` elsewhere."""
@@ -69,8 +91,10 @@ class GraphSpec:
 
 
 ATTENTION_OPSET = 23
+PLUGIN_TENSORRT = (10, 16)
+"""The oldest TensorRT known here (by its bindings) to have them: JetPack 7.2's."""
 RUNTIME_ATTENTION: dict[str, tuple[str, ...]] = {
-    "tensorrt": ("decomposed",),
+    "tensorrt": ("decomposed", "plugin"),
     "onnxruntime": ("MultiHeadAttention", "decomposed", "Attention"),
 }
 """Forms of attention that a runtime takes, the fastest one first (benchmarks/bench_export.py)."""
@@ -112,5 +136,6 @@ def graph_spec(
         batch_size=batch_size,
         image_input=image_input,
         providers=("cpu",) if target is None else target.providers,
+        sm=None if target is None else target.sm,
         quant_rules=(rules or cpu_quant_rules()) if precision == "int8" else None,
     )

@@ -7,6 +7,8 @@ calls it. `lower_attentions` then writes each as one of `ATTENTION_FORMS`:
   matches and fuses.
 - `MultiHeadAttention`: ONNX Runtime's own operator (com.microsoft), on (B, N, H * D).
 - `Attention`: ONNX's, of opset 23, on (B, N, H * D).
+- `plugin`: `dimefm::fused_attention_qkv` on packed (B, N, 3 * H * D), straight from one
+  projection: our own kernel in TensorRT (plugin.py). Masks and poolings are decomposed.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from dimefm_edge.errors import ExportError, lookup
+from dimefm_kernels.tensorrt_plugin import PLUGIN_NAME, PLUGIN_NAMESPACE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,6 +97,8 @@ def lower_attentions(model: ir.Model, form: str) -> int:
     model.opset_imports.pop(PLACEHOLDER_DOMAIN, None)
     if nodes and form == "MultiHeadAttention":
         model.opset_imports[ORT_DOMAIN] = 1
+    if nodes and form == "plugin":
+        model.opset_imports[PLUGIN_NAMESPACE] = 1
     return len(nodes)
 
 
@@ -181,10 +186,57 @@ def _attention(
     _replace_rows(edit, q, out)
 
 
+def _plugin(
+    edit: _Edit, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, scale: float
+) -> None:
+    if mask is not None or _side(q, 2) != _side(k, 2):
+        _decompose(edit, q, k, v, mask, scale)
+        return
+    batch, heads, tokens, dim = _dims(q)
+    rows = [_as_rows(edit, x) for x in (q, k, v)]
+    shape = (batch, tokens, 3 * heads * dim)
+    packed = _packed_projection(edit, rows, shape) or edit.add(
+        "Concat", rows, shape=shape, axis=-1
+    )
+    # TensorRT finds a plugin by these names; its attributes are those of tensorrt_plugin.py.
+    out = edit.add(
+        PLUGIN_NAME, [packed], domain=PLUGIN_NAMESPACE, num_heads=heads, logit_scale=scale,
+        value_scale=1.0, plugin_namespace=PLUGIN_NAMESPACE, plugin_version="1",
+    )  # fmt: skip
+    _replace_rows(edit, q, out)
+
+
+def _packed_projection(
+    edit: _Edit, rows: Sequence[ir.Value], shape: Sequence[Any]
+) -> ir.Value | None:
+    """Three projections of the same tokens as one product, or None if they are not that."""
+    adds = [row.producer() for row in rows]
+    weights, biases, tokens = [], [], set()
+    for add in adds:
+        if add is None or add.op_type != "Add":
+            return None
+        product, bias = add.inputs
+        matmul = None if product is None else product.producer()
+        if matmul is None or matmul.op_type != "MatMul" or bias is None:
+            return None
+        weight = matmul.inputs[1]
+        if weight is None or weight.const_value is None or bias.const_value is None:
+            return None
+        weights.append(weight.const_value.numpy())
+        biases.append(bias.const_value.numpy())
+        tokens.add(matmul.inputs[0])
+    if len(tokens) != 1:
+        return None
+    weight, bias = (edit.constant(np.concatenate(parts, axis=-1)) for parts in (weights, biases))
+    product = edit.add("MatMul", [tokens.pop(), weight], shape=shape)
+    return edit.add("Add", [product, bias], shape=shape)
+
+
 ATTENTION_FORMS: dict[str, Callable[..., None]] = {
     "decomposed": _decompose,
     "MultiHeadAttention": _multi_head,
     "Attention": _attention,
+    "plugin": _plugin,
 }
 
 

@@ -55,10 +55,13 @@ def write_text_side(
     tokenizer = convert_tokenizer(teacher.tokenize, name=teacher.name, sentences=sentences)
     (folder / TOKENIZER_FILE).write_bytes(tokenizer.to_bytes())
     precision = "fp16" if graph.precision == "fp16" else "fp32"
+    attention = "decomposed" if graph.attention == "plugin" else graph.attention
     written = export_text_onnx(
         Normalised(teacher.text_tower),
         folder / TEXT_FILE,
-        spec=dataclasses.replace(graph, precision=precision, batch_size=None, image_input="float"),
+        spec=dataclasses.replace(
+            graph, precision=precision, attention=attention, batch_size=None, image_input="float"
+        ),
         parity_tokens=tokenizer(sentences),
         metadata={"producer": "dimefm_edge", "teacher": teacher.name, "precision": precision},
     )

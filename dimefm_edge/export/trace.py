@@ -49,6 +49,7 @@ def trace(
     import torch
 
     from dimefm_edge.export.lower import lower_attentions, translation_table
+    from dimefm_edge.export.plugin import add_meaning
 
     shapes = ({0: torch.export.Dim("batch")},) if has_dynamic_batch else None
     try:
@@ -69,6 +70,8 @@ def trace(
             lower_attentions(program.model, attention)
             _clean(program.model)
             model: onnx.ModelProto = ir.to_proto(program.model)
+            if attention == "plugin":
+                add_meaning(model, opset)
     except DimeFMError:
         raise
     # The exporter wraps whatever its dozen passes raise.

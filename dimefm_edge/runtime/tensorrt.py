@@ -29,6 +29,7 @@ from dimefm_edge.runtime.tensorrt_machine import (
     import_tensorrt,
     load_machine,
     load_plugin_libraries,
+    register_kernels,
 )
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class TensorRtEngine:
         self._use_cuda_graphs = use_cuda_graphs
         self._lock = threading.Lock()
         self._log = Log(self._trt)
+        register_kernels(bundle, load_machine(self._cuda))
         self._engine = _deserialise(self._trt, self._log, artifact, bundle)
         self.min_batch, self.max_batch = self._check_signature(artifact, bundle)
         side = bundle.preprocess.image_size

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dimefm_edge.errors import ConfigError, DimeFMError, ExportError, lookup
-from dimefm_edge.manifest import INPUT_NAME, attention_nodes
+from dimefm_edge.manifest import INPUT_NAME, attention_nodes, kernels_of
 from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.cuda import Cuda
 from dimefm_edge.runtime.tensorrt_cache import (
@@ -40,6 +40,7 @@ from dimefm_edge.runtime.tensorrt_machine import (
     import_tensorrt,
     load_machine,
     load_plugin_libraries,
+    register_kernels,
 )
 
 logger = logging.getLogger(__name__)
@@ -170,6 +171,7 @@ class _Build:
         self.builder = trt.Builder(self.log.trt_logger)
         self.libraries = tuple(map(Path, options.plugin_libraries))
         load_plugin_libraries(self.builder.get_plugin_registry(), self.libraries)
+        register_kernels(bundle, machine)
 
     def run(self, timing_cache: Path) -> bytes:
         """The engine, serialised."""
@@ -322,6 +324,12 @@ def _precision_flags(
         ConfigError: If the graph cannot become an engine of this precision with this TensorRT.
     """
     has_flags = hasattr(trt.BuilderFlag, "FP16")
+    if precision != bundle.precision and kernels_of(bundle.manifest):
+        raise ConfigError(
+            f"{bundle.path} brings kernels for {bundle.precision} and cannot become an "
+            f"{precision} engine",
+            hint=f"dimefm-edge export RUN --attention plugin --precision {precision}",
+        )
     if precision == bundle.precision:
         # DLA takes fp16 and int8 only, and chooses by the flags.
         is_lowered = precision == "int8" or (options.dla_core is not None and precision == "fp16")

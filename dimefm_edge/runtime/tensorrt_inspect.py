@@ -21,6 +21,9 @@ _ONNX_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
 # An ONNX node, and so a layer's name, may be called "attention" without being fused.
 _FUSED_NAME = re.compile(r"_mha|fmha", re.IGNORECASE)
 _FUSED_KERNEL = re.compile(r"mha|flash_?att|attention", re.IGNORECASE)
+# Our own kernel (export/plugin.py); where its operator was read as plain ONNX, the layers of that
+# bear its name but are no plugins.
+_OWN_KIND, _OWN_NAME = "Plugin", "fused_attention_qkv"
 _OPAQUE = "ForeignNode["
 
 
@@ -44,6 +47,7 @@ class EngineLayer:
         return (
             _FUSED_NAME.search(self.name) is not None
             or _FUSED_KERNEL.search(f"{self.kind} {self.kernel}") is not None
+            or (self.kind.startswith(_OWN_KIND) and _OWN_NAME in self.name)
         )
 
 

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dimefm_edge.errors import InputError, MissingExtraError
+from dimefm_edge.errors import CheckpointError, InputError, MissingExtraError
+from dimefm_edge.manifest import EXPORT_AGAIN, KERNELS_DIR, kernels_of
+from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.cuda import Cuda, Gpu
 
 logger = logging.getLogger(__name__)
@@ -158,3 +160,50 @@ def load_plugin_libraries(registry: Any, paths: tuple[Path, ...]) -> None:
             raise InputError(f"TensorRT cannot load the plugin library {path}: {error}") from error
         if handle is None:
             raise InputError(f"TensorRT cannot load the plugin library {path}")
+
+
+def register_kernels(bundle: Bundle, machine: Machine) -> None:
+    """Let TensorRT find the kernels that a bundle brings along; nothing where it brings none.
+
+    Raises:
+        CheckpointError: If they are for another GPU, or described in a way that is not known.
+        MissingExtraError: If TensorRT cannot take them.
+    """
+    recorded = kernels_of(bundle.manifest)
+    if not recorded:
+        return
+    from dimefm_kernels.ahead_of_time import KernelSpec
+    from dimefm_kernels.tensorrt_plugin import CompiledKernel, register_plugin
+
+    major, minor = machine.gpu.compute_capability
+    capability = 10 * major + minor
+    made_for = {entry["capability"] for entry in recorded}
+    if made_for != {capability}:
+        found = ", ".join(f"sm_{number}" for number in sorted(made_for))
+        raise CheckpointError(
+            f"{bundle.path} brings kernels for {found}, and {machine.gpu.name} is sm_{capability}",
+            hint="export it for this device: dimefm-edge export RUN --target DEVICE, or without "
+            "--attention plugin",
+        )
+    folder = bundle.model_path.parent / KERNELS_DIR
+    compiled = {}
+    for entry in recorded:
+        try:
+            spec = KernelSpec(**entry["spec"])
+        except TypeError as error:
+            raise CheckpointError(
+                f"{bundle.path}: bad manifest: a kernel's spec cannot be {entry['spec']}",
+                hint=EXPORT_AGAIN,
+            ) from error
+        compiled[spec] = CompiledKernel(
+            entry["entry"], (folder / entry["ptx"]).read_text(encoding="utf-8"),
+            entry["grid_x"], entry["num_threads"], entry["shared_bytes"],
+        )  # fmt: skip
+    try:
+        register_plugin(compiled, capability=capability)
+    except RuntimeError as error:
+        raise MissingExtraError(
+            f"TensorRT {machine.tensorrt} cannot take the kernels of {bundle.path}: it has no "
+            "ahead-of-time Python plugins",
+            hint="JetPack 7.2 or newer, or export it without --attention plugin",
+        ) from error

@@ -18,12 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from dimefm_kernels.tiles import forward_tiles
+from dimefm_kernels.tiles import MAX_GRID_Y, forward_tiles
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
-MAX_GRID_Y = 65535
-"""Of CUDA; programs loop over what is left."""
 _PROGRAMS_PER_SM = 4  # of 128 threads: enough to hide a load behind another's products
 
 

@@ -59,6 +59,7 @@ class KernelRecord:
     """A compiled kernel: how it is launched and what it takes of a multiprocessor.
 
     Attributes:
+        spec: What it was compiled of.
         entry: The kernel's symbol. A forward takes (qkv, int32 B * H, out).
         grid_x: Blocks of queries; grid_y is B * H, or fewer where grid_x is 1.
         shared_bytes: Dynamic shared memory of one block.
@@ -66,6 +67,7 @@ class KernelRecord:
     """
 
     name: str
+    spec: KernelSpec
     capability: int
     entry: str
     grid_x: int
@@ -106,7 +108,7 @@ def compile_kernels(
     records = []
     for spec in vit_specs() if specs is None else specs:
         for name, tiles, built in build_kernels(spec, capability):
-            records.append(_write(out_dir, name, capability, tiles, built))
+            records.append(_write(out_dir, name, spec, capability, tiles, built))
     return records
 
 
@@ -176,7 +178,12 @@ def _compile(
 
 
 def _write(
-    out_dir: Path, name: str, capability: int, tiles: Tiles, built: CompiledKernel
+    out_dir: Path,
+    name: str,
+    spec: KernelSpec,
+    capability: int,
+    tiles: Tiles,
+    built: CompiledKernel,
 ) -> KernelRecord:
     """The files of one kernel, assembled from the PTX without Triton's scratch arguments."""
     from triton.backends.nvidia.compiler import get_ptxas
@@ -198,6 +205,7 @@ def _write(
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
     return KernelRecord(
         name=name,
+        spec=spec,
         capability=capability,
         entry=built.metadata.name,
         grid_x=tiles.blocks,

@@ -14,6 +14,8 @@ MAX_TOKENS = 577
 """A 24 x 24 grid and CLS (ViT-L/14 at 336 px)."""
 MAX_HEAD_DIM = 128
 MAX_HEAD_DIM_FP32 = 96  # more does not fit 255 registers a thread
+MAX_GRID_Y = 65535
+"""Of CUDA; programs loop over what is left."""
 STEP = {1: 32, 2: 16, 4: 16}
 """Keys of the smallest tile by bytes of a value: the k of one int8 product is 32, of one half
 product 16 (PTX ISA, `mma.m16n8k32` and `mma.m16n8k16`)."""

@@ -174,12 +174,19 @@ def fake_tensorrt(
     """Put the recorded surface of a TensorRT version in place of `tensorrt`; gives its double."""
     surface = _load_by_path(SURFACE_DIR / "surface.py")
     double_module = _load_by_path(SURFACE_DIR / "double.py")
+    plugin_module = _load_by_path(SURFACE_DIR / "plugin.py")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def choose(version: str) -> Any:
         double = double_module.Double(fake_driver)
         double.trt = surface.make_module(version, double)
         monkeypatch.setitem(sys.modules, "tensorrt", double.trt)
+        double.plugin = plugin_module.make_plugin_module(surface.load_record(version)["plugin"])
+        double.trt.__path__ = []  # it is a package
+        # None: as if it could not be imported.
+        monkeypatch.setitem(sys.modules, "tensorrt.plugin", double.plugin)
+        if double.plugin is not None:
+            double.trt.plugin = double.plugin
         return double
 
     return choose

@@ -85,7 +85,7 @@ def test_a_fixed_batch_has_no_open_dimension() -> None:
 def test_unknown_forms_and_modules_that_cannot_be_traced() -> None:
     with pytest.raises(UnknownNameError, match="unknown attention form 'flash'"):
         traced(Attend("plain"), "flash", 20)
-    assert list(ATTENTION_FORMS) == ["decomposed", "MultiHeadAttention", "Attention"]
+    assert list(ATTENTION_FORMS) == ["decomposed", "MultiHeadAttention", "Attention", "plugin"]
 
     class Baked(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -219,7 +219,7 @@ def test_require_graph_names_nodes_and_the_fix() -> None:
 def test_a_resize_in_the_graph_is_told_with_what_to_do_instead() -> None:
     resize = graph(node("Resize", "x - k", "o", antialias=1, mode="linear"),
                    constants={"k": np.ones(4, np.float32)})  # fmt: skip
-    with pytest.raises(ExportError, match="Resize with antialias 1 .*has 0") as caught:
+    with pytest.raises(ExportError, match=r"Resize with antialias 1 .*has 0") as caught:
         require_graph(resize, "10.3", precision="fp16")
     assert str(caught.value.hint).startswith("export with --input uint8: the device resizes")
 

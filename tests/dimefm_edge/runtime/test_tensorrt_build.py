@@ -7,14 +7,22 @@ what is asked reaches the builder; and failures leave a clear error and no file.
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from dimefm_edge.errors import ConfigError, ExportError, UnknownNameError
-from dimefm_edge.runtime import load_bundle
+from dimefm_edge.errors import (
+    CheckpointError,
+    ConfigError,
+    ExportError,
+    MissingExtraError,
+    UnknownNameError,
+)
+from dimefm_edge.runtime import load_bundle, load_engine
 from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.tensorrt_build import EngineOptions, build_engine
 from dimefm_edge.runtime.tensorrt_cache import cache_dir
@@ -274,3 +282,97 @@ def test_attention_that_did_not_fuse_is_told(fp16: Bundle, fake_tensorrt: Fake) 
     assert (attention["expected"], attention["fused"]) == (1, 0)
     double.is_opaque = True
     assert build_engine(fp16, rebuild=True).artifact.facts["attention"]["fused"] is None
+
+
+# ------------------------------------------------------------- kernels of our own
+
+
+@pytest.fixture(scope="module")
+def plugin_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A ViT for Thor whose two attentions of all tokens are `dimefm::fused_attention_qkv`."""
+    import torch
+
+    from dimefm_edge.data.scenes import scene_image
+    from dimefm_edge.export import export_student, graph_spec
+    from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
+    from dimefm_edge.students import LoadedStudent, build_student, vit_spec
+    from dimefm_edge.targets import load_target
+
+    pytest.importorskip("triton")
+    torch.manual_seed(1)
+    spec = vit_spec(image_size=32, embed_dim=24, patch_size=16, width=64, depth=3, num_heads=2)
+    preprocess = PreprocessSpec(32)
+    out = export_student(
+        LoadedStudent(build_student(spec).eval(), spec, preprocess, {}),
+        tmp_path_factory.mktemp("plugin") / "bundle.zip",
+        graph=graph_spec(load_target("jetson-agx-thor"), precision="fp16", attention="plugin"),
+        parity_images=preprocess_images([scene_image(i) for i in range(4)], preprocess),
+        logit_scale=100.0,
+    )
+    return load_bundle(out)
+
+
+def on_thor(double: Any) -> Any:
+    for name, value in (("fake_major", 11), ("fake_minor", 0)):
+        ctypes.c_int.in_dll(double.driver, name).value = value
+    return double
+
+
+@pytest.mark.parametrize("version", ["10.16", "11.4"])
+def test_a_bundles_own_kernels_become_the_engines(
+    version: str, plugin_bundle: Bundle, fake_tensorrt: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    double = on_thor(fake_tensorrt(version))
+    monkeypatch.setitem(sys.modules, "triton", None)  # as on a device
+    monkeypatch.setattr("dimefm_kernels.tensorrt_plugin._COMPILED", {})
+    built = build_engine(plugin_bundle, EngineOptions(batch=(1, 2, 4)))
+    (kernel,) = plugin_bundle.manifest["graph"]["kernels"]
+    assert len(double.launches) == 2
+    for entry, ptx, launch, sizes in double.launches:
+        assert entry == kernel["entry"]
+        assert f".entry {entry}(" in ptx
+        assert ".target sm_110" in ptx
+        assert (launch.grid_x, str(launch.grid_y)) == (kernel["grid_x"], "min(B * 2, 65535)")
+        assert (launch.block_x, launch.shared_mem) == (
+            kernel["num_threads"], kernel["shared_bytes"],
+        )  # fmt: skip
+        assert [str(size) for size in sizes] == ["B * 2"]
+    assert built.artifact.facts["attention"] == {"expected": 3, "fused": 3, "unfused": []}
+    # A process of its own, as far as TensorRT's registry goes, loads it.
+    double.plugin._lib.QDP_REGISTRY.clear()
+    engine = load_engine(plugin_bundle, engine="tensorrt")
+    assert list(double.plugin._lib.QDP_REGISTRY) == ["dimefm::fused_attention_qkv"]
+    images = np.random.default_rng(0).normal(size=(3, 3, 32, 32)).astype(np.float32)
+    expected = load_engine(plugin_bundle, threads=1).encode_image(images)
+    np.testing.assert_allclose(engine.encode_image(images), expected, atol=2e-3)
+
+
+def test_kernels_of_another_gpu_or_for_a_tensorrt_that_takes_none(
+    plugin_bundle: Bundle, fake_tensorrt: Fake
+) -> None:
+    double = fake_tensorrt("10.16")
+    with pytest.raises(CheckpointError, match=r"brings kernels for sm_110, and .* is sm_87\n  try"):
+        build_engine(plugin_bundle)
+    assert not any("parse_from_file" in call for call in double.calls)
+    double = on_thor(fake_tensorrt("10.3"))
+    with pytest.raises(
+        MissingExtraError, match=r"(?s)TensorRT 10\.3\.0 cannot take the kernels of .*JetPack 7\.2"
+    ):
+        build_engine(plugin_bundle)
+    assert not any("parse_from_file" in call for call in double.calls)
+
+
+def test_kernels_run_in_the_precision_that_they_were_compiled_for(
+    plugin_bundle: Bundle, fake_tensorrt: Fake
+) -> None:
+    on_thor(fake_tensorrt("10.16"))
+    with pytest.raises(ConfigError, match="brings kernels for fp16 and cannot become an fp32"):
+        build_engine(plugin_bundle, EngineOptions(precision="fp32"))
+
+
+def test_a_bundle_without_kernels_registers_nothing(
+    exported_bundles: dict[str, Path], fake_tensorrt: Fake
+) -> None:
+    double = fake_tensorrt("10.16")
+    build_engine(load_bundle(exported_bundles["fp16"]))
+    assert double.plugin._lib.QDP_REGISTRY == {}

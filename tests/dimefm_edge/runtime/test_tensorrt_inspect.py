@@ -87,3 +87,9 @@ def test_one_opaque_layer_tells_nothing() -> None:
 def test_another_answer_is_an_error(bad: str) -> None:
     with pytest.raises(DimeFMError, match="engine inspector answers in a form that is not known"):
         parse_layers(bad)
+
+
+def test_our_own_kernel_is_a_plugin_layer_not_a_layer_of_that_name() -> None:
+    name = "blocks.0/fused_attention_qkv_12"
+    assert EngineLayer(name, "PluginV3", "", "", ()).is_fused_attention
+    assert not EngineLayer(f"{name}/MatMul", "gemm", "sm80_xmma", "", ()).is_fused_attention

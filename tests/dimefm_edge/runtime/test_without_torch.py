@@ -122,6 +122,14 @@ def test_the_environment_truly_lacks_torch(python: Path, tmp_path: Path) -> None
     assert "No module named 'torch'" in run(python, "-c", "import torch", cwd=tmp_path).stderr
 
 
+def test_the_plugin_of_the_kernels_needs_neither_torch_nor_triton(
+    python: Path, tmp_path: Path
+) -> None:
+    look = "from dimefm_kernels.tensorrt_plugin import register_plugin; register_plugin()"
+    said = run(python, "-c", look, cwd=tmp_path).stderr
+    assert said.splitlines()[-1] == "ModuleNotFoundError: No module named 'tensorrt'"
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_bundle_classifies_there_as_it_does_here(
     python: Path, precision: str, exported_bundles: dict[str, Path], tmp_path: Path

@@ -18,6 +18,8 @@ import onnx
 import onnxruntime
 
 from dimefm_edge.export.attention_patterns import find_attentions, node_name
+from dimefm_kernels.tensorrt_plugin import PLUGIN_NAMESPACE
+from tests.dimefm_edge.tensorrt_surface.plugin import Number, Symbol
 
 _MAGIC = b"a double's engine\n"
 _TIMINGS = b"a double's timings\n"
@@ -47,6 +49,8 @@ class Double:
         self.fuses_attention = True
         self.is_opaque = False
         self.num_dla_cores = 0
+        self.plugin: Any = None
+        self.launches: list[tuple[Any, ...]] = []  # what plugins answered a build
         self._kept: list[Any] = []
 
     # -------------------------------------------------------------------------- build
@@ -75,7 +79,31 @@ class Double:
         if self.parser_errors:
             return False
         this._network.__dict__.update(_path=model, _layers=self._layers(onnx.load(model)))
+        self._ask_plugins(onnx.load(model))
         return True
+
+    def _ask_plugins(self, model: onnx.ModelProto) -> None:
+        """As the parser and the builder do: a plugin comes before a function of its name."""
+        shapes = {
+            v.name: v.type.tensor_type
+            for v in onnx.shape_inference.infer_shapes(model).graph.value_info
+        }
+        types = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF"}
+        for node in model.graph.node:
+            values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            space = values.pop("plugin_namespace", b"").decode()
+            assert values.pop("plugin_version", b"1") == b"1"
+            registry = {} if self.plugin is None else self.plugin._lib.QDP_REGISTRY
+            found = registry.get(f"{space}::{node.op_type}") if space else None
+            if found is None:
+                continue
+            tensor = shapes[node.input[0]]
+            batch, *others = (Number(d.dim_value) for d in tensor.shape.dim)
+            sizes = (batch or Symbol("B"), *others)
+            dtype = self.trt.DataType[types[tensor.elem_type]]
+            given = self.plugin.TensorDesc(shape_expr=sizes, dtype=dtype)
+            output = found.describe(given, **values)
+            self.launches.append(found.implement(given, **values, outputs=(output,), tactic=0))
 
     def onnxparser_num_errors(self, this: Any) -> int:
         return len(self.parser_errors)
@@ -244,16 +272,21 @@ class Double:
         if self.is_opaque:
             return [{"Name": "{ForeignNode[conv...div]}", "LayerType": "Myelin"}]
         matches = find_attentions(model) if self.fuses_attention else []
+        matches = [match for match in matches if match.form != "plugin"]
         inside = {name for match in matches for name in match.nodes}
         layers = [
             self._layer(f"_gemm_mha_v2_myl0_{i}", "kgen", "_gemm_mha_v2_0x9f3c", match.nodes)
             for i, match in enumerate(matches)
         ]
         outside = [n for n in model.graph.node if node_name(n) not in inside]
+        layers += [
+            self._layer(node_name(n), "PluginV3", "", [node_name(n)])
+            for n in outside if self.launches and n.domain == PLUGIN_NAMESPACE
+        ]  # fmt: skip
         return layers + [
             self._layer(node_name(n), "gemm" if "MatMul" in n.op_type else "kgen", "sm80_xmma",
                         [node_name(n)])
-            for n in outside
+            for n in outside if n.domain != PLUGIN_NAMESPACE
         ]  # fmt: skip
 
     def _layer(self, name: str, kind: str, tactic: str, nodes: Any) -> dict[str, Any]:

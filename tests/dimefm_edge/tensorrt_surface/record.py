@@ -10,6 +10,8 @@ signatures and numbers are kept, of what a tool that builds and runs engines may
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import re
@@ -45,7 +47,8 @@ def main(wheel: Path) -> None:
             text=True,
             check=True,
         )
-    record = {"wheel": wheel.name, **json.loads(done.stdout)}
+    said = done.stdout.splitlines()[-1]  # `tensorrt.plugin` prints a warning first
+    record = {"wheel": wheel.name, **json.loads(said)}
     path = Path(__file__).with_name(f"{version.group(1)}.json")
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -89,8 +92,24 @@ def _inside() -> None:
         "enums": {n: _members(k) for n, k in kinds.items() if hasattr(k, "__members__")},
         "classes": {n: _class(k) for n, k in kinds.items() if not hasattr(k, "__members__")},
         "functions": {n: s for n, s in functions.items() if s},
+        "plugin": _plugin(trt),
     }
     print(json.dumps(record))
+
+
+def _plugin(trt: Any) -> dict[str, list[str]] | None:
+    """Arguments of what `tensorrt.plugin`, which is Python, holds; None where there is none."""
+    sys.modules["tensorrt"] = trt
+    try:
+        plugin = importlib.import_module("tensorrt_bindings.plugin")
+    except ImportError:
+        return None
+    found = {name: getattr(plugin, name) for name in sorted(plugin.__all__)}
+    signatures = {name: inspect.signature(v) for name, v in found.items() if callable(v)}
+    return {
+        name: [str(p.replace(annotation=p.empty)) for p in signature.parameters.values()]
+        for name, signature in signatures.items()
+    }
 
 
 def _is_left_out(name: str) -> bool:

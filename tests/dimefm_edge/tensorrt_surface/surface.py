@@ -34,8 +34,13 @@ def make_module(version: str, double: Any) -> types.ModuleType:
         version: One of `VERSIONS`.
         double: Gives the answers; `double.calls` gets the name of every call.
     """
-    record = json.loads((FOLDER / f"{version}.json").read_text(encoding="utf-8"))
-    return _Module(record, double).module
+    return _Module(load_record(version), double).module
+
+
+def load_record(version: str) -> dict[str, Any]:
+    """What was recorded of a version, one of `VERSIONS`."""
+    record: dict[str, Any] = json.loads((FOLDER / f"{version}.json").read_text(encoding="utf-8"))
+    return record
 
 
 class _Module:
