@@ -10,6 +10,7 @@ import pytest
 from dimefm_edge.errors import DimeFMError
 from dimefm_edge.runtime.tensorrt_inspect import (
     AttentionFusion,
+    EngineLayer,
     attention_fusion,
     describe_layers,
     parse_layers,
