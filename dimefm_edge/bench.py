@@ -27,6 +27,7 @@ from dimefm_edge.errors import (
     ParityError,
 )
 from dimefm_edge.latency.measure import LatencyReport, measure_interleaved, peak_rss_mib
+from dimefm_edge.preprocess import normalise_pixels
 from dimefm_edge.runtime.onnxruntime import count_physical_cores, import_onnxruntime
 from dimefm_edge.subjects import subject_kind
 
@@ -147,8 +148,15 @@ def _engine_runnable(name: str, engine: str, *, batch_size: int) -> Runnable:
 
     bundle = load_bundle(Path(name).expanduser())
     loaded, side = load_engine(bundle, engine=engine), bundle.preprocess.image_size
-    image = np.random.default_rng(0).normal(size=(batch_size, 3, side, side)).astype(np.float32)
-    return Runnable(name, engine, lambda: loaded.encode_image(image), bundle.size_mib, None, bundle)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, size=(batch_size, side, side, 3)).astype(np.uint8)
+    image = normalise_pixels(pixels, bundle.preprocess)
+
+    def run() -> object:
+        takes_numbers = bundle.image_input == "float"
+        return loaded.encode_image(image) if takes_numbers else loaded.encode_pixels(pixels)
+
+    return Runnable(name, engine, run, bundle.size_mib, None, bundle)
 
 
 def _onnx_runnable(
@@ -215,6 +223,7 @@ def onnx_call(
 
     Raises:
         CheckpointError: If ONNX Runtime cannot load or run it.
+        InputError: If it takes another batch size only.
         MissingExtraError: If ONNX Runtime is not installed.
     """
     onnxruntime = import_onnxruntime()
@@ -245,6 +254,12 @@ def onnx_call(
             f"ONNX Runtime cannot run {path}: {(str(error) or repr(error)).splitlines()[0]}",
             hint="--image-size and --batch-size, if it wants others; else export it again",
         ) from error
+    batches = {len(values) for values in inputs.values() if values.ndim}
+    if batches and batch_size not in batches:
+        fixed = ", ".join(map(str, sorted(batches)))
+        raise InputError(
+            f"{path} takes batches of {fixed} only, not {batch_size}", hint=f"--batch-size {fixed}"
+        )
     return lambda: session.run(None, inputs)
 
 

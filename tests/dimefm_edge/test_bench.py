@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from dimefm_edge import cli
 from dimefm_edge.bench import bench_models, onnx_call
 from dimefm_edge.errors import CheckpointError, InputError
 
@@ -37,6 +38,18 @@ def test_teacher_run_bundle_and_foreign_graph(
         assert values["memory_mib"] > 0
         assert row.ratio == pytest.approx(row.latency.p50_ms / rows[0].latency.p50_ms)
         assert values["p50_ms"] <= values["p90_ms"] <= values["p99_ms"]
+
+
+def test_a_bundle_of_pixels_and_a_fixed_batch(tiny_run_dir, tmp_path, capsys):
+    bundle = str(tmp_path / "b")
+    words = ["--input", "uint8", "--batch-size", "2", "--target", "local", "--out", bundle]
+    assert cli.main(["export", str(tiny_run_dir), *words]) == 0
+    for engine in ("onnxruntime", "onnxruntime:cpu"):
+        work = tmp_path / engine
+        (row,) = bench_models([bundle], work, batch_size=2, threads=1, seconds=0.1, engine=engine)
+        assert row.to_dict()["images_per_s"] > 0
+    with pytest.raises(InputError, match=r"takes batches of 2 only, not 1\n  try: --batch-size 2"):
+        bench_models([bundle], tmp_path, threads=1, seconds=0.1)
 
 
 @pytest.mark.parametrize(
