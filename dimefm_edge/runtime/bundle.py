@@ -74,6 +74,11 @@ class Bundle:
         return str(self.manifest["precision"])
 
     @property
+    def image_input(self) -> str:
+        """What the graph takes: a name in `manifest.IMAGE_INPUTS`."""
+        return str(self.manifest.get("graph", {}).get("image_input", "float"))
+
+    @property
     def embed_dim(self) -> int:
         return int(self.manifest["embed_dim"])
 

@@ -43,7 +43,7 @@ def _load_onnxruntime(bundle: Bundle, threads: int, provider: str) -> Engine:
         embed_dim=bundle.embed_dim,
         threads=threads,
         batch_size=graph.get("batch_size"),
-        image_input=graph.get("image_input", "float"),
+        image_input=bundle.image_input,
         precision=bundle.precision,
         providers=graph.get("providers", ()),
         provider=provider or AUTO,

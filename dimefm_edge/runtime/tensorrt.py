@@ -26,6 +26,7 @@ from dimefm_edge.runtime.cuda import Cuda
 from dimefm_edge.runtime.tensorrt_cache import EngineArtifact, find_engine, load_artifact
 from dimefm_edge.runtime.tensorrt_machine import (
     Log,
+    image_shape,
     import_tensorrt,
     load_machine,
     load_plugin_libraries,
@@ -95,15 +96,15 @@ class TensorRtEngine:
         self._cuda = cuda or Cuda()
         self._cuda.activate()
         self._preprocess = bundle.preprocess
+        self._dtype = np.uint8 if bundle.image_input == "uint8" else np.float32
         self._use_cuda_graphs = use_cuda_graphs
         self._lock = threading.Lock()
         self._log = Log(self._trt)
         register_kernels(bundle, load_machine(self._cuda))
         self._engine = _deserialise(self._trt, self._log, artifact, bundle)
         self.min_batch, self.max_batch = self._check_signature(artifact, bundle)
-        side = bundle.preprocess.image_size
-        self._image_shape = (3, side, side)
-        self._image = self._cuda.pinned_array((self.max_batch, *self._image_shape), np.float32)
+        self._image_shape = image_shape(bundle)
+        self._image = self._cuda.pinned_array((self.max_batch, *self._image_shape), self._dtype)
         self._embeds = self._cuda.pinned_array((self.max_batch, self.embed_dim), np.float32)
         self._stream = self._cuda.create_stream()
         self._addresses = {
@@ -122,13 +123,30 @@ class TensorRtEngine:
 
         Raises:
             DimeFMError: If the GPU fails, for want of memory say.
-            ValueError: If the shape or type is another.
+            ValueError: If the shape or type is another, or the graph takes pixels.
         """
+        if self._dtype is np.uint8:
+            raise ValueError("this graph takes pixels and prepares them itself: encode_pixels")
         if image.ndim != 4 or image.shape[1:] != self._image_shape or image.dtype != np.float32:
             wanted = ", ".join(map(str, self._image_shape))
             raise ValueError(
                 f"image must be (B, {wanted}) float32, got {image.shape} {image.dtype}"
             )
+        return self._encode(image)
+
+    def encode_pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        """Embed resized images: (B, S, S, 3) uint8, RGB -> (B, E) float32, L2-normalised."""
+        side = self._preprocess.image_size
+        if pixels.shape[1:] != (side, side, 3) or pixels.dtype != np.uint8:
+            raise ValueError(
+                f"pixels must be (B, {side}, {side}, 3) uint8, got {pixels.shape} {pixels.dtype}"
+            )
+        if self._dtype is np.uint8:
+            return self._encode(pixels)
+        return self._encode(normalise_pixels(pixels, self._preprocess))
+
+    def _encode(self, image: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Any number of images, as the graph takes them."""
         embeds = np.empty((len(image), self.embed_dim), np.float32)
         with self._lock:
             if self._engine is None:
@@ -138,14 +156,6 @@ class TensorRtEngine:
                 piece = image[start : start + self.max_batch]
                 embeds[start : start + len(piece)] = self._run(piece)
         return embeds
-
-    def encode_pixels(self, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Embed resized images: (B, S, S, 3) uint8, RGB -> (B, E) float32, L2-normalised."""
-        if pixels.ndim != 4 or pixels.shape[3] != 3 or pixels.dtype != np.uint8:
-            raise ValueError(
-                f"pixels must be (B, S, S, 3) uint8, got {pixels.shape} {pixels.dtype}"
-            )
-        return self.encode_image(normalise_pixels(pixels, self._preprocess))
 
     def layer_times_ms(self, batch_size: int, *, repeats: int = 20) -> dict[str, float]:
         """Mean time of each layer by TensorRT's own profiler, in the engine's order.
@@ -187,7 +197,7 @@ class TensorRtEngine:
             self._release()
             self._context = self._engine = None
 
-    def _run(self, piece: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    def _run(self, piece: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Embed up to `max_batch` images; the answer is in the pinned buffer until the next."""
         batch_size = max(len(piece), self.min_batch)
         self._image[: len(piece)] = piece
@@ -257,14 +267,15 @@ class TensorRtEngine:
 
     def _check_signature(self, artifact: EngineArtifact, bundle: Bundle) -> tuple[int, int]:
         """Least and largest batch size, once the engine is known to be of the bundle's sizes."""
-        engine, trt, side = self._engine, self._trt, bundle.preprocess.image_size
+        engine, trt = self._engine, self._trt
         found = {}
         for i in range(engine.num_io_tensors):
             name = engine.get_tensor_name(i)
             found[name] = (engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))[1:])
         float32 = trt.DataType.FLOAT
+        taken = trt.DataType.UINT8 if self._dtype is np.uint8 else float32
         wanted = {
-            INPUT_NAME: (float32, (3, side, side)), OUTPUT_NAME: (float32, (self.embed_dim,)),
+            INPUT_NAME: (taken, image_shape(bundle)), OUTPUT_NAME: (float32, (self.embed_dim,)),
         }  # fmt: skip
         if found != wanted:
             raise CheckpointError(

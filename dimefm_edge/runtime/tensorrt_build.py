@@ -37,6 +37,7 @@ from dimefm_edge.runtime.tensorrt_inspect import (
 from dimefm_edge.runtime.tensorrt_machine import (
     Log,
     Machine,
+    image_shape,
     import_tensorrt,
     load_machine,
     load_plugin_libraries,
@@ -164,6 +165,7 @@ class _Build:
     def __init__(self, trt: Any, bundle: Bundle, options: EngineOptions, machine: Machine) -> None:
         self.trt, self.bundle, self.options, self.machine = trt, bundle, options, machine
         self.log = Log(trt)
+        image_shape(bundle)  # before anything is built
         self.precision = options.precision or bundle.precision
         _check_precision(self.precision, machine)
         self.flags = _precision_flags(trt, bundle, self.precision, options, machine)
@@ -262,7 +264,6 @@ class _Build:
 
     def _add_profile(self, config: Any, network: Any) -> None:
         """Say which batch sizes the engine is for; a graph of one fixed batch needs no profile."""
-        side = self.bundle.preprocess.image_size
         inputs = [network.get_input(i) for i in range(network.num_inputs)]
         fixed = next((int(tensor.shape[0]) for tensor in inputs if tensor.name == INPUT_NAME), -1)
         if fixed > 0:
@@ -273,7 +274,8 @@ class _Build:
                 )
             return
         profile = self.builder.create_optimization_profile()
-        profile.set_shape(INPUT_NAME, *((size, 3, side, side) for size in self.options.batch))
+        shape = image_shape(self.bundle)
+        profile.set_shape(INPUT_NAME, *((size, *shape) for size in self.options.batch))
         config.add_optimization_profile(profile)
 
     def _keep_end_in_fp32(self, network: Any) -> None:

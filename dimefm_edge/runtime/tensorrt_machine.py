@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dimefm_edge.errors import CheckpointError, InputError, MissingExtraError
+from dimefm_edge.errors import CheckpointError, ConfigError, InputError, MissingExtraError
 from dimefm_edge.manifest import EXPORT_AGAIN, KERNELS_DIR, kernels_of
 from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.cuda import Cuda, Gpu
@@ -71,6 +71,21 @@ def import_tensorrt() -> Any:
             hint="JetPack 6 or newer; elsewhere: pip install --upgrade tensorrt",
         )
     return tensorrt
+
+
+def image_shape(bundle: Bundle) -> tuple[int, int, int]:
+    """Of one image as the bundle's graph takes it: (3, S, S) numbers or (S, S, 3) pixels.
+
+    Raises:
+        ConfigError: If it takes images of any size, for which no engine is built.
+    """
+    side = bundle.preprocess.image_size
+    if bundle.image_input == "image":
+        raise ConfigError(
+            f"{bundle.path} resizes images in its graph, and an engine takes one size only",
+            hint="dimefm-edge export RUN --input uint8, then build that",
+        )
+    return (side, side, 3) if bundle.image_input == "uint8" else (3, side, side)
 
 
 def require_builder(*, export_command: str, bundle: Path) -> None:

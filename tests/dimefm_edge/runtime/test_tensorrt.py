@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dimefm_edge.errors import CheckpointError, DimeFMError, MissingExtraError
+from dimefm_edge.errors import CheckpointError, ConfigError, DimeFMError, MissingExtraError
 from dimefm_edge.runtime import ZeroShotClassifier, load_bundle, load_engine
 from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.tensorrt import TensorRtEngine, open_engine
@@ -250,7 +250,7 @@ def test_wrong_shapes_are_value_errors(bundle: Bundle, fake_tensorrt: Fake) -> N
     engine = TensorRtEngine(build(bundle).artifact, bundle=bundle)
     with pytest.raises(ValueError, match=r"image must be \(B, 3, 32, 32\) float32, got \(3, 32"):
         engine.encode_image(np.zeros((3, 32, 32), np.float32))
-    with pytest.raises(ValueError, match=r"pixels must be \(B, S, S, 3\) uint8, got .* float32"):
+    with pytest.raises(ValueError, match=r"pixels must be \(B, 32, 32, 3\) uint8, got .* float32"):
         engine.encode_pixels(np.zeros((1, 32, 32, 3), np.float32))  # type: ignore[arg-type]
 
 
@@ -279,3 +279,54 @@ def test_on_a_gpu(exported_bundles: dict[str, Path], tmp_path: Path) -> None:
             np.testing.assert_allclose(engine.encode_image(images), expected, atol=atol)
         assert sum(engine.layer_times_ms(2).values()) > 0
         engine.close()
+
+
+@pytest.fixture(scope="module")
+def pixel_bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
+    """By what the graph takes: resized pixels, or images of any size."""
+    import torch
+
+    from dimefm_edge.data.scenes import scene_image
+    from dimefm_edge.export import GraphSpec, export_student
+    from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
+    from dimefm_edge.students import LoadedStudent, build_student, vit_spec
+
+    torch.manual_seed(1)
+    spec = vit_spec(image_size=32, embed_dim=24, patch_size=16, width=32, depth=1, num_heads=1)
+    student, preprocess = build_student(spec).eval(), PreprocessSpec(32)
+    folder = tmp_path_factory.mktemp("pixels")
+    runtimes = {"uint8": "tensorrt", "image": "onnxruntime"}
+    return {
+        kind: load_bundle(export_student(
+            LoadedStudent(student, spec, preprocess, {}), folder / kind,
+            graph=GraphSpec(runtime=runtime, image_input=kind),  # type: ignore[arg-type]
+            parity_images=preprocess_images([scene_image(i) for i in range(4)], preprocess),
+            logit_scale=100.0,
+        ))
+        for kind, runtime in runtimes.items()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_graph_that_takes_pixels_gets_pixels(
+    version: str, pixel_bundles: dict[str, Bundle], fake_tensorrt: Fake
+) -> None:
+    fake_tensorrt(version)
+    bundle = pixel_bundles["uint8"]
+    build(bundle)
+    engine = load_engine(bundle, engine="tensorrt")
+    pixels = np.random.default_rng(1).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
+    expected = load_engine(bundle, threads=1).encode_pixels(pixels)
+    for _ in range(3):
+        np.testing.assert_allclose(engine.encode_pixels(pixels), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="takes pixels and prepares them itself: encode_pixels"):
+        engine.encode_image(np.zeros((1, 3, 32, 32), np.float32))
+
+
+def test_a_graph_that_resizes_is_refused_before_anything_is_built(
+    pixel_bundles: dict[str, Bundle], fake_tensorrt: Fake
+) -> None:
+    double = fake_tensorrt("10.16")
+    with pytest.raises(ConfigError, match=r"resizes images in its graph.*\n.*--input uint8"):
+        build(pixel_bundles["image"])
+    assert not any(call.startswith("Builder.") for call in double.calls)

@@ -199,8 +199,8 @@ class Double:
         return list(_tensors(this._session))[index]
 
     def icudaengine_get_tensor_dtype(self, this: Any, name: str) -> Any:
-        assert _tensors(this._session)[name].type == "tensor(float)"
-        return self.trt.DataType.FLOAT
+        kinds = {"tensor(float)": "FLOAT", "tensor(uint8)": "UINT8"}
+        return self.trt.DataType[kinds[_tensors(this._session)[name].type]]
 
     def icudaengine_get_tensor_shape(self, this: Any, name: str) -> Any:
         shape = _tensors(this._session)[name].shape
@@ -238,7 +238,9 @@ class Double:
         def run(_: int) -> None:
             session = context._engine._session
             (name, shape), (output,) = *shapes.items(), session.get_outputs()
-            image = _at(context._addresses[name], shape)
+            is_pixels = "uint8" in session.get_inputs()[0].type
+            dtype = np.uint8 if is_pixels else np.float32
+            image = _at(context._addresses[name], shape, dtype)
             (embeds,) = session.run([output.name], {name: image.copy()})
             _at(context._addresses[output.name], embeds.shape)[:] = embeds
             profiler = context.__dict__.get("_profiler")
@@ -321,7 +323,7 @@ def _tensors(session: Any) -> dict[str, Any]:
     return {value.name: value for value in [*session.get_inputs(), *session.get_outputs()]}
 
 
-def _at(address: int, shape: tuple[int, ...]) -> np.ndarray:
-    size = int(np.prod(shape))
-    memory = (ctypes.c_float * size).from_address(address)
-    return np.frombuffer(memory, np.float32).reshape(shape)
+def _at(address: int, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = (ctypes.c_byte * size).from_address(address)
+    return np.frombuffer(memory, dtype).reshape(shape)
