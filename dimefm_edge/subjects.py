@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dimefm_edge.errors import CheckpointError, InputError
+from dimefm_edge.errors import CheckpointError, InputError, lookup
 from dimefm_edge.labels import LabelBank
-from dimefm_edge.manifest import MANIFEST_FILE
+from dimefm_edge.manifest import IMAGE_INPUTS, MANIFEST_FILE
 from dimefm_edge.preprocess import PreprocessSpec
 
 if TYPE_CHECKING:
@@ -116,8 +116,8 @@ def load_subject(
     return loaders[kind](name, device)
 
 
-def onnx_metadata(path: Path) -> tuple[PreprocessSpec, int, float]:
-    """Preprocessing, embedding size and logit scale that a graph of ours carries.
+def onnx_metadata(path: Path) -> tuple[PreprocessSpec, int, float, str]:
+    """Preprocessing, embedding size, logit scale and kind of input that a graph of ours carries.
 
     Raises:
         CheckpointError: If the file is missing, no ONNX graph, or not exported by us.
@@ -133,9 +133,12 @@ def onnx_metadata(path: Path) -> tuple[PreprocessSpec, int, float]:
                 "std": std,
                 "interpolation": values["interpolation"],
                 "resize_mode": values["resize_mode"],
+                "fill_color": int(values.get("fill_color", 0)),
             }
         )
-        return preprocess, int(values["embed_dim"]), float(values["logit_scale"])
+        image_input = values.get("image_input", "float")
+        lookup(dict.fromkeys(IMAGE_INPUTS), image_input, kind="input of a graph")
+        return preprocess, int(values["embed_dim"]), float(values["logit_scale"]), image_input
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"{path} does not say how images are prepared: it was not exported by dimefm_edge",
@@ -189,8 +192,10 @@ def _load_onnx(name: str, device: str | None) -> Subject:
     from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine
 
     path = Path(name).expanduser()
-    preprocess, embed_dim, logit_scale = onnx_metadata(path)
-    engine = OnnxRuntimeEngine(path, preprocess=preprocess, embed_dim=embed_dim)
+    preprocess, embed_dim, logit_scale, image_input = onnx_metadata(path)
+    engine = OnnxRuntimeEngine(
+        path, preprocess=preprocess, embed_dim=embed_dim, image_input=image_input
+    )
     return Subject(
         "onnx",
         name,

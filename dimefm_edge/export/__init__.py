@@ -158,4 +158,5 @@ def _graph_metadata(
         "std": ",".join(f"{v:.8g}" for v in preprocess.std),
         "interpolation": preprocess.interpolation,
         "resize_mode": preprocess.resize_mode,
+        "fill_color": str(preprocess.fill_color),
     }

@@ -169,7 +169,10 @@ def _prefix(members: dict[str, zipfile.ZipInfo], path: Path) -> str:
         return ""
     nested = [n for n in members if n.count("/") == 1 and n.endswith("/" + MANIFEST_FILE)]
     if len(nested) != 1:
-        raise CheckpointError(f"{path} is no bundle: it has no {MANIFEST_FILE}", hint=EXPORT_AGAIN)
+        # An archive that was cut off behind labels.npz, an archive too, ends like a whole one.
+        raise CheckpointError(
+            f"{path} is no bundle: it has no {MANIFEST_FILE}, or was cut off", hint=_COPY_AGAIN
+        )
     return nested[0].removesuffix(MANIFEST_FILE)
 
 

@@ -148,6 +148,9 @@ class OnnxRuntimeEngine:
                 f"and {wanted_out}",
                 hint=EXPORT_AGAIN,
             )
+        fixed = self._session.get_inputs()[0].shape[0]
+        if isinstance(fixed, int):  # the graph knows best
+            self._batch_size = fixed
 
 
 def import_onnxruntime() -> Any:

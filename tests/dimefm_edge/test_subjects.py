@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 
 from dimefm_edge.data.scenes import scene_image
 from dimefm_edge.errors import CheckpointError, DimeFMError, InputError, UnknownNameError
-from dimefm_edge.preprocess import resize_image
+from dimefm_edge.export import GraphSpec, export_student
+from dimefm_edge.preprocess import normalise_pixels, resize_image
+from dimefm_edge.students import load_student
 from dimefm_edge.subjects import load_subject, run_logit_scale, subject_kind
 
 
@@ -60,6 +63,22 @@ def test_a_bundle_its_zip_and_its_graph_answer_as_the_run(
         assert subject.logit_scale == pytest.approx(1 / 0.07, rel=1e-4)
         np.testing.assert_allclose(subject.encode_pixels(pixels), expected, atol=1e-4)
         assert list(subject.label_banks) == ([] if name == "onnx" else ["pets"])
+
+
+def test_a_lone_graph_of_pixels_and_a_fixed_batch(tiny_run_dir, pixels, tmp_path):
+    """It says itself what it takes, how it pads, and how many at once."""
+    loaded = load_student(tiny_run_dir)
+    preprocess = dataclasses.replace(loaded.preprocess, resize_mode="longest", fill_color=127)
+    loaded = dataclasses.replace(loaded, preprocess=preprocess)
+    out = export_student(
+        loaded, tmp_path / "b", graph=GraphSpec(image_input="uint8", batch_size=2),
+        parity_images=normalise_pixels(pixels, preprocess), logit_scale=10.0,
+    )  # fmt: skip
+    shutil.copy(out / "model.onnx", tmp_path / "lone.onnx")
+    subject = load_subject(tmp_path / "lone.onnx")
+    assert subject.preprocess == preprocess
+    expected = load_subject(tiny_run_dir).encode_pixels(pixels)
+    np.testing.assert_allclose(subject.encode_pixels(pixels), expected, atol=1e-4)
 
 
 def test_a_bundle_may_have_a_text_side(tiny_open_bundle_dir, tiny_teacher_dir, pixels):

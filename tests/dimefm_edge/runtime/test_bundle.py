@@ -97,6 +97,17 @@ def test_missing_and_foreign_places(bundle_dir: Path, tmp_path: Path) -> None:
     refused(tmp_path / "photos.zip", "photos.zip is no bundle: it has no manifest.json")
 
 
+def test_an_archive_that_was_cut_off_behind_its_labels(bundle_dir: Path, tmp_path: Path) -> None:
+    """labels.npz is an archive itself: its end is taken for the bundle's."""
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w") as archive:
+        for name in ("labels.npz", "manifest.json", "model.onnx"):
+            archive.write(bundle_dir / name, name)
+    size = (bundle_dir / "labels.npz").stat().st_size + 200
+    (tmp_path / "cut.zip").write_bytes((tmp_path / "whole.zip").read_bytes()[:size])
+    assert zipfile.is_zipfile(tmp_path / "cut.zip")
+    refused(tmp_path / "cut.zip", "cut.zip is no bundle: it has no manifest.json, or was cut off")
+
+
 @pytest.mark.parametrize("is_zip", [False, True])
 @pytest.mark.parametrize(
     ("damage", "message"),
