@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dimefm_edge.errors import CheckpointError, ConfigError, InputError, MissingExtraError
+from dimefm_edge.errors import (
+    CheckpointError,
+    ConfigError,
+    DimeFMError,
+    InputError,
+    MissingExtraError,
+)
 from dimefm_edge.manifest import EXPORT_AGAIN, KERNELS_DIR, kernels_of
 from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.cuda import Cuda, Gpu
@@ -102,7 +108,7 @@ def require_builder(*, export_command: str, bundle: Path) -> None:
     try:
         import_tensorrt()
         Cuda()
-    except MissingExtraError as error:
+    except DimeFMError as error:  # no package, no driver, or a driver without a GPU
         raise MissingExtraError(
             f"no engine can be built here: {error.args[0]}",
             hint=f"{export_command}  here; then, where the bundle is on the device: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
 from collections.abc import Callable
@@ -50,9 +51,12 @@ def test_without_tensorrt_the_hint_installs_it(
 def test_an_export_that_cannot_end_in_an_engine_says_so_first(
     fake_tensorrt: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_tensorrt("10.3")
+    double = fake_tensorrt("10.3")
     command = {"export_command": "dimefm-edge export runs/a", "bundle": Path("runs/a/bundle")}
     require_builder(**command)  # type: ignore[arg-type]
+    ctypes.c_int.in_dll(double.driver, "fake_count").value = 0
+    with pytest.raises(MissingExtraError, match="no engine can be built here"):
+        require_builder(**command)  # type: ignore[arg-type]
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(MissingExtraError, match="no engine can be built here: TensorRT's") as e:
         require_builder(**command)  # type: ignore[arg-type]
