@@ -96,8 +96,8 @@ def test_an_engine_that_answers_otherwise_is_a_parity_error(
     from dimefm_edge.runtime.tensorrt import TensorRtEngine
 
     fake_tensorrt("10.3")
-    right = TensorRtEngine.encode_image
-    monkeypatch.setattr(TensorRtEngine, "encode_image", lambda self, x: -right(self, x))
+    right = TensorRtEngine._encode
+    monkeypatch.setattr(TensorRtEngine, "_encode", lambda self, x: -right(self, x))
     code, said = run(capsys, "build", tiny_bundle_dir)
     assert code == 3
     assert "the engine does not answer as ONNX Runtime does: least cosine" in said["error"]
