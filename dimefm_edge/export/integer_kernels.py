@@ -40,11 +40,11 @@ class IntegerKernels:
 
     def __str__(self) -> str:
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
-        said = f"{self.num_integer} products run in integers" + (f" ({kinds})" if kinds else "")
-        said += f", {len(self.left_float)} are left in float"
+        said = f"products in integers: {self.num_integer}" + (f" ({kinds})" if kinds else "")
+        said += f"; left in float: {len(self.left_float)}"
         fallen = self.fallen_back
         return said + (
-            f"; {len(fallen)} fell back to float: {', '.join(fallen)}" if fallen else ""
+            f"; fell back to float: {len(fallen)} ({', '.join(fallen)})" if fallen else ""
         )
 
 

@@ -138,7 +138,7 @@ def test_int8_says_what_runs_in_integers(tiny_run_dir, tmp_path, capsys):
     assert integers["fallen_back"] == []
     count = sum(integers["counts"].values())
     assert count > 6
-    assert f"int8 on this CPU: {count} products run in integers (" in said
+    assert f"int8 on this CPU: products in integers: {count} (" in said
     code, values = _json(capsys, "export", tiny_run_dir, "--precision", "int8", "--target",
                          "jetson-orin", "--out", tmp_path / "c")  # fmt: skip
     assert code == 0

@@ -85,5 +85,5 @@ def test_what_falls_back_is_named(tmp_path):
     assert found.counts == {"QGemm": 1}
     assert found.fallen_back == ("second",)
     assert str(found) == (
-        "1 products run in integers (1 QGemm), 0 are left in float; 1 fell back to float: second"
+        "products in integers: 1 (1 QGemm); left in float: 0; fell back to float: 1 (second)"
     )
