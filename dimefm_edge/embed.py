@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dimefm_edge.data.images import ImagePool, PixelCache, decode_batches, row_batches
 from dimefm_edge.data.sentences import SentencePool
@@ -25,6 +21,7 @@ from dimefm_edge.data.store import (
 )
 from dimefm_edge.errors import DataError
 from dimefm_edge.preprocess import PreprocessSpec
+from dimefm_edge.progress import counting
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +83,7 @@ def embed_images(
     known_bad = [bad for bad in manifest.bad_rows if bad[0] // manifest.shard_rows in kept]
     guard = _BadImages(pool, max_bad, known_bad)
     rows_todo = sum(len(manifest.rows_of(shard)) for shard in missing)
-    with embed_progress("embed images", rows_todo) as advance:
+    with counting("embed images", rows_todo) as advance:
         batches = row_batches([manifest.rows_of(shard) for shard in missing], batch_size)
         decoded = decode_batches(pool, batches, teacher.preprocess, workers=workers)
         for shard in missing:
@@ -136,7 +133,7 @@ def embed_texts(
     missing = set(writer.missing_shards())
     todo = sum(len(manifest.rows_of(shard)) for shard in missing)
     stream = iter(sentences)
-    with embed_progress("embed sentences", todo) as advance:
+    with counting("embed sentences", todo) as advance:
         for shard in range(max(missing, default=-1) + 1):
             rows = manifest.rows_of(shard)
             if shard not in missing:
@@ -170,28 +167,6 @@ def _open_writer(
         shard_rows=shard_rows,
     )
     return StoreWriter.create_or_resume(store_dir, wanted)
-
-
-@contextlib.contextmanager
-def embed_progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr with rate and remaining time; silent when nothing is to do."""
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:,.0f}/s"),
-        TimeRemainingColumn(),
-    )
-    begun, done = time.perf_counter(), 0
-    with Progress(*columns, console=Console(stderr=True), disable=not total) as bar:
-        task = bar.add_task(title, total=total, rate=0.0)
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            bar.update(task, advance=count, rate=done / (time.perf_counter() - begun))
-
-        yield advance
 
 
 class _BadImages:
