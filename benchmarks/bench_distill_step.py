@@ -28,6 +28,7 @@ from dimefm_edge.distill import _Loop
 from dimefm_edge.distributed import Ranks
 from dimefm_edge.embed import embed_images, embed_texts
 from dimefm_edge.latency.estimate import trace_ops
+from dimefm_edge.latency.operators import total_gmacs
 from dimefm_edge.students import build_student, vit_spec
 from dimefm_edge.teacher import load_teacher
 
@@ -96,7 +97,7 @@ def main() -> None:
             loop.optimizer.zero_grad(set_to_none=True)
     skip = args.steps // 4
     step_s, bare_s = statistics.median(whole[skip:]), statistics.median(bare[skip:])
-    gmacs = sum(op.flops for op in trace_ops(build_student(spec), 64, 1)) / 2e9
+    gmacs = total_gmacs(trace_ops(build_student(spec), 64, 1))
     report = {
         "student": spec.name,
         "pixels": "decoded each step" if args.uncached else "cached",

@@ -26,8 +26,9 @@ import torch
 from dimefm_edge.data.scenes import scene_image
 from dimefm_edge.export import export_student, graph_spec
 from dimefm_edge.labels import LabelBank
-from dimefm_edge.latency.estimate import total_gmacs, trace_ops
+from dimefm_edge.latency.estimate import trace_ops
 from dimefm_edge.latency.measure import machine_info, measure_interleaved
+from dimefm_edge.latency.operators import total_gmacs
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.runtime import load_bundle, load_engine
 from dimefm_edge.runtime.onnxruntime import count_physical_cores

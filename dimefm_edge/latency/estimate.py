@@ -1,58 +1,41 @@
-"""Latency of a model on a target that is not here: a roofline, kernel by kernel.
+"""Latency of a model on a target, with an honest interval and how it is known.
 
-Each kernel takes the longer of its arithmetic (at the reached share of the peak) and its memory
-traffic, plus a fixed launch time. Specifications and a handful of published latencies are all
-that stands behind it, so the answer is an interval of a factor of two either way, and models
-are ranked better than they are timed. Measure on the device before you promise anything.
+The model's costs (operators.py) are priced: by the profile that `calibrate` measured on this
+machine; else by the fit on published latencies (published.py), for the device itself or, scaled
+by peak arithmetic and bandwidth, for a sibling or another power mode of it.
 
-No torch here: trace.py and onnx_costs.py list the kernels.
+No torch here: trace.py and onnx_costs.py list the operators.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dimefm_edge.errors import lookup
-from dimefm_edge.targets import Target
+from dimefm_edge.latency.operators import (
+    COSTS,
+    Operator,
+    Vector,
+    cost_vector,
+    total_gmacs,
+    total_params_m,
+)
+from dimefm_edge.latency.profile import load_profile
+from dimefm_edge.latency.published import Context, context_of, load_published
+from dimefm_edge.targets import Target, load_target
 
 if TYPE_CHECKING:
     from torch import nn
 
-FLOAT_BYTES = 4
-INTERVAL_FACTOR = 2.0
-"""The interval is latency / 2 to latency x 2. Of 85 published latencies of CNNs (Orin Nano, AGX
-Orin, Xaviers, Jetson Nano, Raspberry Pi 4 and 5; the constants in the profiles were set by hand
-on the same rows, so this is no test) 75 lie inside, all 25 of Orin among them. Outside:
-DenseNets on AGX Xavier (down to a fifth) and EfficientViT on the Jetson Nano (to 0.28). No
-published latency of a whole ViT on a Jetson was at hand."""
-_WIDTH = {"fp32": 1.0, "fp16": 0.5, "int8": 0.25}
-
-
-@dataclass(frozen=True)
-class OpCost:
-    """One kernel."""
-
-    name: str
-    flops: float
-    """A multiply-add is two."""
-    bytes: float
-    """Read and written, as if in fp32."""
-    kind: str = "dense"
-    """dense (matmul, convolution), attention, depthwise, or memory (norms, pooling)."""
-    params: int = 0
-    """Weights that it is the first to use."""
-
-    def with_epilogue(self, name: str, extra_bytes: float, params: int) -> OpCost:
-        """This kernel with a pointwise operation fused in."""
-        return replace(
-            self,
-            name=f"{self.name}+{name}" if len(self.name) < 80 else self.name,
-            bytes=self.bytes + extra_bytes,
-            params=self.params + params,
-        )
+SCALED_SPREAD = math.log(2.0)
+"""Half width in log ms of the 80% interval of a device or mode whose prices were scaled from
+another's: a guess, since no published rows test it."""
 
 
 @dataclass(frozen=True)
@@ -60,53 +43,134 @@ class LatencyEstimate:
     """What a model will take, give or take."""
 
     latency_ms: float
-    """One batch, input and output copies excluded."""
+    """One call. On a Jetson, copies to and from the GPU count where the published rows that its
+    profile names (`prices`) count them."""
     low_ms: float
     high_ms: float
+    """80% of the truths should lie between."""
     basis: str
-    """`roofline`: specifications, not measurements."""
+    """calibrated: measured blocks and models on this machine; published: fitted on latencies of
+    this very device and runtime; roofline: a fit's prices, scaled by specifications."""
     gmacs: float
     """1e9 multiply-adds of matmuls, convolutions and attentions, for the batch."""
     params_m: float
     """Millions of weights."""
 
 
-def estimate_latency(
-    ops: Iterable[OpCost], target: Target, *, precision: str | None = None
-) -> LatencyEstimate:
-    """Estimate one forward pass on a target.
+@dataclass(frozen=True)
+class Place:
+    """Where an estimate is for, and what each cost is there."""
 
-    Args:
-        ops: Kernels of the pass: `trace_ops`, `trace_student`, `trace_timm` or `onnx_ops`.
-        target: Where.
-        precision: fp32, fp16 or int8; default: the target's. In int8, only matmuls and
-            convolutions are; the rest stays in fp16 where the target has it.
+    log_prices: Vector
+    """log ms of one unit of each cost, shape (len(COSTS),)."""
+    spread: float
+    """Half width of the 80% interval in log ms, for a model that no fit has seen."""
+    basis: str
+    context: Context | None = None
+    """Set where the prices are of published rows, which may know the very model."""
+
+    def estimate(self, costs: Vector, *, model: str = "") -> tuple[float, float, float]:
+        """ms, and its 80% interval; `model` is `name@image size` where it is one of timm's."""
+        if self.context is not None:
+            published = load_published()
+            latency = published.latency_ms(self.context, costs, model=model)
+            spread = published.spread(self.context, model=model)
+        else:
+            latency, spread = float(np.exp(self.log_prices) @ costs), self.spread
+        return latency, latency / math.exp(spread), latency * math.exp(spread)
+
+
+def place_of(device: str, runtime: str, precision: str) -> Place:
+    """A place by the names that published tables use; one of our targets' names does, too.
+
+    Raises:
+        UnknownNameError: If neither the published rows nor the targets have the device.
+    """
+    context, published = context_of(device, runtime, precision), load_published()
+    if not published.knows(context):
+        if _is_target(device):
+            return place_on(load_target(device), precision)
+        published.check_device(context.device)
+    is_known = context.levels["runtime-precision"] in published.offsets["runtime-precision"]
+    return Place(
+        published.log_prices(context),
+        published.spread(context),
+        "published" if is_known else "roofline",
+        context,
+    )
+
+
+def _is_target(name: str) -> bool:
+    from dimefm_edge.errors import UnknownNameError
+
+    try:
+        load_target(name)
+    except UnknownNameError:
+        return False
+    return True
+
+
+def place_on(target: Target, precision: str) -> Place:
+    """A place by target: calibrated if it is this machine and was, else from published rows.
 
     Raises:
         UnknownNameError: If the target does not run that precision.
     """
-    precision = precision or target.precision
     lookup(target.peak_tflops, precision, kind=f"precision on {target.name}")
+    profile = load_profile(target, precision)
+    if profile is not None:
+        return Place(profile.log_prices, profile.spread, "calibrated")
+    return published_place(target, precision)
+
+
+def published_place(target: Target, precision: str) -> Place:
+    """`place_on` without this machine's profile."""
+    published, prices = load_published(), target.prices
+    names = prices["device"], prices["runtime"], prices.get(precision, precision)
+    context = context_of(*names)
+    if prices["mode"] == target.full_name:
+        return place_of(*names)
+    scale = _scale(target, load_target(prices["mode"]), precision)
+    spread = max(SCALED_SPREAD, published.spread(context))
+    return Place(published.log_prices(context) + scale, spread, "roofline")
+
+
+def _scale(target: Target, anchor: Target, precision: str) -> Vector:
+    """What a target's log prices are above its anchor's: peaks and bandwidth; launches halfway."""
+
+    def peak(where: Target) -> float:
+        return where.peak_tflops.get(precision) or max(where.peak_tflops.values())
+
+    macs = math.log(peak(anchor) / peak(target))
+    memory = math.log(anchor.bandwidth_gbs / target.bandwidth_gbs)
+    launches = (macs + memory) / 2
+    by_rate = {"mac": macs, "weight": memory, "activation": memory}
+    return np.array([by_rate.get(cost.rate, launches) for cost in COSTS])
+
+
+def estimate_latency(
+    ops: Iterable[Operator], target: Target, *, precision: str | None = None
+) -> LatencyEstimate:
+    """Estimate one forward pass on a target.
+
+    Args:
+        ops: Operators of the pass: `trace_ops`, `trace_student`, `trace_timm` or `onnx_ops`.
+        target: Where.
+        precision: fp32, fp16 or int8; default: the target's.
+
+    Raises:
+        UnknownNameError: If the target does not run that precision.
+    """
     ops = list(ops)
-    total_us = sum(_kernel_us(op, target, precision) + target.launch_us for op in ops)
-    latency_ms = total_us / 1e3
+    place = place_on(target, precision or target.precision)
+    latency, low, high = place.estimate(cost_vector(ops))
     return LatencyEstimate(
-        latency_ms=latency_ms,
-        low_ms=latency_ms / INTERVAL_FACTOR,
-        high_ms=latency_ms * INTERVAL_FACTOR,
-        basis="roofline",
-        gmacs=total_gmacs(ops),
-        params_m=sum(op.params for op in ops) / 1e6,
-    )
+        latency, low, high, place.basis, total_gmacs(ops), total_params_m(ops)
+    )  # fmt: skip
 
 
-def total_gmacs(ops: Iterable[OpCost]) -> float:
-    """1e9 multiply-adds of matmuls, convolutions and attentions."""
-    return sum(op.flops for op in ops) / 2e9
-
-
-def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[OpCost]:
-    """List the kernels of a torch module: see `trace.trace_ops`."""
+def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[Operator]:
+    """List the operators of a torch module: see `trace.trace_ops`."""
     from dimefm_edge.latency import trace
 
     return trace.trace_ops(module, image_size, batch)
@@ -123,17 +187,5 @@ def estimate_onnx(
     """Estimate an ONNX file; its weights are not loaded. See `onnx_costs.onnx_ops`."""
     from dimefm_edge.latency.onnx_costs import onnx_ops
 
-    ops: Sequence[OpCost] = onnx_ops(path, batch=batch, image_size=image_size)
+    ops: Sequence[Operator] = onnx_ops(path, batch=batch, image_size=image_size)
     return estimate_latency(ops, target, precision=precision)
-
-
-def _kernel_us(op: OpCost, target: Target, precision: str) -> float:
-    if precision == "int8" and op.kind != "dense":
-        precision = "fp16" if "fp16" in target.peak_tflops else "fp32"
-    share = target.efficiency
-    bytes_per_us = target.bandwidth_gbs * share["bandwidth"] * 1e3
-    memory_us = op.bytes * _WIDTH[precision] / bytes_per_us
-    if op.flops == 0:
-        return memory_us
-    flops_per_us = target.peak_tflops[precision] * share[op.kind] * 1e6
-    return max(op.flops / flops_per_us, memory_us)

@@ -1,36 +1,51 @@
-"""What an ONNX graph does for one batch, as a list of kernels, after shape inference.
+"""What an ONNX graph does for one batch, as a list of operators, after shape inference.
 
-The same rules as trace.py: pointwise nodes join the kernel before them, two matmuls of
-activations with a softmax between are one attention, views are free.
+The same list as trace.py makes of the module: see operators.py.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dimefm_edge.errors import InputError, MissingExtraError
-from dimefm_edge.latency.estimate import FLOAT_BYTES, OpCost
+from dimefm_edge.latency.operators import Operator, convolution
 
-_MOVES_MEMORY = {
-    "LayerNormalization", "GroupNormalization", "InstanceNormalization", "RMSNormalization",
-    "Softmax", "LogSoftmax", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2", "Concat",
-    "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Resize", "Pad", "Gather",
-    "LpNormalization",
+_KINDS = {
+    "elementwise": {
+        "Add", "Mul", "Sub", "Div", "Pow", "Sqrt", "Exp", "Where", "Neg", "Abs", "Reciprocal",
+        "ReduceL2", "LpNormalization", "Max", "Min",
+    },
+    "activation": {
+        "Gelu", "FastGelu", "QuickGelu", "BiasGelu", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh",
+        "Elu", "Erf", "LeakyRelu", "Mish", "Softplus", "PRelu",
+    },
+    "norm": {
+        "LayerNormalization", "GroupNormalization", "InstanceNormalization", "RMSNormalization",
+        "SkipLayerNormalization", "SimplifiedLayerNormalization",
+    },
+    "softmax": {"Softmax", "LogSoftmax"},
+    "mean": {"ReduceMean", "ReduceSum", "ReduceMax", "GlobalAveragePool", "GlobalMaxPool"},
+    "pool": {"MaxPool", "AveragePool"},
+    "move": {"Concat", "Resize", "Pad", "Gather", "Tile", "DepthToSpace", "SpaceToDepth"},
+    "permute": {"Transpose"},
+    "batch_norm": {"BatchNormalization"},
 }  # fmt: skip
+_KIND = {name: kind for kind, names in _KINDS.items() for name in names}
 _FREE = {
-    "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Identity", "Shape",
+    "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Identity", "Shape",
     "Constant", "ConstantOfShape", "Slice", "Split", "Range", "Dropout", "Size",
 }  # fmt: skip
-_KEEPS_CONSTANT = _FREE | {"DequantizeLinear", "QuantizeLinear", "Cast"}
+_KEEPS_CONSTANT = _FREE | {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose"}
 _MATMULS = {"MatMul": 1, "Gemm": 1, "MatMulInteger": 1, "QLinearMatMul": 3, "FusedMatMul": 1}
 _CONVS = {"Conv": 1, "ConvTranspose": 1, "ConvInteger": 1, "QLinearConv": 3, "FusedConv": 1}
 
 
-def onnx_ops(path: Path, *, batch: int = 1, image_size: int | None = None) -> list[OpCost]:
-    """List the kernels of one run of an ONNX file.
+def onnx_ops(path: Path, *, batch: int = 1, image_size: int | None = None) -> list[Operator]:
+    """List the operators of one run of an ONNX file.
 
     Args:
         path: The file; weights beside it are not read.
@@ -105,15 +120,16 @@ def _shapes(graph: Any, free: dict[str, int], batch: int | None) -> dict[str, tu
 
 
 class _Walk:
-    """Turns nodes into kernels, in the graph's order."""
+    """Turns nodes into operators, in the graph's order."""
 
     def __init__(self, graph: Any, shapes: dict[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
         self.constants = {w.name for w in graph.initializer}
         self.sizes: set[str] = set()  # values that are arithmetic on shapes
         self.counted: set[str] = set()
-        self.ops: list[OpCost] = []
-        self.scores_idx: int | None = None  # a softmax: the kernel that it follows
+        self.gates: dict[str, str] = {}  # sigmoids, and what they were taken of
+        self.products: set[str] = set()  # what a bias may be added to, for nothing
+        self.ops: list[Operator] = []
         for node in graph.node:
             self._visit(node)
 
@@ -126,51 +142,69 @@ class _Walk:
         if kind in ("Shape", "Size") or all(i in self.constants | self.sizes for i in inputs):
             self.sizes.update(node.output)
             return
-        if kind in _FREE:
-            return
         params = self._new_params(inputs)
-        moved = self._bytes(*inputs, node.output[0])
-        if kind in _MATMULS:
-            self._matmul(node, moved, params)
-        elif kind in _CONVS:
-            weight = self.shapes.get(node.input[_CONVS[kind]], (1, 1))
-            flops = 2.0 * self._numel(node.output[0]) * math.prod(weight[1:])
-            is_depthwise = weight[1] == 1 and weight[0] > 1
-            self._add(kind, flops, moved, "depthwise" if is_depthwise else "dense", params)
-        elif kind == "Attention":
-            query, key = (self.shapes.get(name, (1, 1, 1)) for name in node.input[:2])
-            flops = 4.0 * math.prod(query) * key[-2]
-            self._add(kind, flops, moved, "attention", params)
-        elif kind == "Softmax" and self.ops and self.ops[-1].kind == "attention":
-            self.scores_idx = len(self.ops) - 1
-            scores_bytes = self._bytes(node.output[0])  # they stay on the chip
-            self.ops[-1] = replace(self.ops[-1], bytes=self.ops[-1].bytes - scores_bytes)
-        elif kind in _MOVES_MEMORY or not self.ops:
-            self._add(kind, 0.0, moved, "memory", params)
-        else:
-            extra = sum(sorted(self._bytes(name) for name in inputs)[:-1])
-            self.ops[-1] = self.ops[-1].with_epilogue(kind, extra, params)
+        is_free = self._is_gate(node, inputs) or self._is_bias(node, inputs)
+        op = None if is_free else self._operator(node, inputs)
+        if op is not None and op.kind in ("linear", "conv", "grouped", "depthwise"):
+            self.products.update(node.output)
+        if op is not None:
+            self.ops.append(replace(op, params=params))
+        elif params and self.ops:
+            self.ops[-1] = replace(self.ops[-1], params=self.ops[-1].params + params)
 
-    def _matmul(self, node: Any, moved: float, params: int) -> None:
-        right = node.input[_MATMULS[node.op_type]]
+    def _is_gate(self, node: Any, inputs: list[str]) -> bool:
+        """Whether it is the Mul of x * sigmoid(x): one activation, counted at the sigmoid."""
+        if node.op_type in ("Sigmoid", "HardSigmoid"):
+            self.gates[node.output[0]] = inputs[0]
+        return node.op_type == "Mul" and any(
+            self.gates.get(a) == b for a, b in (inputs, inputs[::-1])
+        )
+
+    def _is_bias(self, node: Any, inputs: list[str]) -> bool:
+        """Whether it adds a bias to a product, which every runtime does on the way."""
+        return node.op_type == "Add" and (
+            bool(self.products.intersection(inputs)) and bool(self.constants.intersection(inputs))
+        )
+
+    def _operator(self, node: Any, inputs: list[str]) -> Operator | None:
+        kind = node.op_type
+        read = float(sum(self._numel(n) for n in inputs if n not in self.constants))
+        written = float(self._numel(node.output[0]))
+        if kind in _MATMULS:
+            return self._matmul(node, read, written)
+        if kind in _CONVS:
+            weight = self.shapes.get(node.input[_CONVS[kind]], (1, 1, 1, 1))
+            groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+            shape = self.shapes.get(node.output[0], (0,))
+            op = convolution(kind, weight, groups, read=read, written=shape)
+            return replace(op, weights=self._weights(inputs))
+        if kind in ("Attention", "MultiHeadAttention"):
+            return self._attention(node, read, written)
+        known = _KIND.get(kind)
+        return Operator(kind, known, read=read, written=written) if known else None
+
+    def _matmul(self, node: Any, read: float, written: float) -> Operator:
         inner = self.shapes.get(node.input[0], (1,))
         is_transposed = any(a.name == "transA" and a.i for a in node.attribute)
-        depth = inner[0] if is_transposed else inner[-1]
-        flops = 2.0 * self._numel(node.output[0]) * depth
-        if right in self.constants or node.input[0] in self.constants:
-            self._add(node.op_type, flops, moved, "dense", params)
-        elif self.scores_idx is None:
-            self._add("Attention", flops, moved, "attention", params)
-        else:
-            first = self.ops[self.scores_idx]
-            moved = first.bytes + self._bytes(right, node.output[0])
-            self.ops[self.scores_idx] = OpCost(
-                first.name, first.flops + flops, moved, "attention", first.params + params
-            )
-            self.scores_idx = None
+        macs = written * (inner[0] if is_transposed else inner[-1])
+        right = node.input[_MATMULS[node.op_type]]
+        has_weight = right in self.constants or node.input[0] in self.constants
+        kind = "linear" if has_weight else "matmul"
+        weights = self._weights(node.input) if has_weight else 0.0
+        return Operator(node.op_type, kind, macs, 0.0, weights, read, written)
 
-    def _add(self, name: str, flops: float, moved: float, kind: str, params: int) -> None:
-        self.ops.append(OpCost(name, flops, moved, kind, params))
+    def _attention(self, node: Any, read: float, written: float) -> Operator:
+        """(B, S, heads x D) or (B, heads, S, D) queries; keys and values likewise."""
+        query, key = (self.shapes.get(name, (1, 1, 1)) for name in node.input[:2])
+        named = {a.name: a.i for a in node.attribute}
+        heads = named.get("num_heads") or named.get("q_num_heads") or query[1]
+        tokens = query[-2] * (heads if len(query) == 3 else query[1])
+        scores = float(query[0] * tokens * key[-2])
+        macs = 2.0 * math.prod(query) * key[-2]
+        return Operator(node.op_type, "attention", macs, 0.0, 0.0, read, written, scores)
+
+    def _weights(self, inputs: Iterable[str]) -> float:
+        return float(sum(self._numel(name) for name in inputs if name in self.constants))
 
     def _new_params(self, inputs: list[str]) -> int:
         fresh = {i for i in inputs if i in self.constants and i not in self.counted}
@@ -179,6 +213,3 @@ class _Walk:
 
     def _numel(self, name: str) -> int:
         return math.prod(self.shapes.get(name, (0,)))
-
-    def _bytes(self, *names: str) -> float:
-        return float(FLOAT_BYTES * sum(self._numel(name) for name in names))

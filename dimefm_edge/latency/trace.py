@@ -1,9 +1,7 @@
-"""What a torch module does for one batch, as a list of kernels: run on the meta device.
+"""What a torch module does for one batch, as a list of operators: run on the meta device.
 
-Nothing is computed and no weight is copied, so the largest model takes a second. Pointwise
-operations and batch norms are fused into the kernel before them, as TensorRT and ONNX Runtime
-do; an attention is one kernel; a layer norm, a softmax or a pooling is one that only moves
-memory.
+Nothing is computed and no weight is copied, so the largest model takes a second. See
+operators.py for what is listed and what is free because runtimes fuse it.
 """
 
 from __future__ import annotations
@@ -17,25 +15,40 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dimefm_edge.latency.estimate import FLOAT_BYTES, OpCost
+from dimefm_edge.errors import DimeFMError, InputError, lookup
+from dimefm_edge.latency.operators import Operator, convolution
 from dimefm_edge.students import StudentSpec, build_student, student_spec
 
-_MOVES_MEMORY = (
-    "native_layer_norm", "native_group_norm", "_softmax", "mean", "sum", "cat", "max_pool2d",
-    "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "max_pool2d_with_indices",
-    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d", "roll", "index",
-    "linalg_vector_norm", "amax", "var_mean", "constant_pad_nd",
-)  # fmt: skip
-_FREE = (
-    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "unsqueeze",
-    "squeeze", "select", "slice", "split", "split_with_sizes", "unbind", "alias", "detach",
-    "clone", "empty", "empty_like", "zeros", "ones", "full", "arange", "contiguous", "flatten",
-    "_reshape_alias", "copy_", "unfold", "chunk", "as_strided",
-)  # fmt: skip
+_KINDS = {
+    "elementwise": (
+        "add", "mul", "sub", "div", "pow", "rsqrt", "sqrt", "exp", "square", "addcmul", "where",
+        "neg", "clamp", "clamp_min", "linalg_vector_norm", "reciprocal", "abs", "rsub", "floor",
+    ),
+    "activation": (
+        "gelu", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "elu", "erf", "leaky_relu",
+        "mish", "softplus", "prelu", "_prelu_kernel", "log_sigmoid_forward",
+    ),
+    "norm": ("native_layer_norm", "native_group_norm", "_fused_rms_norm"),
+    "softmax": ("_softmax", "_safe_softmax", "_log_softmax"),
+    "mean": ("mean", "sum", "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "amax", "var_mean"),
+    "pool": (
+        "max_pool2d", "max_pool2d_with_indices", "avg_pool2d", "avg_pool1d", "max_pool1d",
+        "adaptive_max_pool2d",
+    ),
+    "move": (
+        "cat", "stack", "roll", "index", "constant_pad_nd", "flip",
+        "repeat", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d",
+        "pixel_shuffle", "index_select", "gather", "embedding", "im2col",
+    ),
+    "permute": ("permute", "transpose"),
+}  # fmt: skip
+_KIND = {name: kind for kind, names in _KINDS.items() for name in names}
+_MATMULS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1}  # which argument is the left one
+_TAKES_IN_BATCH_NORM = ("convolution", "addmm", "mm")
 
 
-def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[OpCost]:
-    """List the kernels of one forward pass.
+def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[Operator]:
+    """List the operators of one forward pass.
 
     Args:
         module: (B, 3, S, S) float -> anything; left as it is. It is traced as it is deployed: in
@@ -44,7 +57,7 @@ def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[OpCost
         batch: B.
 
     Returns:
-        Kernels in order, bytes as in fp32.
+        Operators in order.
     """
     if any(hasattr(m, "reparameterize") for m in module.modules()):
         from dimefm_edge.students.hybrid import reparameterise
@@ -55,7 +68,7 @@ def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[OpCost
 
 
 @functools.lru_cache(maxsize=4096)
-def trace_student(spec: StudentSpec, batch: int = 1) -> tuple[OpCost, ...]:
+def trace_student(spec: StudentSpec, batch: int = 1) -> tuple[Operator, ...]:
     """`trace_ops` of a student as it is deployed, its branches merged. Cached by spec."""
     with torch.device("meta"):
         student = _build_deployed(spec)
@@ -70,14 +83,64 @@ def _build_deployed(spec: StudentSpec) -> nn.Module:
     return build_student(spec)
 
 
-def trace_timm(name: str, image_size: int, batch: int = 1) -> tuple[OpCost, ...]:
+def trace_timm(name: str, image_size: int, batch: int = 1) -> tuple[Operator, ...]:
     """`trace_ops` of a timm model by name, with its own classifier left out."""
     return trace_student(student_spec(f"timm:{name}", image_size=image_size, embed_dim=1), batch)
 
 
-def _trace(module: nn.Module, image_size: int, batch: int) -> list[OpCost]:
+def trace_classifier(name: str, image_size: int | None = None, batch: int = 1) -> list[Operator]:
+    """`trace_ops` of a timm model by name as it is published: with its classifier.
+
+    Args:
+        name: As timm has it; random weights, nothing is downloaded.
+        image_size: In pixels; None: the model's own.
+        batch: Images.
+
+    Raises:
+        UnknownNameError: If timm has no such model.
+        InputError: If it does not take images of that size, or cannot be traced.
+    """
+    import timm
+
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        lookup(dict.fromkeys(timm.list_models()), architecture, kind="timm model")
+    config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    own = config.input_size[-1] if config is not None else None
+    size = image_size or own
+    if size is None:
+        raise InputError(f"timm names no image size for {name}", hint="give one")
+    try:
+        module = _build_timm(architecture, {"img_size": size} if size != own else {})
+        return _trace(module, size, batch)
+    except DimeFMError:
+        raise
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        raise InputError(f"{name} cannot be traced at {size} px: {why}") from error
+
+
+def _build_timm(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
+    """On the meta device, but where branches must be merged, which takes weights."""
+    import timm
+    from timm.utils.model import reparameterize_model
+
+    def build(arguments: dict[str, Any]) -> nn.Module:
+        try:
+            return timm.create_model(architecture, **arguments)
+        except TypeError:  # only some take img_size; the others take any image
+            return timm.create_model(architecture)
+
+    with torch.device("meta"):
+        module = build(kwargs)
+    if any(hasattr(m, "reparameterize") or hasattr(m, "fuse") for m in module.modules()):
+        module = reparameterize_model(build(kwargs))
+    return module
+
+
+def _trace(module: nn.Module, image_size: int, batch: int) -> list[Operator]:
     metas = {
-        name: torch.empty_like(value, device="meta")
+        name: torch.empty_like(value, device="meta", dtype=_float32_if_float(value))
         for name, value in (*module.named_parameters(), *module.named_buffers())
     }
     image = torch.empty(batch, 3, image_size, image_size, device="meta", dtype=torch.float32)
@@ -94,16 +157,20 @@ def _trace(module: nn.Module, image_size: int, batch: int) -> list[OpCost]:
     return recorder.ops
 
 
+def _float32_if_float(value: Tensor) -> torch.dtype:
+    return torch.float32 if value.is_floating_point() else value.dtype
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Writes down each operation; views are free, pointwise ones join the kernel before."""
+    """Writes down each operation that costs time."""
 
     def __init__(self, parameters: list[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sizes = {id(p): _numel(p) for p in parameters}
         self.parameter_ids = set(self.sizes)
         self.counted: set[int] = set()
-        self.ops: list[OpCost] = []
-        self.scores: tuple[int, float] | None = None  # a softmax: its kernel, its bytes
+        self.ops: list[Operator] = []
+        self.before = ""  # the operation before this one, views left out
         self._roots: dict[int, int] = {}  # views of weights, and whose they are
         self._kept: list[Tensor] = []  # an id is only good while its tensor lives
 
@@ -115,50 +182,45 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _record(self, name: str, args: list[Any], result: Any) -> None:
         tensors = [a for a in _flat(args) if isinstance(a, Tensor)]
         outputs = [r for r in _flat([result]) if isinstance(r, Tensor)]
-        if not tensors or not outputs or name in _FREE:
-            self._remember_views(tensors, outputs)
+        if not tensors or not outputs:
             return
+        if all(id(t) in self.parameter_ids for t in tensors):
+            self._remember_views(tensors, outputs)  # a transposed weight is still that weight
+            return
+        op = self._operator(name, args, tensors, outputs[0])
         params = self._new_params(tensors)
-        moved = sum(_bytes(t) for t in tensors) + _bytes(outputs[0])
-        if name in ("mm", "addmm", "bmm", "baddbmm"):
-            left = tensors[1] if name in ("addmm", "baddbmm") else tensors[0]
-            flops = 2.0 * outputs[0].numel() * left.shape[-1]
-            # A linear layer on strided tokens is a bmm with its weight expanded.
-            uses_weight = any(id(t) in self.parameter_ids for t in tensors)
-            if name in ("bmm", "baddbmm") and not uses_weight:
-                self._product(OpCost("attention", flops, moved, "attention"))
-            else:
-                self.ops.append(OpCost(name, flops, moved, "dense", params))
-        elif name in ("convolution", "_convolution", "convolution_overrideable"):
-            weight = tensors[1]
-            flops = 2.0 * outputs[0].numel() * math.prod(weight.shape[1:])
-            is_depthwise = weight.shape[1] == 1 and weight.shape[0] > 1
-            kind = "depthwise" if is_depthwise else "dense"
-            self.ops.append(OpCost(name, flops, moved, kind, params))
-        elif "softmax" in name and self.ops and self.ops[-1].kind == "attention":
-            scores_bytes = _bytes(outputs[0])
-            self.scores = len(self.ops) - 1, scores_bytes
-            self.ops[-1] = replace(self.ops[-1], bytes=self.ops[-1].bytes - scores_bytes)
-        elif name.startswith("_scaled_dot_product"):
-            query, key, value = tensors[:3]
-            flops = 2.0 * math.prod(query.shape[:-1]) * key.shape[-2]
-            flops *= query.shape[-1] + value.shape[-1]
-            self.ops.append(OpCost("attention", flops, moved, "attention"))
-        elif name in _MOVES_MEMORY or not self.ops:
-            self.ops.append(OpCost(name, 0.0, moved, "memory", params))
-        else:  # fused: only what it reads besides the kernel's own output costs anything
-            extra = sum(sorted(_bytes(t) for t in tensors)[:-1])
-            self.ops[-1] = self.ops[-1].with_epilogue(name, extra, params)
+        if op is not None:
+            self.ops.append(replace(op, params=params))
+        elif params and self.ops:
+            self.ops[-1] = replace(self.ops[-1], params=self.ops[-1].params + params)
+        if op is not None or "batch_norm" in name:
+            self.before = name
 
-    def _product(self, op: OpCost) -> None:
-        """Of two activations; one after a softmax joins the one before it: an attention."""
-        if self.scores is None:
-            self.ops.append(op)
-            return
-        idx, scores_bytes = self.scores  # they stay on the chip
-        first, self.scores = self.ops[idx], None
-        moved = first.bytes + op.bytes - scores_bytes
-        self.ops[idx] = replace(first, flops=first.flops + op.flops, bytes=moved)
+    def _operator(
+        self, name: str, args: list[Any], tensors: list[Tensor], output: Tensor
+    ) -> Operator | None:
+        read = float(sum(_numel(t) for t in tensors if id(t) not in self.parameter_ids))
+        written = float(output.numel())
+        if name in ("convolution", "_convolution", "convolution_overrideable"):
+            shape = tuple(output.shape)
+            op = convolution(name, tuple(args[1].shape), args[8], read=read, written=shape)
+            return replace(op, weights=self._weights(tensors))
+        if name in _MATMULS:
+            macs = written * tensors[_MATMULS[name]].shape[-1]
+            weights = self._weights(tensors)  # bmm: of strided tokens with their weight expanded
+            kind = "linear" if weights else "matmul"
+            return Operator(name, kind, macs, 0.0, weights, read, written)
+        if name.startswith("_scaled_dot_product"):
+            return _attention(name, tensors, read, written)
+        if "batch_norm" in name:
+            if self.before in _TAKES_IN_BATCH_NORM:
+                return None
+            return Operator(name, "batch_norm", read=read, written=written)
+        known = _KIND.get(name) or _KIND.get(name.removesuffix("_"))
+        return Operator(name, known, read=read, written=written) if known else None
+
+    def _weights(self, tensors: list[Tensor]) -> float:
+        return float(sum(_numel(t) for t in tensors if id(t) in self.parameter_ids))
 
     def _new_params(self, tensors: list[Tensor]) -> int:
         """Weights that are read for the first time, whole or in part: of each, all of it."""
@@ -171,12 +233,17 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._roots.get(tensor_id, tensor_id)
 
     def _remember_views(self, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        """A transposed weight is still that weight."""
-        source = next((t for t in inputs if id(t) in self.parameter_ids), None)
-        for view in outputs if source is not None else ():
+        for view in outputs:
             self._kept.append(view)
             self.parameter_ids.add(id(view))
-            self._roots[id(view)] = self._root(id(source))
+            self._roots[id(view)] = self._root(id(inputs[0]))
+
+
+def _attention(name: str, tensors: list[Tensor], read: float, written: float) -> Operator:
+    query, key, value = tensors[:3]
+    scores = float(math.prod(query.shape[:-1]) * key.shape[-2])
+    macs = scores * (query.shape[-1] + value.shape[-1])
+    return Operator(name, "attention", macs, read=read, written=written, scores=scores)
 
 
 def _flat(values: list[Any]) -> list[Any]:
@@ -189,7 +256,3 @@ def _flat(values: list[Any]) -> list[Any]:
 def _numel(tensor: Tensor) -> int:
     """Elements in memory: an expanded dimension counts once."""
     return math.prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step)
-
-
-def _bytes(tensor: Tensor) -> float:
-    return float(FLOAT_BYTES * _numel(tensor))

@@ -21,7 +21,8 @@ else:  # JetPack 6 has Python 3.10
     import tomli as tomllib
 
 _PROFILES_DIR = Path(__file__).parent / "profiles"
-_LOCAL = "local"
+LOCAL = "local"
+"""The machine at hand."""
 ProfileBasis = Literal["published", "roofline", "nominal", "measured"]
 
 
@@ -47,10 +48,10 @@ class Target:
     """Dense peak by precision, in 1e12 operations per second (a multiply-add is two)."""
     bandwidth_gbs: float
     """Memory bandwidth, in 1e9 bytes per second."""
-    launch_us: float
-    """Time per kernel that no arithmetic explains, in microseconds."""
-    efficiency: dict[str, float]
-    """Reached share of the peak by kind of kernel: dense, attention, depthwise, bandwidth."""
+    prices: dict[str, str]
+    """Whose published latencies stand for it (latency/published.py): `device` and `runtime` as
+    the tables write them; `mode`, the target whose peaks those rows had; a precision's name there
+    where it is another."""
     providers: tuple[str, ...]
     """ONNX Runtime's execution providers there, the preferred one first."""
     quant_rules: str | None
@@ -79,7 +80,7 @@ def load_target(name: str) -> Target:
     """
     device, _, mode = name.strip().lower().partition("@")
     profile = lookup(_profiles_by_name(), device, kind="target")
-    if profile["name"] == _LOCAL:
+    if profile["name"] == LOCAL:
         from dimefm_edge.targets.local import measure_peaks
 
         profile = {**profile, "modes": {"measured": measure_peaks()}}
@@ -122,8 +123,7 @@ def _target(profile: dict[str, Any], mode: str) -> Target:
         latency_ms=float(profile["latency_ms"]),
         peak_tflops={k: float(v) for k, v in figures["peak_tflops"].items()},
         bandwidth_gbs=float(figures["bandwidth_gbs"]),
-        launch_us=float(profile["launch_us"]),
-        efficiency={k: float(v) for k, v in profile["efficiency"].items()},
+        prices=dict(profile["prices"]),
         providers=tuple(profile.get("providers", ("cpu",))),
         quant_rules=profile.get("quant_rules"),
         sm=profile.get("sm"),

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from dimefm_edge.errors import UnknownNameError
+from dimefm_edge.latency.published import context_of, load_published
 from dimefm_edge.targets import list_targets, load_target
 
 DEVICES = (
     "jetson-agx-orin", "jetson-agx-orin-32gb", "jetson-agx-thor", "jetson-agx-xavier",
     "jetson-nano", "jetson-orin-nano", "jetson-orin-nx", "jetson-xavier-nx", "local",
-    "raspberry-pi-4", "raspberry-pi-5", "x86-cpu",
+    "raspberry-pi-4", "raspberry-pi-5", "rk3588", "snapdragon-x-elite", "x86-cpu",
 )  # fmt: skip
 
 
@@ -34,9 +35,10 @@ def test_every_mode_is_complete(device):
         known = [peaks[p] for p in ("fp32", "fp16", "int8") if p in peaks]
         assert known[0] > 0
         assert known == sorted(known)
-        assert min(target.bandwidth_gbs, target.launch_us, target.latency_ms) > 0
-        assert set(target.efficiency) == {"dense", "attention", "depthwise", "bandwidth"}
-        assert all(0 < share <= 1 for share in target.efficiency.values())
+        assert min(target.bandwidth_gbs, target.latency_ms) > 0
+        assert load_target(target.prices["mode"]).peak_tflops
+        names = target.prices["device"], target.prices["runtime"], target.precision
+        assert load_published().knows(context_of(*names))
         assert (target.sm is not None) == (target.runtime == "tensorrt")
         assert target.sources
         assert all(source.isascii() and source for source in target.sources)

@@ -1,0 +1,399 @@
+"""Fit the latency model to published latencies: writes dimefm_edge/latency/published.json.
+
+    python benchmarks/fit_latencies.py ROWS.csv [--write] [--trace-cache DIR]
+
+ROWS.csv has the columns of shared/data/edge_latency.csv. Prints the error on models that were
+held out (8 folds, grouped by model), on rows that were held out, the rank correlation within each
+context, and how often the truth lies in the 80% interval. Detectors and torchvision's models,
+which some devices have nothing but, are built where ultralytics and torchvision are installed.
+
+Rows left out, and why: see NOT_ONE_CALL and FALLS_BACK. One call of the model is what is fitted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from dimefm_edge.latency.operators import COSTS, PRIORS, RATES, Operator
+from dimefm_edge.latency.published import (
+    MODEL_PATH,
+    Context,
+    context_of,
+    parse_published,
+    with_fallback,
+)
+from dimefm_edge.latency.rows import TraceCache, timm_key
+from dimefm_edge.latency.trace import trace_classifier, trace_ops
+
+NOT_ONE_CALL = re.compile("throughput|offline|multistream|dla|p99|b8|pipeline", re.I)
+NOT_ONE_CALL_SOURCES = re.compile("THROUGHPUT|from FPS")
+"""Runtimes and sources whose rows are not the time of one call: images per second turned round,
+several engines at once, whole applications, tails. Hailo's 1000/FPS at batch 1 stay: it has no
+others, and a context of its own."""
+FALLS_BACK = ("SA8775P ADP", "tflite (NPU)", "fp16")
+"""Eight times slower than the same chip's qnn_dlc on most models: it did not run on the NPU."""
+EXTRA = {
+    "googlenet [Imagenet]": "torchvision/googlenet@224",
+    "shufflenet_v2 [Imagenet]": "torchvision/shufflenet_v2_x0_5@224",
+    "squeezenet1_1/SqueezeNet-1.1 [Imagenet]": "torchvision/squeezenet1_1@224",
+    "regnet [Imagenet]": "regnetx_032@224",
+    "mobile_vit [Imagenet]": "mobilevit_s@256",
+    "nasnet [nasnetalarge.tf_in1k]": "nasnetalarge@224",
+    "openai_clip [ViT-B/16]": "open_clip/ViT-B-16@224",
+    "googlenet": "torchvision/googlenet@224",
+    "squeezenet": "torchvision/squeezenet1_1@227",
+    "shufflenet_v2": "torchvision/shufflenet_v2_x1_0@224",
+    "alexnet": "torchvision/alexnet@224",
+    "mnasnet1_3": "torchvision/mnasnet1_3@224",
+    "squeezenet1_0": "torchvision/squeezenet1_0@224",
+    "squeezenet1_1": "torchvision/squeezenet1_1@224",
+    "6x ViT-B MLP blocks, 197 tokens": "blocks/vit_b_mlp_x6@224",
+    **{f"shufflenet_v2_x{s}_{t}": f"torchvision/shufflenet_v2_x{s}_{t}@224"
+       for s, t in ((0, 5), (1, 0), (1, 5), (2, 0))},
+    **{f"YOLO11{s}": f"ultralytics/yolo11{s}@640" for s in "nsmlx"},
+    **{f"YOLOv8{s}": f"ultralytics/yolov8{s}@640" for s in "nsmlx"},
+}  # fmt: skip
+"""Models without a timm name, and what they are; detectors are used on GPUs and CPUs only, where
+their heads run on the device."""
+
+NOTED = (  # (device, runtime, precision, model, ms): onnxsim/onnxsim scripts/nvidia/README.md, as
+    # shared/devices.md quotes it: 3.1 and 3.5 GMAC/ms; the only ViT on a Jetson
+    ("Jetson Orin Nano 8GB (MAXN_SUPER)", "TensorRT 10.3 (trtexec GPU compute)", "fp16",
+     "vit_base_patch16_224@224", 17.5 / 3.1),
+    ("Jetson Orin Nano 8GB (MAXN_SUPER)", "TensorRT 10.3 (trtexec GPU compute)", "int8",
+     "vit_base_patch16_224@224", 17.5 / 3.5),
+)  # fmt: skip
+"""Latencies that are in no table but in its notes."""
+
+LEVEL_SPREADS = {  # standard deviations of a level's offsets: of all, of a rate, of one cost
+    "all": (0.0, 2.0, 0.7),
+    "hardware": (1.0, 0.8, 0.6),
+    "hardware-precision": (0.5, 0.5, 0.24),
+    "runtime-precision": (0.3, 0.3, 0.16),
+    "device": (1.5, 0.3, 0.0),
+    "context": (0.3, 0.15, 0.0),
+}
+RESIDUAL_SPREADS = {"hardware": 0.05, "hardware-precision": 0.03, "runtime-precision": 0.025}
+"""What single models take more or less than their costs say, while fitting: keeps twenty rows of
+one model on twenty phones from counting as twenty."""
+KEPT_RESIDUALS = {"hardware-precision": 1.0, "runtime-precision": 1.0}
+"""Levels at which the fit keeps a model's residual for later, and how many rows it is shrunk by."""
+NOISE, DEGREES = 0.10, 4.0
+FOLDS, SEED = 8, 0
+RATE_OF = torch.tensor([list(RATES).index(cost.rate) for cost in COSTS])
+torch.set_default_dtype(torch.float64)
+torch.set_num_threads(1)  # small tensors: a second thread only waits
+
+
+@dataclass
+class Rows:
+    """Rows ready for fitting."""
+
+    frame: pd.DataFrame
+    costs: np.ndarray
+    """(rows, len(COSTS))"""
+    log_ms: np.ndarray
+    contexts: list[Context]
+    models: list[str]
+
+    def take(self, mask: np.ndarray) -> Rows:
+        where = np.flatnonzero(mask)
+        return Rows(
+            self.frame.iloc[where], self.costs[where], self.log_ms[where],
+            [self.contexts[i] for i in where], [self.models[i] for i in where],
+        )  # fmt: skip
+
+    def keys(self, level: str) -> list[str]:
+        return (
+            ["all"] * len(self.contexts)
+            if level == "all"
+            else [c.levels[level] for c in self.contexts]
+        )
+
+
+def read_rows(path: Path, cache: TraceCache) -> Rows:
+    """Read, clean and trace."""
+    frame = pd.read_csv(path, dtype={"resolution": str})
+    is_latency = ~frame.runtime.str.contains(NOT_ONE_CALL)
+    is_latency &= ~frame.source_repo_or_url.str.contains(NOT_ONE_CALL_SOURCES)
+    same = [
+        row == FALLS_BACK for row in zip(frame.device, frame.runtime, frame.precision, strict=True)
+    ]
+    names = ("device", "runtime", "precision", "timm_name_if_any", "latency_ms")
+    noted = pd.DataFrame([{**dict(zip(names, n, strict=True)), "batch": 1.0} for n in NOTED])
+    noted["timm_name_if_any"], noted["resolution"] = zip(
+        *noted.timm_name_if_any.str.split("@"), strict=True
+    )
+    frame = pd.concat([frame[is_latency & ~np.array(same)], noted], ignore_index=True)
+    kept, costs, contexts, models = [], [], [], []
+    for idx, row in frame.iterrows():
+        context = context_of(row.device, row.runtime, row.precision)
+        model = _model(row)
+        if model is None or (model.startswith("ultralytics") and context.hardware == "npu"):
+            continue
+        vector = cache.costs(model, 1 if np.isnan(row.batch) else int(row.batch), trace=trace_any)
+        kept.append(idx)
+        costs.append(with_fallback(vector, context))
+        contexts.append(context)
+        models.append(model)
+    frame = frame.loc[kept].reset_index(drop=True)
+    return Rows(frame, np.array(costs), np.log(frame.latency_ms.to_numpy()), contexts, models)
+
+
+def trace_any(name: str, image_size: int | None, batch: int) -> list[Operator]:
+    """timm's models by name, and torchvision/, open_clip/ and ultralytics/ ones."""
+    package, _, model = name.rpartition("/")
+    if not package:
+        return trace_classifier(name, image_size, batch)
+    if package == "torchvision":
+        import torchvision
+
+        options = {"aux_logits": False, "init_weights": False} if model == "googlenet" else {}
+        module = getattr(torchvision.models, model)(**options)
+    elif package == "blocks":
+        module = _MlpBlocks()
+    elif package == "open_clip":
+        import open_clip
+
+        clip = open_clip.create_model(model)
+        text = open_clip.tokenize(["a photo"]).to("meta")
+        module = _BothTowers(clip, text)
+    else:
+        from ultralytics.nn.tasks import DetectionModel
+
+        module = DetectionModel(f"{model}.yaml", verbose=False).fuse(verbose=False)
+        module(torch.zeros(1, 3, image_size or 640, image_size or 640))  # it makes its anchors
+    return trace_ops(module.float(), image_size or 224, batch)
+
+
+class _MlpBlocks(torch.nn.Module):
+    """Six MLPs of ViT-B on 197 tokens, with nothing before or after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = torch.nn.Sequential
+        self.blocks = layer(*(
+            layer(torch.nn.Linear(768, 3072), torch.nn.GELU(), torch.nn.Linear(3072, 768))
+            for _ in range(6)
+        ))  # fmt: skip
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens: Tensor = self.blocks(image.new_empty(len(image), 197, 768))
+        return tokens
+
+
+class _BothTowers(torch.nn.Module):
+    def __init__(self, clip: torch.nn.Module, text: Tensor) -> None:
+        super().__init__()
+        self.clip, self.text = clip, text
+
+    def forward(self, image: Tensor) -> Any:
+        return self.clip(image, self.text)
+
+
+def _model(row: Any) -> str | None:
+    """`name@size`, the cache's key."""
+    if isinstance(row.timm_name_if_any, str):
+        if row.timm_name_if_any.startswith("sequencer"):
+            return None  # LSTMs: no runtime runs them step by step as the trace sees them
+        size = str(row.resolution)
+        return timm_key(row.timm_name_if_any, int(size) if size.isdigit() else None)
+    extra = EXTRA.get(row.model)
+    is_same = str(row.resolution) in ("224", "227", "256", "640") or row.model.startswith(
+        "6x ViT-B"
+    )
+    return extra if extra is not None and is_same else None
+
+
+class Fit:
+    """Maximum a posteriori of the offsets; non-centred, so that L-BFGS converges."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.keys = {level: sorted(set(rows.keys(level))) for level in LEVEL_SPREADS}
+        self.residual_keys = {
+            level: sorted({f"{k} {m}" for k, m in zip(rows.keys(level), rows.models, strict=True)})
+            for level in RESIDUAL_SPREADS
+        }
+        z: dict[str, Tensor] = {}
+        for level, keys in self.keys.items():
+            z[f"{level}/speed"] = torch.zeros(len(keys), 1)
+            z[f"{level}/rate"] = torch.zeros(len(keys), len(RATES))
+            z[f"{level}/cost"] = torch.zeros(len(keys), len(COSTS))
+        for level, names in self.residual_keys.items():
+            z[f"{level}/residual"] = torch.zeros(len(names))
+        self.z = {name: value.requires_grad_(True) for name, value in z.items()}
+        self._solve(rows)
+        self.z = {name: value.detach() for name, value in self.z.items()}
+
+    def _solve(self, rows: Rows) -> None:
+        costs, target = torch.tensor(rows.costs), torch.tensor(rows.log_ms)
+        where = {level: _positions(self.keys[level], rows.keys(level)) for level in self.keys}
+        own = {
+            level: _positions(
+                names, [f"{k} {m}" for k, m in zip(rows.keys(level), rows.models, strict=True)]
+            )
+            for level, names in self.residual_keys.items()
+        }
+        optimizer = torch.optim.LBFGS(
+            list(self.z.values()), max_iter=500, history_size=30,
+            line_search_fn="strong_wolfe", tolerance_change=1e-7,
+        )  # fmt: skip
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            price = torch.tensor(PRIORS) + sum(
+                self.offsets(level)[where[level]] for level in self.keys
+            )
+            extra = sum(RESIDUAL_SPREADS[k] * self.z[f"{k}/residual"][own[k]] for k in own)
+            miss = (target - extra - torch.log((costs * price.exp()).sum(1))) / NOISE
+            likelihood = (DEGREES + 1) / 2 * torch.log1p(miss**2 / DEGREES)
+            value = likelihood.sum() + sum((z**2).sum() for z in self.z.values()) / 2
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+
+    def offsets(self, level: str) -> Tensor:
+        """(keys, len(COSTS))"""
+        speed, rate, cost = LEVEL_SPREADS[level]
+        z = self.z
+        return (
+            speed * z[f"{level}/speed"]
+            + rate * z[f"{level}/rate"][:, RATE_OF]
+            + cost * z[f"{level}/cost"]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Offsets as published.json holds them: by rate, then by cost."""
+        levels: dict[str, Any] = {}
+        for level, keys in self.keys.items():
+            speed, rate, cost = LEVEL_SPREADS[level]
+            rates = speed * self.z[f"{level}/speed"] + rate * self.z[f"{level}/rate"]
+            singles = cost * self.z[f"{level}/cost"]
+            levels[level] = {
+                key: _named(RATES, rates[i]) | _named([c.name for c in COSTS], singles[i])
+                for i, key in enumerate(keys)
+            }
+        return levels
+
+
+def _positions(keys: list[str], wanted: list[str]) -> Tensor:
+    place = {key: i for i, key in enumerate(keys)}
+    return torch.tensor([place[key] for key in wanted])
+
+
+def _named(names: Any, values: Tensor) -> dict[str, float]:
+    rounded = {name: round(float(value), 3) for name, value in zip(names, values, strict=True)}
+    return {name: value for name, value in rounded.items() if abs(value) >= 0.005}
+
+
+def fit(rows: Rows) -> dict[str, Any]:
+    """The values of published.json but for the spreads."""
+    values = {"offsets": Fit(rows).to_dict(), "residuals": {}, "spreads": {"other": [0.3, 0.5]}}
+    for level, shrink in KEPT_RESIDUALS.items():  # each level: what the levels before leave
+        miss = rows.log_ms - predict(values, rows)
+        groups: dict[str, list[float]] = {}
+        for key, model, value in zip(rows.keys(level), rows.models, miss, strict=True):
+            groups.setdefault(f"{key} {model}", []).append(float(value))
+        values["residuals"][level] = {
+            name: round(float(np.median(v)) * len(v) / (len(v) + shrink), 3)
+            for name, v in groups.items()
+        }
+    return values
+
+
+def predict(values: dict[str, Any], rows: Rows) -> np.ndarray:
+    """log ms of each row."""
+    model = parse_published(values)
+    return np.log([
+        model.latency_ms(context, costs, model=name)
+        for context, costs, name in zip(rows.contexts, rows.costs, rows.models, strict=True)
+    ])  # fmt: skip
+
+
+def cross_validate(rows: Rows, groups: list[Any]) -> np.ndarray:
+    """Predictions of each row by a fit that saw no row of its group."""
+    unique = sorted(set(groups), key=str)
+    order = np.random.default_rng(SEED).permutation(len(unique))
+    fold_of = {unique[i]: place % FOLDS for place, i in enumerate(order)}
+    folds = np.array([fold_of[g] for g in groups])
+    out = np.zeros(len(folds))
+    for fold in range(FOLDS):
+        values = fit(rows.take(folds != fold))
+        out[folds == fold] = predict(values, rows.take(folds == fold))
+    return out
+
+
+def spreads(rows: Rows, known: np.ndarray, unknown: np.ndarray) -> dict[str, list[float]]:
+    """80% quantiles of the error, by hardware and precision where there are 15 rows."""
+    keys = np.array(rows.keys("hardware-precision"))
+    out = {}
+    for key in [*sorted(set(keys)), "other"]:
+        mask = np.ones(len(keys), bool) if key == "other" else keys == key
+        if key == "other" or mask.sum() >= 15:
+            out[key] = [
+                round(float(np.quantile(abs(p - rows.log_ms)[mask], 0.8)), 3)
+                for p in (known, unknown)
+            ]
+    return out
+
+
+def report(name: str, rows: Rows, predicted: np.ndarray, half: Callable[[Context], float]) -> None:
+    """Errors on rows with a timm name, as `estimate --rows` would be judged."""
+    has_name = rows.frame.timm_name_if_any.notna().to_numpy()
+    error = abs(np.exp(predicted - rows.log_ms) - 1)[has_name]
+    widths = np.array([half(c) for c in rows.contexts])
+    inside = (abs(predicted - rows.log_ms) <= widths)[has_name]
+    ranks = []
+    for context in sorted({c.name for c in rows.contexts}):
+        mask = has_name & np.array([c.name == context for c in rows.contexts])
+        if len({m for m, is_in in zip(rows.models, mask, strict=True) if is_in}) >= 8:
+            ranks.append(
+                pd.Series(predicted[mask]).corr(pd.Series(rows.log_ms[mask]), method="spearman")
+            )
+    print(
+        f"{name}: {len(error)} rows, median error {np.median(error):.1%}, 90th percentile "
+        f"{np.quantile(error, 0.9):.1%}, in the 80% interval {inside.mean():.1%}; rank correlation "
+        f"in {len(ranks)} contexts of 8 models or more: median {np.median(ranks):.3f}, "
+        f"least {min(ranks):.3f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--write", action="store_true", help=f"write {MODEL_PATH.name}")
+    parser.add_argument("--trace-cache", type=Path, default=None)
+    options = parser.parse_args()
+    rows = read_rows(options.rows, TraceCache(options.trace_cache))
+    contexts = len(set(rows.keys("context")))
+    print(f"{len(rows.models)} rows, {len(set(rows.models))} models, {contexts} contexts")
+    unknown = cross_validate(rows, [m.partition("@")[0].partition(".")[0] for m in rows.models])
+    known = cross_validate(rows, list(range(len(rows.models))))
+    values = fit(rows) | {"spreads": spreads(rows, known, unknown)}
+    model = parse_published(values)
+    widths = {
+        c.name: model.spreads.get(c.levels["hardware-precision"], model.spreads["other"])
+        for c in rows.contexts
+    }
+    report("models never seen", rows, unknown, lambda c: widths[c.name][1])
+    report("rows never seen", rows, known, lambda c: widths[c.name][0])
+    report("in the fit", rows, predict(values, rows), lambda c: widths[c.name][0])
+    if options.write:
+        MODEL_PATH.write_text(json.dumps(values, indent=0, sort_keys=True) + "\n", encoding="utf-8")
+        print(f"{MODEL_PATH}: {MODEL_PATH.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()

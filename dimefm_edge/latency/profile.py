@@ -1,0 +1,123 @@
+"""What `calibrate` measured on this machine: prices of each cost, kept in the user's folder.
+
+A profile holds for one machine (CPU or GPU, runtime version, threads); on another it is not
+used. calibrate.py makes them, estimate.py reads them. No torch here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dimefm_edge.errors import CheckpointError
+from dimefm_edge.latency.operators import COST_NAMES, Vector
+from dimefm_edge.targets import LOCAL, Target
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Prices on one machine, in one precision."""
+
+    precision: str
+    log_prices: Vector
+    """log ms of one unit of each cost, shape (len(COSTS),)."""
+    spread: float
+    """Half width of the 80% interval in log ms: of errors on models left out of the fit."""
+    models: int
+    """How many were measured."""
+    median_error: float
+    """Of models left out, as a fraction."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; prices by name."""
+        prices = zip(COST_NAMES, map(float, self.log_prices), strict=True)
+        return {
+            "log_prices": {name: round(value, 4) for name, value in prices},
+            "spread": round(self.spread, 4),
+            "models": self.models,
+            "median_error": round(self.median_error, 4),
+        }
+
+
+def machine_key() -> str:
+    """What a profile holds for: CPU, its cores, and ONNX Runtime's version."""
+    from dimefm_edge.latency.measure import machine_info
+
+    info = machine_info()
+    parts = (
+        info["cpu"], info["architecture"], info["cores_physical"], info["cores_available"],
+        info["versions"].get("onnxruntime"), platform.system(),
+    )  # fmt: skip
+    return hashlib.sha256("|".join(map(str, parts)).encode()).hexdigest()[:12]
+
+
+def profile_path() -> Path:
+    """Where this machine's profile is kept."""
+    base = os.environ.get("XDG_CONFIG_HOME")
+    folder = Path(base) if base else Path.home() / ".config"
+    return folder / "dimefm_edge" / "profiles" / f"{machine_key()}.json"
+
+
+def load_profile(target: Target, precision: str) -> Profile | None:
+    """This machine's profile in a precision; None if it is another target, or was not measured.
+
+    Raises:
+        CheckpointError: If the file is there and cannot be read.
+    """
+    if target.name != LOCAL:
+        return None
+    path = profile_path()
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, str(error)) from error
+    try:
+        if values["format"] != _FORMAT or precision not in values["precisions"]:
+            return None
+        return _parse(precision, values["precisions"][precision])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _unreadable(path, f"{type(error).__name__} {error}") from error
+
+
+def _parse(precision: str, values: dict[str, Any]) -> Profile:
+    prices = np.array([float(values["log_prices"][name]) for name in COST_NAMES])
+    if not np.isfinite(prices).all():
+        raise ValueError("a price is not finite")
+    return Profile(
+        precision, prices, float(values["spread"]), int(values["models"]),
+        float(values["median_error"]),
+    )  # fmt: skip
+
+
+def save_profile(profiles: list[Profile], machine: dict[str, Any]) -> Path:
+    """Write this machine's profile, by rename; precisions that were not measured anew stay."""
+    path = profile_path()
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))["precisions"]
+    except (OSError, ValueError, KeyError, TypeError):
+        kept = {}
+    kept.update({profile.precision: profile.to_dict() for profile in profiles})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    values = {"format": _FORMAT, "machine": machine, "precisions": kept}
+    part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def _unreadable(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is not a profile of this machine: {why}",
+        hint="dimefm-edge calibrate makes it anew",
+    )

@@ -1,0 +1,80 @@
+"""What of operators costs time, counted by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dimefm_edge.latency.operators import (
+    COST_NAMES,
+    COSTS,
+    PRIORS,
+    RATES,
+    Operator,
+    convolution,
+    cost_vector,
+    total_gmacs,
+    total_params_m,
+)
+
+
+def counts(*ops):
+    return {k: v for k, v in zip(COST_NAMES, cost_vector(ops), strict=True) if v}
+
+
+def test_names_rates_and_priors_fit_together():
+    assert len(set(COST_NAMES)) == len(COSTS) == len(PRIORS)
+    assert {cost.rate for cost in COSTS} == set(RATES)
+    assert not set(RATES) & set(COST_NAMES)  # published.json has both in one table
+
+
+def test_convolutions_by_hand():
+    dense = convolution("c", (16, 3, 3, 3), 1, read=300.0, written=(1, 16, 10, 10))
+    assert (dense.kind, dense.macs) == ("conv", 1600 * 27)
+    assert dense.padded_macs == 100 * 32 * 32 * 9
+    assert convolution("c", (8, 1, 5, 5), 8, read=1.0, written=(1, 8, 2, 2)).kind == "depthwise"
+    grouped = convolution("c", (64, 16, 3, 3), 4, read=1.0, written=(1, 64, 2, 2))
+    assert (grouped.kind, grouped.macs) == ("grouped", 256 * 16 * 9)
+    assert grouped.padded_macs == 256 / 16 * 32 * 32 * 9
+    assert convolution("c", (8, 8, 1, 1), 1, read=1.0, written=(1, 8, 2, 2)).is_pointwise
+    assert counts(dense) == pytest.approx({
+        "calls": 1, "kernels": 1, "macs_conv": 0.0432, "macs_padding": 0.9216 - 0.0432,
+        "weights": 432e-6, "activations": 1900e-6,
+    })  # fmt: skip
+
+
+def test_an_attention_is_two_products_and_a_softmax():
+    whole = Operator("a", "attention", macs=2e6, read=3e3, written=1e3, scores=5e3)
+    parts = (
+        Operator("qk", "matmul", macs=1e6, read=2e3, written=5e3),
+        Operator("s", "softmax", read=5e3, written=5e3),
+        Operator("av", "matmul", macs=1e6, read=6e3, written=1e3),
+    )
+    one, three = counts(whole), counts(*parts)
+    for name in ("kernels_attention", "macs_attention", "activations_softmax"):
+        assert one[name] == three[name]
+
+
+def test_only_what_exceeds_the_chip_is_spilled():
+    small, large = (Operator("x", "elementwise", written=n) for n in (1e6, 3e6))
+    assert "activations_spilled" not in counts(small)
+    assert counts(large)["activations_spilled"] == pytest.approx(2.0)
+
+
+KINDS = st.sampled_from([
+    "conv", "grouped", "depthwise", "linear", "matmul", "attention", "softmax", "norm",
+    "batch_norm", "activation", "elementwise", "pool", "mean", "move", "permute",
+])  # fmt: skip
+SIZES = st.floats(0, 1e9)
+
+
+@given(st.lists(st.builds(Operator, st.just("x"), KINDS, macs=SIZES, read=SIZES, written=SIZES)))
+def test_costs_add_up(ops):
+    whole = cost_vector(ops)
+    parts = sum((cost_vector([op]) for op in ops), np.zeros(len(COSTS)))
+    parts[COST_NAMES.index("calls")] = 1.0
+    assert whole == pytest.approx(parts)
+    assert total_gmacs(ops) == pytest.approx(sum(op.macs for op in ops) / 1e9)
+    assert total_params_m(ops) == 0
