@@ -64,7 +64,12 @@ COMMANDS: dict[str, Command] = {
     "estimate": Command(
         "choosing:run_estimate",
         "EstimateOptions",
-        "latency of a student, a timm model or an ONNX file on a target",
+        "latency of a student, a timm model or an ONNX file on a target, or of a table of them",
+    ),
+    "calibrate": Command(
+        "choosing:run_calibrate",
+        "CalibrateOptions",
+        "measure this machine: estimates for `local` become its own",
     ),
     "fit": Command(
         "choosing:run_fit", "FitOptions", "students under a latency budget: table, plot, choice"

@@ -1,5 +1,8 @@
 """Which student: estimate a grid of them on the target, keep the largest that fits.
 
+On this machine, the choice is measured before it is made, and what measuring says of the
+estimates corrects the others.
+
 Quality is not known before training; it is stood in for by multiply-adds, doubled for students
 that can inherit the teacher's layers. A crude rule, stated so that you can overrule it: every
 candidate is in the report.
@@ -10,12 +13,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dimefm_edge.errors import BudgetError, ConfigError, lookup
-from dimefm_edge.latency.estimate import OpCost, estimate_latency, total_gmacs
+from dimefm_edge.latency.estimate import estimate_latency
+from dimefm_edge.latency.operators import Operator, total_gmacs
 from dimefm_edge.students import (
     NAMED_STUDENTS,
     StudentSpec,
@@ -40,9 +44,13 @@ _VIT_DEPTHS = (2, 3, 4, 6, 8, 10, 12)
 _MAX_WIDTH_PER_LAYER = 96
 """Wide and shallow ViTs fill a budget with arithmetic that they cannot use; ViT-B has 64."""
 _MIN_DEPTH = 2
+_MAX_MEASURED = 6
+_MARGIN = 0.97
+"""Of the budget, what a student that was not measured may take by its corrected estimate."""
 _HYBRID_WIDTHS = (16, 24, 32, 48, 64, 80, 96)
 _HYBRID_DEPTHS = ((1, 1, 1, 1), (1, 1, 2, 1), (2, 2, 4, 2), (2, 2, 6, 2), (3, 3, 9, 3))
 
+Measure = Callable[[StudentSpec, str], float]
 Grid = Callable[[int, int, "dict[str, Any] | None"], Iterator[tuple[StudentSpec, bool]]]
 
 
@@ -60,6 +68,8 @@ class FitCandidate:
     """Can start from the teacher's weights."""
     fits: bool
     """Within the budget, and within its share of the teacher's multiply-adds."""
+    measured_ms: float | None = None
+    """Median on this machine, where it was measured."""
 
     @property
     def score(self) -> float:
@@ -106,7 +116,8 @@ def fit_student(
     families: Sequence[str] = ("vit", "hybrid"),
     student: str = "auto",
     teacher_geometry: dict[str, Any] | None = None,
-    teacher_ops: Sequence[OpCost] | None = None,
+    teacher_ops: Sequence[Operator] | None = None,
+    measure: Measure | None = None,
 ) -> FitReport:
     """Choose the largest student that an estimate says is fast enough.
 
@@ -123,6 +134,8 @@ def fit_student(
             budget that was given.
         teacher_geometry: From `vit_geometry`: adds students that can inherit.
         teacher_ops: From `trace_ops`, at batch 1, for the default budget.
+        measure: (spec, precision) -> ms, on the target: the choice is then one that was measured
+            and meets the budget.
 
     Raises:
         BudgetError: If none fits; the message names the fastest, the hint a budget that would do.
@@ -154,6 +167,15 @@ def fit_student(
     if not fitting:
         raise _budget_error(candidates[0], target, precision, budget_ms, max_gmacs)
     chosen = max(fitting, key=lambda c: (c.score, -c.latency_ms))
+    if measure is not None and not is_free:
+        allowed = [c for c in candidates if max_gmacs is None or c.gmacs <= max_gmacs]
+        measured = _measure_best(allowed, lambda spec: measure(spec, precision), budget_ms)
+        candidates = [measured.get(c.spec, c) for c in candidates]
+        able = [c for c in measured.values() if c.fits]
+        if not able:
+            fastest = min(measured.values(), key=lambda c: c.measured_ms or math.inf)
+            raise _budget_error(fastest, target, precision, budget_ms, max_gmacs)
+        chosen = max(able, key=lambda c: (c.score, -c.latency_ms))
     logger.info("fit: %s, %.3g of %.3g ms", chosen.spec.name, chosen.latency_ms, budget_ms)
     return FitReport(
         target=target.full_name,
@@ -164,6 +186,33 @@ def fit_student(
         candidates=tuple(candidates),
         pareto=_pareto(candidates),
     )
+
+
+def _measure_best(
+    candidates: Sequence[FitCandidate], measure: Callable[[StudentSpec], float], budget_ms: float
+) -> dict[StudentSpec, FitCandidate]:
+    """Measure the best that should fit, and again, until the best was measured and fits.
+
+    Each time corrects the estimates of the rest by the median of measured over estimated.
+    """
+    measured: dict[StudentSpec, FitCandidate] = {}
+
+    def fits(candidate: FitCandidate, correction: float) -> bool:
+        if candidate.spec in measured:
+            return measured[candidate.spec].fits
+        return candidate.latency_ms * correction <= _MARGIN * budget_ms
+
+    for _ in range(_MAX_MEASURED):
+        ratios = [(c.measured_ms or 0.0) / c.latency_ms for c in measured.values()]
+        correction = sorted(ratios)[len(ratios) // 2] if ratios else 1.0
+        able = [c for c in candidates if fits(c, correction)] or [candidates[0]]
+        best = max(able, key=lambda c: (c.score, -c.latency_ms))
+        if best.spec in measured:
+            break
+        took = measure(best.spec)
+        logger.info("fit: %s takes %.3g ms, estimated %.3g", best.spec.name, took, best.latency_ms)
+        measured[best.spec] = replace(best, measured_ms=took, fits=took <= budget_ms)
+    return measured
 
 
 def plot_fit(report: FitReport, path: Path) -> None:
@@ -200,7 +249,7 @@ def _limits(
     target: Target,
     latency_ms: float | None,
     precision: str,
-    teacher_ops: Sequence[OpCost] | None,
+    teacher_ops: Sequence[Operator] | None,
 ) -> tuple[float, float | None]:
     if latency_ms is not None:
         if not latency_ms > 0:
@@ -292,7 +341,7 @@ def _estimate(spec: StudentSpec, target: Target, precision: str) -> dict[str, fl
     return {key: one[key] + (depth - 1) * (two[key] - one[key]) for key in one}
 
 
-def _figures(ops: Sequence[OpCost], target: Target, precision: str) -> dict[str, float]:
+def _figures(ops: Sequence[Operator], target: Target, precision: str) -> dict[str, float]:
     estimate = asdict(estimate_latency(ops, target, precision=precision))
     return {key: estimate[key] for key in ("latency_ms", "low_ms", "high_ms", "gmacs", "params_m")}
 
@@ -315,10 +364,12 @@ def _budget_error(
     limits = f"{budget_ms:.3g} ms"
     if max_gmacs is not None:
         limits += f" and {max_gmacs:.3g} GMACs ({TEACHER_GMACS_SHARE} of the teacher's)"
-    enough = math.ceil(fastest.latency_ms * 1000) / 1000
+    took = fastest.measured_ms or fastest.latency_ms
+    enough = math.ceil(took * 1000) / 1000
+    how = "measured" if fastest.measured_ms else "estimated"
     return BudgetError(
         f"no student meets {limits} on {target.full_name} ({precision}); the fastest, "
-        f"{fastest.spec.name}, is estimated at {fastest.latency_ms:.3g} ms and "
+        f"{fastest.spec.name}, is {how} at {took:.3g} ms and "
         f"{fastest.gmacs:.3g} GMACs",
         hint=f"dimefm-edge fit --target {target.full_name} --latency-ms {enough:g}",
     )

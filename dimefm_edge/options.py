@@ -47,6 +47,11 @@ class EstimateOptions(CommonOptions):
 
     model: Positional[str] = ""
     """An ONNX file, a run, a bundle, a named student (vit-tiny), `timm:NAME`, or a teacher."""
+    rows: Path | None = None
+    """Instead of a model, a CSV file of many: device, runtime, precision, timm_name_if_any,
+    batch, resolution."""
+    out: Path | None = None
+    """Where that file goes with predicted_ms, low_ms, high_ms and basis added."""
     target: str = RunConfig.target
     """Device, with or without a power mode: jetson-orin@30w."""
     precision: str | None = None
@@ -57,6 +62,16 @@ class EstimateOptions(CommonOptions):
     """Input side in pixels. Default: the model's own, else 224."""
     embed_dim: int = 512
     """Size of the embeddings of a named student or a timm model."""
+
+
+@dataclass(frozen=True)
+class CalibrateOptions(CommonOptions):
+    """Measure this machine, so that estimates for `local` are its own. Takes some minutes."""
+
+    precision: tuple[Literal["fp32", "int8"], ...] = ("fp32", "int8")
+    """What to measure."""
+    threads: int = 0
+    """Threads of one call; 0: one per physical core."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from dimefm_edge.tables import format_table
 if TYPE_CHECKING:
     from dimefm_edge.latency.estimate import LatencyEstimate
     from dimefm_edge.options import (
+        CalibrateOptions,
         EstimateOptions,
         FitOptions,
         TargetsOptions,
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 
 _DEFAULT_IMAGE_SIZE = 224
+_SHOWN_ERRORS = 10
 _DEFAULT_EMBED_DIM = 512
 
 
@@ -57,9 +60,13 @@ def run_targets(options: TargetsOptions) -> Outcome:
 
 
 def run_estimate(options: EstimateOptions) -> Outcome:
-    """Estimate one model on one target."""
+    """Estimate one model on one target, or a table of them."""
     from dimefm_edge.targets import load_target
 
+    if options.rows is not None:
+        return _estimate_rows(options)
+    if not options.model:
+        raise InputError("name a model, or a table with --rows", hint="dimefm-edge estimate --help")
     if options.batch_size < 1 or (options.image_size or 1) < 1:
         raise InputError("batch size and image size must be positive")
     target = load_target(options.target)
@@ -77,8 +84,7 @@ def run_estimate(options: EstimateOptions) -> Outcome:
     table = format_table(("model", "params M", "GMACs", "estimate ms", "interval ms"), rows)
     text = (
         f"{table}\n\n{target.full_name}, {target.runtime} {precision}, batch "
-        f"{options.batch_size}; a {estimate.basis} estimate: measure on the device before you "
-        "promise anything"
+        f"{options.batch_size}; {_BASES[estimate.basis]}"
     )
     values: dict[str, Any] = {
         "model": options.model,
@@ -86,6 +92,65 @@ def run_estimate(options: EstimateOptions) -> Outcome:
         "runtime": target.runtime,
     }
     values |= {"precision": precision, "batch_size": options.batch_size} | asdict(estimate)
+    return Outcome(values, text)
+
+
+_BASES = {
+    "calibrated": "calibrated: by what was measured on this machine",
+    "published": "published: fitted on published latencies of this device and runtime",
+    "roofline": "roofline: scaled from another device's or mode's prices: measure on the device "
+    "before you promise anything",
+}
+
+
+def _estimate_rows(options: EstimateOptions) -> Outcome:
+    from dimefm_edge.latency.rows import count_rows, estimate_rows
+    from dimefm_edge.progress import counting
+
+    if options.model or options.rows is None or options.out is None:
+        raise InputError(
+            "--rows takes --out and no model",
+            hint="dimefm-edge estimate --rows in.csv --out out.csv",
+        )
+    with counting("estimate", count_rows(options.rows)) as advance:
+        report = estimate_rows(options.rows, options.out, advance=advance)
+    text = f"{report.estimated} of {report.rows} rows estimated: {options.out}"
+    text += "".join(f"\nline {line}: {why}" for line, why in report.errors[:_SHOWN_ERRORS])
+    if len(report.errors) > _SHOWN_ERRORS:
+        text += f"\nand {len(report.errors) - _SHOWN_ERRORS} more; each row's basis says why"
+    return Outcome(asdict(report) | {"out": str(options.out)}, text)
+
+
+def run_calibrate(options: CalibrateOptions) -> Outcome:
+    """Measure this machine and keep what its costs are."""
+    from dimefm_edge.latency.calibrate import MODELS, calibrate
+    from dimefm_edge.progress import counting
+
+    total = len(MODELS) * (1 + len(options.precision))
+    with counting("calibrate", total) as advance:
+        report = calibrate(
+            precisions=options.precision,
+            threads=options.threads,
+            progress=lambda what: advance(1),
+        )
+    rows = [
+        (m.model, m.image_size, m.precision, m.latency_ms, m.predicted_ms, f"{m.error:+.1%}")
+        for m in sorted(report.measured, key=lambda m: (m.precision, m.latency_ms))
+    ]
+    headers = ("model", "pixels", "precision", "measured ms", "by the others ms", "error")
+    worth = "\n".join(
+        f"{p.precision}: {p.models} models, each predicted by the others within "
+        f"{p.median_error:.1%} (median), 80% within {100 * math.expm1(p.spread):.0f}%"
+        for p in report.profiles
+    )
+    text = f"{format_table(headers, rows)}\n\n{worth}\n{report.path}: estimates for local use it"
+    text += "".join(f"\nleft out: {name}: {why}" for name, why in report.skipped)
+    values = {
+        "path": str(report.path),
+        "profiles": [p.to_dict() | {"precision": p.precision} for p in report.profiles],
+        "measured": [asdict(m) | {"error": m.error} for m in report.measured],
+        "skipped": [{"model": name, "why": why} for name, why in report.skipped],
+    }
     return Outcome(values, text)
 
 
@@ -127,6 +192,8 @@ def _estimate(options: EstimateOptions, target: Target, precision: str) -> Laten
 def run_fit(options: FitOptions) -> Outcome:
     """Choose a student for a budget."""
     from dimefm_edge.fit import fit_student, plot_fit
+    from dimefm_edge.latency.calibrate import measure_student
+    from dimefm_edge.targets import LOCAL, load_target
 
     side, embed_dim = options.image_size, options.embed_dim
     from_teacher: dict[str, Any] = {}
@@ -141,19 +208,22 @@ def run_fit(options: FitOptions) -> Outcome:
         from_teacher["teacher_ops"] = trace_ops(
             teacher.image_tower, teacher.preprocess.image_size, 1
         )
+    target = load_target(options.target)
     report = fit_student(
-        options.target,
+        target,
         latency_ms=options.latency_ms,
         image_size=side or _DEFAULT_IMAGE_SIZE,
         embed_dim=embed_dim or _DEFAULT_EMBED_DIM,
         precision=options.precision,
         families=options.families,
+        measure=measure_student if target.name == LOCAL else None,
         **from_teacher,
     )
     if options.plot is not None:
         plot_fit(report, options.plot)
     best = report.chosen_candidate
-    shown = sorted({best, *report.pareto}, key=lambda c: c.latency_ms)
+    was_measured = {c for c in report.candidates if c.measured_ms}
+    shown = sorted({best, *was_measured, *report.pareto}, key=lambda c: c.latency_ms)
     rows = [
         (
             "*" if c.spec == report.chosen else "",
@@ -162,12 +232,16 @@ def run_fit(options: FitOptions) -> Outcome:
             c.gmacs,
             c.latency_ms,
             f"{c.low_ms:.3g} to {c.high_ms:.3g}",
+            c.measured_ms,
             c.inherits,
             c.fits,
         )
         for c in shown
     ]
-    headers = ("", "student", "params M", "GMACs", "estimate ms", "interval ms", "inherits", "fits")
+    headers = (
+        "", "student", "params M", "GMACs", "estimate ms", "interval ms", "measured ms", "inherits",
+        "fits",
+    )  # fmt: skip
     text = (
         f"{format_table(headers, rows)}\n\n* chosen for {report.target} {report.precision}, budget "
         f"{report.budget_ms:.3g} ms; the other rows are the Pareto front of "

@@ -75,7 +75,7 @@ def test_depth_is_extrapolated_exactly(report):
 
 def test_a_bigger_budget_gives_a_bigger_student():
     sizes = {"image_size": 224, "embed_dim": 64, "families": ("hybrid",)}
-    reports = [fit_student("jetson-orin", latency_ms=ms, **sizes) for ms in (0.5, 1.0, 4.0)]
+    reports = [fit_student("jetson-orin", latency_ms=ms, **sizes) for ms in (1.0, 2.0, 8.0)]
     gmacs = [r.chosen_candidate.gmacs for r in reports]
     assert gmacs[0] < gmacs[1] < gmacs[2]
     assert all(r.max_gmacs is None for r in reports)
@@ -131,3 +131,35 @@ def test_the_report_is_plain_values_and_a_plot(report, tmp_path):
     with Image.open(tmp_path / "fit.png") as image:
         assert image.format == "PNG"
         assert len(image.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_measuring_corrects_the_estimates_and_decides():
+    """Here everything takes twice its estimate: the choice is the best that still fits."""
+    sizes = {"image_size": 64, "embed_dim": 64}
+    estimates = {c.spec: c for c in fit_student("local", latency_ms=1e3, **sizes).candidates}
+    budget = sorted(c.latency_ms for c in estimates.values())[len(estimates) // 2]
+    asked = []
+
+    def measure(spec, precision):
+        asked.append((spec, precision))
+        return 2.0 * estimates[spec].latency_ms
+
+    report = fit_student("local", latency_ms=budget, measure=measure, **sizes)
+    best = report.chosen_candidate
+    assert best.measured_ms == 2.0 * best.latency_ms
+    assert 0.75 * budget <= best.measured_ms <= budget
+    assert best.fits
+    assert {c.spec for c in report.candidates if c.measured_ms} == {spec for spec, _ in asked}
+    assert not next(c for c in report.candidates if c.spec == asked[0][0]).fits
+    assert 2 <= len(asked) <= 6
+    rest = [c for c in report.candidates if c.measured_ms is None and c.score > best.score]
+    assert all(2.0 * c.latency_ms > 0.97 * budget for c in rest)
+
+
+def test_a_budget_that_no_measured_student_meets_names_what_would_do():
+    with pytest.raises(BudgetError, match=r"is measured at 50 ms") as caught:
+        fit_student(
+            "local", latency_ms=20.0, image_size=64, embed_dim=64, families=("hybrid",),
+            measure=lambda spec, precision: 50.0,
+        )  # fmt: skip
+    assert caught.value.hint == "dimefm-edge fit --target local@measured --latency-ms 50"

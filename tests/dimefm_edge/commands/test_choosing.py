@@ -55,14 +55,14 @@ def test_estimate_names_what_is_wrong(capsys, tmp_path):
 
 def test_fit_chooses_and_draws(capsys, tmp_path):
     plot = tmp_path / "fit.png"
-    words = ("fit", "--latency-ms", "0.2", "--image-size", "32", "--embed-dim", "16")
+    words = ("fit", "--latency-ms", "0.8", "--image-size", "32", "--embed-dim", "16")
     code, values = _json(capsys, *words, "--families", "vit", "--plot", plot)
     assert code == 0
-    assert values["budget_ms"] == 0.2
+    assert values["budget_ms"] == 0.8
     assert values["chosen"]["image_size"] == 32
     chosen = next(c for c in values["candidates"] if c["spec"] == values["chosen"])
     assert chosen["fits"]
-    assert chosen["latency_ms"] <= 0.2
+    assert chosen["latency_ms"] <= 0.8
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert cli.main([*words, "--families", "vit"]) == 0
     assert f"*  {values['chosen']['name']}" in capsys.readouterr().out
@@ -84,3 +84,31 @@ def test_a_budget_that_none_meets_is_exit_3_with_one_that_would_do(capsys):
     hint = values["hint"].split()
     assert hint[:2] == ["dimefm-edge", "fit"]
     assert cli.main([*words, *hint[2:]]) == 0
+
+
+def test_estimate_of_a_table(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text(
+        "device,runtime,precision,batch,timm_name_if_any,resolution\n"
+        "Raspberry Pi 5,ONNX Runtime CPU,fp32,1,resnet18,224\n"
+        "jetson-orin@30w,TensorRT,int8,1,resnet18,224\n"
+        "Toaster,TensorRT,int8,1,resnet18,224\n"
+    )
+    code, values = _json(capsys, "estimate", "--rows", source, "--out", out)
+    assert code == 0
+    assert (values["rows"], values["estimated"]) == (3, 2)
+    assert "unknown device" in values["errors"][0][1]
+    assert out.read_text().count("published") == 2  # one of them in the error's text
+    assert cli.main(["estimate", "--rows", str(source)]) == 2
+    assert "--rows takes --out and no model" in capsys.readouterr().err
+    assert cli.main(["estimate"]) == 2
+    assert "name a model, or a table" in capsys.readouterr().err
+
+
+def test_fit_measures_the_choice_here(capsys):
+    words = ("fit", "--target", "local", "--latency-ms", "20", "--image-size", "32")
+    code, values = _json(capsys, *words, "--embed-dim", "16", "--families", "hybrid")
+    assert code == 0
+    chosen = next(c for c in values["candidates"] if c["spec"] == values["chosen"])
+    assert 0 < chosen["measured_ms"] <= 20

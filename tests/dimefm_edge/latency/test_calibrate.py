@@ -1,0 +1,85 @@
+"""Calibration: prices are found again, one disturbed timing bends nothing, this machine is run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from dimefm_edge.errors import ConfigError, UnknownNameError
+from dimefm_edge.latency.calibrate import (
+    MODELS,
+    calibrate,
+    fit_prices,
+    fit_profile,
+    measure_student,
+    spec_of,
+)
+from dimefm_edge.latency.operators import PRIORS, cost_vector
+from dimefm_edge.latency.profile import load_profile
+from dimefm_edge.latency.trace import trace_student
+from dimefm_edge.students import vit_spec
+from dimefm_edge.targets import load_target
+
+SMALL = [
+    (f"vit:8,{width},{depth}", size) for width in (32, 64) for depth in (1, 2) for size in (16, 32)
+]
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return np.array([cost_vector(trace_student(spec_of(*m))) for m in MODELS if "timm" not in m[0]])
+
+
+def test_prices_of_another_machine_are_found(costs):
+    shift = np.linspace(-0.5, 0.9, len(PRIORS))
+    truth = np.exp(PRIORS + shift)
+    profile, left_out = fit_profile(costs, costs @ truth, prior=PRIORS, precision="fp32")
+    fitted = np.exp(profile.log_prices) @ costs.T
+    assert fitted == pytest.approx(costs @ truth, rel=0.05)
+    before = costs @ np.exp(PRIORS) / (costs @ truth)
+    assert profile.median_error < 0.25 < np.median(abs(before - 1))
+    assert left_out.shape == (len(costs),)
+
+
+def test_one_disturbed_timing_does_not_bend_the_rest(costs):
+    times = costs @ np.exp(PRIORS + 0.3)
+    disturbed = times.copy()
+    disturbed[3] *= 10
+    prices = np.exp(fit_prices(costs, disturbed, prior=PRIORS))
+    rest = np.arange(len(times)) != 3
+    assert (costs @ prices)[rest] == pytest.approx(times[rest], rel=0.15)
+
+
+def test_nothing_measured_leaves_the_prior():
+    empty = np.zeros((0, len(PRIORS)))
+    assert fit_prices(empty, np.zeros(0), prior=PRIORS) == pytest.approx(PRIORS)
+
+
+def test_a_student_is_measured_here():
+    small, large = (
+        vit_spec(image_size=64, embed_dim=16, patch_size=8, width=w, depth=2, num_heads=2)
+        for w in (32, 384)
+    )
+    times = [measure_student(spec, "fp32") for spec in (small, large)]
+    assert 0 < times[0] < times[1]
+
+
+def test_wrong_requests_are_refused():
+    with pytest.raises(ConfigError, match="takes 8 models or more, got 2"):
+        calibrate(models=MODELS[:2])
+    with pytest.raises(UnknownNameError, match="unknown precision to calibrate 'fp8'"):
+        calibrate(precisions=["fp8"])
+
+
+@pytest.mark.slow  # exports and times 8 models twice
+def test_this_machine_is_calibrated(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    said = []
+    report = calibrate(models=[*SMALL, ("timm:no_such_model", 32)], progress=said.append)
+    assert [p.models for p in report.profiles] == [8, 8]
+    assert [name for name, _ in report.skipped] == ["timm:no_such_model@32"]
+    assert len(report.measured) == 16
+    assert all(m.latency_ms > 0 and m.predicted_ms > 0 for m in report.measured)
+    assert report.path.is_relative_to(tmp_path)
+    assert load_profile(load_target("local"), "int8").models == 8
+    assert len(said) == 9 + 16
