@@ -19,7 +19,9 @@ from dimefm_edge import DimeFMError
 from dimefm_edge.errors import InputError
 
 ANSWERS: dict[str, Any] = {"concurrency_id": "answers"}
-"""Events that run a model share one limit, which `serve` sets."""
+"""Events that answer at once share one limit, which `serve` sets."""
+JOBS: dict[str, Any] = {"concurrency_id": "jobs", "concurrency_limit": 1}
+"""Events that run for long: one at a time, beside the answers."""
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:

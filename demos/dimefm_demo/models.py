@@ -216,6 +216,12 @@ def load_model(spec: ModelSpec, *, threads: int = 0) -> Model:
     return Model(spec, subject)
 
 
+def cache_dir() -> Path:
+    """Where the demo keeps what it need not make again: below XDG_CACHE_HOME, else ~/.cache."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "dimefm_edge" / "demo"
+
+
 def sample_bundle(precision: str) -> Path:
     """The sample teacher as a bundle for this machine: exported once, then kept in the cache.
 
@@ -224,8 +230,7 @@ def sample_bundle(precision: str) -> Path:
         MissingExtraError: If it was not exported yet, and torch is not there to do it.
     """
     weights = sha256_of(Path(str(files("dimefm_edge"))) / _SAMPLE_WEIGHTS)[:12]
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    out = Path(root) / "dimefm_edge" / "demo" / f"sample-{__version__}-{weights}-{precision}"
+    out = cache_dir() / f"sample-{__version__}-{weights}-{precision}"
     if (out / MANIFEST_FILE).is_file():
         return out
     require_torch("the sample teacher")

@@ -42,6 +42,7 @@ class Past:
     picture: int
     model: str
     ms: float
+    """From the picture to the answer, its labels being known."""
     agrees: bool
 
 
@@ -57,20 +58,18 @@ def answer_picture(
     number = history[-1].picture + 1 if history else 1
     first = next(iter(found.values()))
     history = history[-_HISTORY * len(models.names) :] + [
-        Past(number, name, answer.total_ms, answer.top == first.top)
+        Past(number, name, answer.total_ms - answer.labels_ms, answer.top == first.top)
         for name, answer in found.items()
     ]
     rows = [
         _row(models.wait_for(name), answer, [p.agrees for p in history if p.model == name])
         for name, answer in found.items()
     ]
-    shown = [p for p in history if p.model in found]
-    chart = pd.DataFrame([asdict(p) for p in shown], columns=["picture", "model", "ms"])
     names = [label for label, _ in first.ranked[: int(top_k)] if label != NONE]
     return [
         *_bars(models, found, int(top_k)),
         rows,
-        gr.LinePlot(value=chart, visible=number > 1),
+        _chart([past for past in history if past.model in found]),
         history,
         gr.Dropdown(choices=names, value=names[0] if names else None),
         None,
@@ -116,7 +115,7 @@ def answer_api(
 
 def show_relevance(
     models: Models, sent: Sent | None, name: str, label: str | None, templates: str,
-    progress: Callable[..., None] = gr.Progress(),  # noqa: B008 (gradio finds it there)
+    advance: Callable[[float], None],
 ) -> Image.Image:  # fmt: skip
     """Where a model looked for a label."""
     if not label:
@@ -124,7 +123,7 @@ def show_relevance(
     image, model = sent_image(sent), models.wait_for(name)
     rows = models.label_bank(model, [label], parse_templates(templates)).embeds
     pixels = as_seen(model, image)
-    return draw(pixels, relevance(model, pixels, rows[0], advance=progress))
+    return draw(pixels, relevance(model, pixels, rows[0], advance=advance))
 
 
 def choose_preset(models: Models, name: str) -> tuple[str, str]:
@@ -190,6 +189,13 @@ def _bars(models: Models, found: dict[str, Answer], top_k: int) -> list[Any]:
         shown |= {label: share for label, share in answer.ranked if label == NONE}
         bars.append(gr.Label(value=shown, visible=True))
     return bars
+
+
+def _chart(shown: Sequence[Past]) -> Any:
+    """The time of each answer; numbers as words, or the axis would tell of picture 1.5."""
+    points = [{"picture": str(p.picture), "model": p.model, "ms": p.ms} for p in shown]
+    order = list(dict.fromkeys(point["picture"] for point in points))
+    return gr.LinePlot(value=pd.DataFrame(points), sort=order, visible=len(order) > 1)
 
 
 def _row(model: Model, answer: Answer, agreed: Sequence[bool]) -> list[str]:

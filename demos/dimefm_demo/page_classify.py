@@ -19,7 +19,7 @@ _FRAME_S = 0.1
 
 
 @dataclass(frozen=True)
-class _Ask:
+class Ask:
     """The inputs that say what to ask; events take them in this order."""
 
     labels: gr.Textbox
@@ -35,7 +35,7 @@ class _Ask:
                 self.top_k]  # fmt: skip
 
 
-def build_classify_tab(page: gr.Blocks, models: Models, examples: Sequence[Path]) -> None:
+def build_classify_tab(page: gr.Blocks, models: Models, examples: Sequence[Path]) -> Ask:
     """Lay out the tab and wire it; call within the page."""
     history = gr.State([])
     with gr.Row():
@@ -50,8 +50,8 @@ def build_classify_tab(page: gr.Blocks, models: Models, examples: Sequence[Path]
                 elem_id="table", datatype="str", buttons=[],
             )  # fmt: skip
             chart = gr.LinePlot(
-                x="picture", y="ms", color="model", height=220, elem_id="chart", buttons=[],
-                label="Time of each answer", visible=False,
+                x="picture", y="ms", color="model", height=280, elem_id="chart", buttons=[],
+                label="Time from picture to answer", visible=False,
             )  # fmt: skip
             looked, label = _build_heat_map(models, picture, ask)
     outputs = [*bars, table, chart, history, label, looked]
@@ -78,6 +78,7 @@ def build_classify_tab(page: gr.Blocks, models: Models, examples: Sequence[Path]
         api_visibility="private", show_progress="hidden",
     )  # fmt: skip
     _publish(models, picture, ask)
+    return ask
 
 
 def _build_pictures(examples: Sequence[Path]) -> tuple[gr.Image, gr.Image, gr.Textbox]:
@@ -97,7 +98,7 @@ def _build_pictures(examples: Sequence[Path]) -> tuple[gr.Image, gr.Image, gr.Te
     return picture, camera, rate
 
 
-def _build_ask(models: Models) -> tuple[gr.Dropdown, _Ask]:
+def _build_ask(models: Models) -> tuple[gr.Dropdown, Ask]:
     first = next(iter(PRESETS))
     begin = PRESETS[first]()
     preset = gr.Dropdown(list(PRESETS), value=first, label="Label list", elem_id="preset")
@@ -121,7 +122,7 @@ def _build_ask(models: Models) -> tuple[gr.Dropdown, _Ask]:
             False, label="None of these", elem_id="with-none",
             info="Other names that a model knows take part; the likeliest speaks for them all.",
         )  # fmt: skip
-    return preset, _Ask(labels, templates, temperature, with_none, chosen, top_k)
+    return preset, Ask(labels, templates, temperature, with_none, chosen, top_k)
 
 
 def _build_bars(models: Models) -> list[gr.Label]:
@@ -134,7 +135,7 @@ def _build_bars(models: Models) -> list[gr.Label]:
 
 
 def _build_heat_map(
-    models: Models, picture: gr.Image, ask: _Ask
+    models: Models, picture: gr.Image, ask: Ask
 ) -> tuple[gr.Image, gr.Dropdown]:
     """What shows where a model looked, and the label that it is shown for."""
     with gr.Accordion("Where did it look?", open=False, elem_id="heat"):
@@ -144,18 +145,24 @@ def _build_heat_map(
         show = gr.Button("Show where it looked", elem_id="heat-show")
         looked = gr.Image(label="Red: hiding it costs the label most", interactive=False,
                           height=300, elem_id="heat-map", buttons=[])  # fmt: skip
-    show.click(
-        told(lambda *sent: answers.show_relevance(models, *sent)),
-        [picture, model, label, ask.templates], looked, preprocess=False,
-        api_visibility="private", **ANSWERS,
-    )  # fmt: skip
+
+    def look(
+        sent: Any, model: str, label: str, templates: str, progress: Any = gr.Progress()
+    ) -> Any:
+        return answers.show_relevance(models, sent, model, label, templates, advance=progress)
+
+    show.click(told(look), [picture, model, label, ask.templates], looked, preprocess=False,
+               api_visibility="private", **ANSWERS)  # fmt: skip
     return looked, label
 
 
-def _publish(models: Models, picture: gr.Image, ask: _Ask) -> None:
+def _publish(models: Models, picture: gr.Image, ask: Ask) -> None:
     """The same for programs: `/classify`, with the page's values as defaults."""
 
-    def classify(picture, labels, templates, temperature, with_none, model, top_k):  # type: ignore
+    def classify(
+        picture: Any, labels: str, templates: str, temperature: float, with_none: bool,
+        model: str, top_k: int,
+    ) -> dict[str, Any]:  # fmt: skip
         return answers.answer_api(
             models, picture, labels, templates, temperature, with_none, model, top_k
         )

@@ -16,7 +16,7 @@ from pathlib import Path
 from dimefm_demo.limits import body_limit
 from dimefm_demo.model_specs import find_models
 from dimefm_demo.models import Models
-from dimefm_demo.presets import save_examples
+from dimefm_demo.search import ServerIndexes
 from dimefm_edge.errors import InputError, MissingExtraError
 
 logger = logging.getLogger(__name__)
@@ -99,16 +99,16 @@ def serving(config: DemoConfig) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="dimefm_edge_demo_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        from dimefm_demo.page import build_page, theme
+        from dimefm_demo.page import CSS, build_page, theme
 
-        page = build_page(models, save_examples(Path(folder)))
+        page = build_page(models, ServerIndexes(config.search), Path(folder))
         page.queue(
             max_size=config.max_queue, default_concurrency_limit=config.concurrency, api_open=False
         )
         try:
             _, local, public = page.launch(
                 server_name=config.host, server_port=config.port, share=config.share, auth=auth,
-                max_file_size=f"{config.max_upload_mib}mb", theme=theme(), quiet=True,
+                max_file_size=f"{config.max_upload_mib}mb", theme=theme(), css=CSS, quiet=True,
                 prevent_thread_lock=True, ssr_mode=False, footer_links=["api"], run_history=False,
                 state_session_capacity=_MAX_SESSIONS, strict_cors=True,
                 app_kwargs={"middleware": [body_limit(config.max_upload_mib)]},
