@@ -20,6 +20,10 @@ from dimefm_edge.errors import InputError
 
 ANSWERS: dict[str, Any] = {"concurrency_id": "answers"}
 """Events that answer at once share one limit, which `serve` sets."""
+CAMERAS: dict[str, Any] = {
+    "concurrency_id": "cameras", "concurrency_limit": 4, "stream_every": 0.1, "time_limit": 600,
+}  # fmt: skip
+"""A camera keeps its place for as long as it runs, so it has places of its own."""
 JOBS: dict[str, Any] = {"concurrency_id": "jobs", "concurrency_limit": 1}
 """Events that run for long: one at a time, beside the answers."""
 

@@ -42,7 +42,7 @@ class Model:
         self.subject = subject
         self.manifest: dict[str, Any] = getattr(subject.owner, "manifest", {})
         self.precision = str(self.manifest.get("precision", "fp32"))
-        self.teacher = teacher_id(str(self.manifest.get("teacher") or ""))
+        self.teacher = teacher_id(str(self.manifest.get("extra", {}).get("teacher") or ""))
         text = self.manifest.get("files", {}).get(TEXT_FILE, {})
         self.text_id = str(text.get("sha256", spec.name))
         """Equal where text sides are, so that a label is embedded once for all of them."""

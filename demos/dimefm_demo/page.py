@@ -59,7 +59,10 @@ def _describe(models: Models) -> str:
     )
 
 
-CSS = ".prose table {display: block; overflow-x: auto; word-break: normal}"
+CSS = """
+.prose table {display: block; overflow-x: auto}
+.prose td, .prose th {overflow-wrap: normal; word-break: normal}
+"""
 """Wide tables scroll on a phone, rather than break their words."""
 
 

@@ -45,11 +45,12 @@ def build_batch_tab(
             model = gr.Dropdown(models.names, value=models.names[0], label="Model",
                                 elem_id="batch-model")  # fmt: skip
             top_k = gr.Slider(1, 10, 3, step=1, label="Labels per picture")
-            start = gr.Button("Classify all", variant="primary", elem_id="batch")
-            stop = gr.Button("Stop", variant="stop", elem_id="batch-stop")
+            with gr.Row():
+                start = gr.Button("Classify all", variant="primary", min_width=120, elem_id="batch")
+                stop = gr.Button("Stop", min_width=120, elem_id="batch-stop")
         with gr.Column(scale=6, min_width=300):
             said = gr.Textbox(label="Progress", interactive=False, lines=2, elem_id="batch-said")
-            result = gr.File(label="Table", interactive=False, elem_id="batch-table")
+            result = gr.File(label="Table", interactive=False, height=120, elem_id="batch-table")
 
     def run(
         files: Any, labels: str, templates: str, model: str, top_k: int,

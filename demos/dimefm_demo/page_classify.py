@@ -10,12 +10,11 @@ from typing import Any
 import gradio as gr
 
 from dimefm_demo import page_answers as answers
-from dimefm_demo.events import ANSWERS, told
+from dimefm_demo.events import ANSWERS, CAMERAS, told
 from dimefm_demo.models import Models
 from dimefm_demo.presets import PRESETS
 
 _MAX_SHOWN = 20
-_FRAME_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ def build_classify_tab(page: gr.Blocks, models: Models, examples: Sequence[Path]
             )  # fmt: skip
             chart = gr.LinePlot(
                 x="picture", y="ms", color="model", height=280, elem_id="chart", buttons=[],
-                label="Time from picture to answer", visible=False,
+                title="From picture to answer", show_label=False, visible=False,
             )  # fmt: skip
             looked, label = _build_heat_map(models, picture, ask)
     outputs = [*bars, table, chart, history, label, looked]
@@ -70,8 +69,8 @@ def build_classify_tab(page: gr.Blocks, models: Models, examples: Sequence[Path]
     ).success(**{**again, "trigger_mode": "multiple"})  # fmt: skip
     camera.stream(
         lambda *sent: answers.answer_frame(models, *sent), [camera, *ask.inputs, gr.State([])],
-        [*bars, rate], preprocess=False, stream_every=_FRAME_S, show_progress="hidden",
-        api_visibility="private", **ANSWERS,
+        [*bars, rate], preprocess=False, show_progress="hidden", api_visibility="private",
+        **CAMERAS,
     )  # fmt: skip
     page.load(
         lambda: answers.first_preset(models), None, [preset, ask.labels, ask.templates],

@@ -45,8 +45,9 @@ def _build_run(run_dir: Path) -> None:
         if points:
             gr.ScatterPlot(
                 pd.DataFrame(points, columns=[*_AXES, "model"]), x=_AXES[0], y=_AXES[1],
-                color="model", height=340, label="Accuracy and latency", elem_id="tradeoff",
+                color="model", height=340, title="Accuracy and latency",
                 x_lim=[0, 1.1 * max(p[0] for p in points)], y_lim=[0, 100], buttons=[],
+                show_label=False, elem_id="tradeoff",
             )  # fmt: skip
         if (run_dir / _FIT_PLOT).is_file():
             with Image.open(run_dir / _FIT_PLOT) as plot:
@@ -88,7 +89,7 @@ def _facts(models: Models, model: Model) -> dict[str, Any]:
     accuracy, size = manifest.get("accuracy") or {}, subject.size_mib
     facts = {
         "model": manifest.get("name") or subject.name,
-        "teacher": manifest.get("teacher"),
+        "teacher": model.teacher,
         "made for": manifest.get("target"),
         "precision": model.precision,
         "runs in": model.runtime,
