@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ def build_batch_tab(
         templates: The same.
         folder: Where tables are kept for an hour.
     """
-    table = gr.State("")
+    stopped: set[str | None] = set()  # sessions; gradio's own cancelling loses the last words
     gr.Markdown("Asks for the labels of the first tab, picture by picture.")
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
@@ -54,47 +54,50 @@ def build_batch_tab(
 
     def run(
         files: Any, labels: str, templates: str, model: str, top_k: int,
-        progress: Any = gr.Progress(),
+        request: gr.Request, progress: Any = gr.Progress(),
     ) -> Iterator[list[Any]]:  # fmt: skip
         paths = sent_paths(files)
         if not paths:
             raise InputError("there are no pictures yet", hint="drop pictures or a .zip first")
         question = Question(parse_labels(labels), parse_templates(templates))
-        yield from _steps(models, UploadPool(paths), question, model, int(top_k), folder, progress)
+        yield from _steps(
+            models, UploadPool(paths), question, model, int(top_k), folder,
+            lambda: request.session_hash in stopped, progress,
+        )  # fmt: skip
 
-    running = start.click(
-        told(run), [files, labels, templates, model, top_k], [said, result, table],
+    def go_on(request: gr.Request) -> None:
+        stopped.discard(request.session_hash)
+
+    def stop_it(request: gr.Request) -> None:
+        stopped.add(request.session_hash)
+
+    start.click(go_on, queue=False, api_visibility="private").then(
+        told(run), [files, labels, templates, model, top_k], [said, result],
         preprocess=False, api_name="batch", api_description=_API, **JOBS,
     )  # fmt: skip
-    stop.click(_stopped, [said, table], [said, result], cancels=[running], queue=False,
-               api_visibility="private")  # fmt: skip
+    stop.click(stop_it, queue=False, api_visibility="private")
 
 
 def _steps(
     models: Models, pool: UploadPool, question: Question, name: str, top_k: int, folder: Path,
-    progress: Any,
+    is_stopped: Callable[[], bool], progress: Any,
 ) -> Iterator[list[Any]]:  # fmt: skip
-    """How far it is, now and then; at the end the table."""
+    """How far it is, now and then; at the end the table, of what was done if it was stopped."""
     _clear_old(folder)
     out = Path(tempfile.mkdtemp(prefix="batch-", dir=folder)) / _TABLE
     model, total = models.wait_for(name), len(pool)
     begun = said = time.monotonic()
-    yield [f"0 of {total:,} pictures", None, str(out)]
+    yield [f"0 of {total:,} pictures", None]
     for done in classify_batch(models, model, pool, question, out, top_k=top_k):
         progress((done, total), desc="classifying", unit="pictures")
         if time.monotonic() - said > _SAY_S:
             said = time.monotonic()
-            yield [f"{done:,} of {total:,} pictures", None, str(out)]
+            yield [f"{done:,} of {total:,} pictures", None]
+        if is_stopped():
+            break
     seconds = time.monotonic() - begun
-    text = f"{total:,} of {total:,} pictures in {seconds:.1f} s: {total / seconds:.1f} a second"
-    yield [text, str(out), ""]
-
-
-def _stopped(said: str, table: str) -> list[Any]:
-    """What a visitor keeps who stops it: the table of the pictures that are done."""
-    if not table or not Path(table).is_file():
-        return [said or "nothing is running", gr.update()]
-    return [f"stopped after {said}", table]
+    text = f"{done:,} of {total:,} pictures in {seconds:.1f} s: {done / seconds:.1f} a second"
+    yield [f"stopped after {text}" if done < total else text, str(out)]
 
 
 def _clear_old(folder: Path) -> None:

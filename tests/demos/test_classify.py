@@ -69,5 +69,7 @@ def test_an_unknown_label_needs_a_text_side(models):
 
 def test_a_thousand_labels_are_usable(models):
     labels = (*LABELS, *(f"thing number {i}" for i in range(996)))
-    assert len(ask(models, "sample", bad.scene(), labels=labels).ranked) == 1000
-    assert ask(models, "sample", bad.scene(), labels=labels).labels_ms < 500  # known by now
+    first = ask(models, "sample", bad.scene(), labels=labels, templates=("a {c}.",))
+    assert len(first.ranked) == 1000
+    again = ask(models, "sample", bad.scene(), labels=labels, templates=("a {c}.",))
+    assert again.labels_ms < first.labels_ms / 4

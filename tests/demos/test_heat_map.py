@@ -10,8 +10,6 @@ from dimefm_demo.heat_map import GRID, as_seen, draw, relevance
 from dimefm_edge.data.scenes import scene_test_set
 from tests.demos import bad_files as bad
 
-RED = {"red ladder": (200, 30, 40)}
-
 
 def centre_of(image: Image.Image) -> tuple[float, float]:
     """Of what is red, as shares of the height and width."""
