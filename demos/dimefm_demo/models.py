@@ -222,6 +222,22 @@ def cache_dir() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "dimefm_edge" / "demo"
 
 
+def _sample_path(precision: str) -> Path:
+    weights = sha256_of(Path(str(files("dimefm_edge"))) / _SAMPLE_WEIGHTS)[:12]
+    return cache_dir() / f"sample-{__version__}-{weights}-{precision}"
+
+
+def check_samples(specs: Sequence[ModelSpec]) -> None:
+    """Say before a page comes up that the sample it is to show cannot be made here.
+
+    Raises:
+        MissingExtraError: If it was not exported yet, and torch is not there to do it.
+    """
+    for spec in specs:
+        if spec.kind == SAMPLE and not (_sample_path(spec.source) / MANIFEST_FILE).is_file():
+            require_torch("the sample teacher")
+
+
 def sample_bundle(precision: str) -> Path:
     """The sample teacher as a bundle for this machine: exported once, then kept in the cache.
 
@@ -229,8 +245,7 @@ def sample_bundle(precision: str) -> Path:
         ExportError: If it cannot be exported.
         MissingExtraError: If it was not exported yet, and torch is not there to do it.
     """
-    weights = sha256_of(Path(str(files("dimefm_edge"))) / _SAMPLE_WEIGHTS)[:12]
-    out = cache_dir() / f"sample-{__version__}-{weights}-{precision}"
+    out = _sample_path(precision)
     if (out / MANIFEST_FILE).is_file():
         return out
     require_torch("the sample teacher")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from dimefm_demo.limits import body_limit
 from dimefm_demo.model_specs import find_models
-from dimefm_demo.models import Models
+from dimefm_demo.models import Models, check_samples
 from dimefm_demo.search import ServerIndexes
 from dimefm_edge.errors import InputError, MissingExtraError
 
@@ -92,6 +92,7 @@ def serving(config: DemoConfig) -> Iterator[str]:
     """
     _require_gradio()
     specs = find_models(config.models, engines=config.engine)
+    check_samples(specs)
     auth = _credentials(config.auth)
     models = Models(specs, threads=config.threads)
     if auth is None and (config.share or config.host not in _LOOPBACK):

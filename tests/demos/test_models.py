@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dimefm_demo.model_specs import ModelSpec, find_models
-from dimefm_demo.models import Models, cache_dir, sample_bundle
+from dimefm_demo.models import Models, cache_dir, check_samples, sample_bundle
 from dimefm_edge.errors import CheckpointError, ExportError, InputError, MissingExtraError
 
 PLAIN = ("{c}",)
@@ -92,8 +92,10 @@ def test_the_sample_is_exported_once(monkeypatch, tmp_path, sample_dir):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_dir() == tmp_path / "dimefm_edge" / "demo"
     monkeypatch.setattr("dimefm_demo.model_specs.find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match="the sample teacher needs torch") as caught:
+    with pytest.raises(MissingExtraError, match="the sample teacher needs torch"):
         sample_bundle("fp32")
+    with pytest.raises(MissingExtraError, match="the sample teacher needs torch") as caught:
+        check_samples(find_models(["sample"], engines=["onnxruntime"]))
     assert caught.value.hint is not None
     assert "dimefm-edge demo BUNDLE" in caught.value.hint
     monkeypatch.undo()
