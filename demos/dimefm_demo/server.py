@@ -23,8 +23,10 @@ logger = logging.getLogger(__name__)
 
 _INSTALL = "pip install 'dimefm_edge[demo]'"
 _LOOK_S = 0.5
-_MAX_SESSIONS = 200
+_MAX_SESSIONS = 64
 """Visitors whose charts and indexes are kept; the oldest go first."""
+_OTHER_THREADS = 8
+"""For what is no answer: cameras, a long job, pages that wait for the first model."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -111,7 +113,8 @@ def serving(config: DemoConfig) -> Iterator[str]:
                 server_name=config.host, server_port=config.port, share=config.share, auth=auth,
                 max_file_size=f"{config.max_upload_mib}mb", theme=theme(), css=CSS, quiet=True,
                 prevent_thread_lock=True, ssr_mode=False, footer_links=["api"], run_history=False,
-                state_session_capacity=_MAX_SESSIONS, strict_cors=True,
+                max_threads=config.concurrency + _OTHER_THREADS, strict_cors=True,
+                state_session_capacity=_MAX_SESSIONS,
                 app_kwargs={"middleware": [body_limit(config.max_upload_mib)]},
             )  # fmt: skip
         except OSError as error:

@@ -39,7 +39,8 @@ def sample_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             assert time.monotonic() < deadline, "the worker that exports the sample has failed"
             time.sleep(0.2)
         return out
-    run_export(ExportOptions(teacher="sample", labels=("scenes",), out=out))
+    sentences = ("scenes:8",)
+    run_export(ExportOptions(teacher="sample", labels=("scenes",), out=out, sentences=sentences))
     return out
 
 
