@@ -22,6 +22,8 @@ T = TypeVar("T")
 NONE = "(none of these)"
 """What takes part in the ranking when none of the labels may be right."""
 MIN_TEMPERATURE = 0.01
+MAX_SENTENCES = 8000
+"""Labels in all templates: while one visitor's are embedded, others' new labels wait."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,13 @@ class Question:
     """Whether `NONE` takes part."""
 
     def __post_init__(self) -> None:
+        count = len(self.labels) * len(self.templates)
+        if count > MAX_SENTENCES:
+            raise InputError(
+                f"{len(self.labels):,} labels in {len(self.templates)} templates are {count:,} "
+                f"sentences, more than {MAX_SENTENCES:,}",
+                hint="fewer templates",
+            )
         if not self.temperature >= MIN_TEMPERATURE:
             raise InputError(
                 f"the temperature must be {MIN_TEMPERATURE} at least, got {self.temperature}",

@@ -67,6 +67,11 @@ def test_an_unknown_label_needs_a_text_side(models):
         ask(models, "sample", bad.scene(), templates=("a photo",))
 
 
+def test_too_many_sentences_are_refused():
+    with pytest.raises(InputError, match="4,000 labels in 3 templates are 12,000 sentences"):
+        Question(tuple(map(str, range(4000))), ("{c}", "a {c}", "the {c}"))
+
+
 def test_a_thousand_labels_are_usable(models):
     labels = (*LABELS, *(f"thing number {i}" for i in range(996)))
     first = ask(models, "sample", bad.scene(), labels=labels, templates=("a {c}.",))
