@@ -254,6 +254,7 @@ def test_nobody_gets_the_answer_of_another(demo_url, tmp_path):
     assert sum(right) >= 15  # the sample itself is wrong now and then; mixed up, all would be
 
 
+@pytest.mark.slow  # a server of its own, and 24 large pictures
 def test_a_full_queue_says_so(baked_dir):
     config = DemoConfig(models=(str(baked_dir),), max_queue=1, concurrency=1)
     picture = "data:image/png;base64," + base64.b64encode(
