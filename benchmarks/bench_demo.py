@@ -49,7 +49,9 @@ def demo(folder: Path, words: list[str]) -> Iterator[tuple[str, psutil.Process]]
     environment = {**os.environ, "PYTHONPATH": paths}
     command = [sys.executable, "-m", "dimefm_edge", "demo", *words]
     with log.open("w") as stderr:
-        process = subprocess.Popen(command, cwd=folder, stderr=stderr, env=environment)
+        process = subprocess.Popen(
+            command, cwd=folder, stderr=stderr, stdout=subprocess.DEVNULL, env=environment
+        )
     try:
         while "http://" not in (said := log.read_text()):
             if process.poll() is not None:
@@ -106,9 +108,10 @@ class Visitor:
         asked = json.dumps({"data": [file, *self._rest], "session_hash": self._session}).encode()
         event = json.loads(self._send("call/classify", asked, "application/json"))["event_id"]
         said = self._send(f"call/classify/{event}").decode()
-        if "event: complete" not in said:
+        _, completed, rest = said.partition("event: complete\ndata: ")  # heartbeats come before
+        if not completed:
             raise RuntimeError(said)
-        (answer,) = json.loads(said.split("data: ", 1)[1].splitlines()[0])
+        (answer,) = json.loads(rest.splitlines()[0])
         return dict(answer)
 
     def _send(self, place: str, body: bytes | None = None, kind: str = "") -> bytes:
