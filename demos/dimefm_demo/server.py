@@ -27,6 +27,12 @@ _MAX_SESSIONS = 64
 """Visitors whose charts and indexes are kept; the oldest go first."""
 _OTHER_THREADS = 8
 """For what is no answer: cameras, a long job, pages that wait for the first model."""
+_GRADIO = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    # Else it makes a table of the last 10,000 requests at each one, for a page that is off.
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000",
+    "GRADIO_ANALYTICS_MAX_EVENTS": "100",
+}
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -100,8 +106,7 @@ def serving(config: DemoConfig) -> Iterator[str]:
     if auth is None and (config.share or config.host not in _LOOPBACK):
         logger.warning("whoever reaches %s can use this page: --auth USER:PASSWORD", config.host)
     with tempfile.TemporaryDirectory(prefix="dimefm_edge_demo_") as folder:
-        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")
-        os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+        os.environ |= {**_GRADIO, "GRADIO_TEMP_DIR": str(Path(folder) / "uploads")}
         from dimefm_demo.page import CSS, build_page, theme
 
         page = build_page(models, ServerIndexes(config.search), Path(folder))
