@@ -104,6 +104,9 @@ COMMANDS: dict[str, Command] = {
         "BenchOptions",
         "latency of several models side by side, with the ratio",
     ),
+    "demo": Command(
+        "showing:run_demo", "DemoOptions", "a page that shows a student beside its teacher"
+    ),
     "doctor": Command(
         "judging:run_doctor",
         "DoctorOptions",

@@ -282,6 +282,35 @@ class BenchOptions(CommonOptions):
 
 
 @dataclass(frozen=True)
+class DemoOptions(CommonOptions):
+    """Open a page that classifies pictures, searches them and compares models, until Ctrl-C."""
+
+    models: Positional[tuple[str, ...]] = ()
+    """Runs, bundles and teachers. A run brings its teacher and all of its bundles. Default:
+    runs/first where it is, else the sample teacher."""
+    engine: tuple[str, ...] = ("onnxruntime",)
+    """What runs bundles: onnxruntime, tensorrt, or an .engine file; several are compared."""
+    search: tuple[str, ...] = ()
+    """Images that visitors may search: folders, .tar shards, `scenes[:COUNT]`."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 lets other machines in."""
+    port: int | None = None
+    """Default: the first free one from 7860 on."""
+    share: bool = False
+    """Open gradio's public tunnel: anyone with the link can come in."""
+    auth: str | None = None
+    """USER:PASSWORD that visitors must give, or @FILE that holds it."""
+    threads: int = 0
+    """CPU threads of one call; 0 takes one per physical core."""
+    concurrency: int = 2
+    """Answers that are made at once."""
+    max_queue: int = 64
+    """Requests that wait; more are turned away."""
+    max_upload_mib: int = 64
+    """Largest file that a visitor may send."""
+
+
+@dataclass(frozen=True)
 class DoctorOptions(CommonOptions):
     """Say what is installed, what works, and the command that mends the rest."""
 

@@ -14,7 +14,9 @@ import pytest
 from dimefm_edge.cli import COMMANDS, parse_options
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("dimefm_edge", "kernels/dimefm_kernels")
+PACKAGES = ("dimefm_edge", "kernels/dimefm_kernels", "demos/dimefm_demo")
+BESIDE = ("kernels", "demos")
+"""Folders that hold a package of their own; its tests lie in the same folder of tests/."""
 MODULES = sorted(p.relative_to(ROOT) for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
 HEAVY = (
     "torch", "timm", "open_clip", "onnxruntime", "onnx", "matplotlib", "triton", "tensorrt",
@@ -144,7 +146,7 @@ def test_modules_are_short(path):
 
 
 def _dotted(path: Path) -> str:
-    parts = path.with_suffix("").parts[1 if path.parts[0] == "kernels" else 0 :]
+    parts = path.with_suffix("").parts[1 if path.parts[0] in BESIDE else 0 :]
     return ".".join(parts).removesuffix(".__init__")
 
 
@@ -156,7 +158,7 @@ def _imports(text: str, path: Path) -> bool:
 
 def _has_own_test(path: Path) -> bool:
     """A test file with its stem, or one in the mirrored folder that imports it."""
-    parent = Path("kernels") if path.parts[0] == "kernels" else path.parent
+    parent = Path(path.parts[0]) if path.parts[0] in BESIDE else path.parent
     tests = sorted((ROOT / "tests" / parent).glob("test_*.py"))
     if path.name == "__init__.py":
         return bool(tests)

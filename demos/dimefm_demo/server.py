@@ -1,0 +1,160 @@
+"""The server: the page behind its limits, from the first request to the last temporary file."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from dimefm_demo.limits import body_limit
+from dimefm_demo.model_specs import find_models
+from dimefm_demo.models import Models, check_samples
+from dimefm_demo.search import ServerIndexes
+from dimefm_edge.errors import InputError, MissingExtraError
+
+logger = logging.getLogger(__name__)
+
+_INSTALL = "pip install 'dimefm_edge[demo]'"
+_LOOK_S = 0.5
+_MAX_SESSIONS = 64
+"""Visitors whose charts and indexes are kept; the oldest go first."""
+_OTHER_THREADS = 8
+"""For what is no answer: cameras, a long job, pages that wait for the first model."""
+_GRADIO = {
+    "GRADIO_ANALYTICS_ENABLED": "False",
+    # Else it makes a table of the last 10,000 requests at each one, for a page that is off.
+    "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000",
+    "GRADIO_ANALYTICS_MAX_EVENTS": "100",
+}
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What the page shows, to whom, and how much of the machine it may take."""
+
+    models: tuple[str, ...] = ()
+    """Runs, bundles and teachers; none: the README's run where it is, else the sample teacher."""
+    engine: tuple[str, ...] = ("onnxruntime",)
+    """What runs bundles; each is shown with each."""
+    search: tuple[str, ...] = ()
+    """Images that visitors may search: sources as `open_images` takes them."""
+    host: str = "127.0.0.1"
+    """Address to listen at."""
+    port: int | None = None
+    """Default: the first free one from 7860 on."""
+    share: bool = False
+    """Whether gradio's public tunnel is opened."""
+    auth: str | None = None
+    """USER:PASSWORD that visitors must give, or @FILE that holds it."""
+    threads: int = 0
+    """CPU threads of one call; 0 takes one per physical core."""
+    concurrency: int = 2
+    """Answers that are made at once."""
+    max_queue: int = 64
+    """Requests that wait; more are turned away."""
+    max_upload_mib: int = 64
+    """Largest file that a visitor may send."""
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "max_queue", "max_upload_mib"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be 1 at least, got {getattr(self, name)}")
+        if self.port is not None and not 0 < self.port < 2**16:
+            raise InputError(f"port must be 1 to 65535, got {self.port}")
+
+
+def serve(config: DemoConfig) -> None:
+    """Show the page until Ctrl-C or SIGTERM; then nothing that a visitor sent is left.
+
+    Raises:
+        DimeFMError: If nothing of that name can be shown, or the port is taken.
+        MissingExtraError: If gradio is not installed.
+    """
+    with serving(config) as url:
+        _say(f"The demo is at {url}  (Ctrl-C stops it)")
+        stop = threading.Event()
+        before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+        try:
+            while not stop.wait(_LOOK_S):  # a wait without end could not be interrupted
+                pass
+        except KeyboardInterrupt:
+            pass
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def serving(config: DemoConfig) -> Iterator[str]:
+    """The page, served from a thread while the block runs; gives its address.
+
+    Raises:
+        DimeFMError: As `serve` does.
+    """
+    _require_gradio()
+    specs = find_models(config.models, engines=config.engine)
+    check_samples(specs)
+    auth = _credentials(config.auth)
+    models = Models(specs, threads=config.threads)
+    if auth is None and (config.share or config.host not in _LOOPBACK):
+        logger.warning("whoever reaches %s can use this page: --auth USER:PASSWORD", config.host)
+    with tempfile.TemporaryDirectory(prefix="dimefm_edge_demo_") as folder:
+        os.environ |= {**_GRADIO, "GRADIO_TEMP_DIR": str(Path(folder) / "uploads")}
+        from dimefm_demo.page import CSS, build_page, theme
+
+        page = build_page(models, ServerIndexes(config.search), Path(folder))
+        page.queue(
+            max_size=config.max_queue, default_concurrency_limit=config.concurrency, api_open=False
+        )
+        try:
+            _, local, public = page.launch(
+                server_name=config.host, server_port=config.port, share=config.share, auth=auth,
+                max_file_size=f"{config.max_upload_mib}mb", theme=theme(), css=CSS, quiet=True,
+                prevent_thread_lock=True, ssr_mode=False, footer_links=["api"], run_history=False,
+                max_threads=config.concurrency + _OTHER_THREADS, strict_cors=True,
+                state_session_capacity=_MAX_SESSIONS,
+                app_kwargs={"middleware": [body_limit(config.max_upload_mib)]},
+            )  # fmt: skip
+        except OSError as error:
+            raise InputError(f"the server cannot start: {error}", hint="another --port") from error
+        models.load_behind()  # the first page comes before the first model
+        try:
+            yield public or local
+        finally:
+            page.close(verbose=False)
+
+
+def _credentials(auth: str | None) -> tuple[str, str] | None:
+    """USER:PASSWORD, or the file that holds it."""
+    if auth is None:
+        return None
+    if auth.startswith("@"):
+        try:
+            auth = Path(auth[1:]).expanduser().read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{auth[1:]} cannot be read: {error}", hint="--auth @FILE") from error
+    user, colon, password = auth.partition(":")
+    if not (user and colon and password):
+        raise InputError("--auth needs a name and a password", hint="--auth USER:PASSWORD")
+    return user, password
+
+
+def _require_gradio() -> None:
+    missing = [name for name in ("gradio", "faiss") if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(
+            f"the demo needs {' and '.join(missing)}, which is not installed", hint=_INSTALL
+        )
+
+
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console(stderr=True).print(text, markup=False, highlight=False)
