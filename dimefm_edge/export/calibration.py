@@ -35,6 +35,10 @@ class Range:
     high: float
 
 
+PROBABILITIES = Range(0.0, 1.0)
+"""What a softmax answers, whatever it is asked."""
+
+
 def calibrate(
     model: onnx.ModelProto,
     images: npt.NDArray[np.float32],

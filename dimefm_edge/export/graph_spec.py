@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dimefm_edge.errors import ExportError, lookup
+from dimefm_edge.export.quant_rules import CalibrationMethod
 from dimefm_edge.targets import Target
 from dimefm_edge.targets.cpu import cpu_quant_rules
 
@@ -44,6 +45,8 @@ class GraphSpec:
     """ONNX Runtime's execution providers to be tried, the preferred one first."""
     quant_rules: str | None = None
     """A name in `quant_rules.QUANT_RULES`; int8 only."""
+    calibration: CalibrationMethod | None = None
+    """minmax, percentile or mse; None: as the rules say. int8 only."""
 
     def __post_init__(self) -> None:
         lookup(dict.fromkeys(PRECISIONS), self.precision, kind="ONNX precision")

@@ -86,6 +86,7 @@ def check_parity(
     precision: str,
     batch_size: int | None = None,
     kind: str = "image",
+    min_cosine: float | None = None,
 ) -> ParityReport:
     """Compare a graph in ONNX Runtime with the module's own embeddings.
 
@@ -100,6 +101,7 @@ def check_parity(
             one of 0.98.
         batch_size: The graph's, where it is fixed.
         kind: What an input is, for errors.
+        min_cosine: Demanded instead of what the precision allows.
 
     Raises:
         ExportError: If ONNX Runtime cannot run the graph.
@@ -111,7 +113,7 @@ def check_parity(
     cosines = (found * wanted).sum(axis=1) / (
         np.maximum(np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1), 1e-12)
     )
-    min_cosine = MIN_COSINE.get(precision)
+    min_cosine = MIN_COSINE.get(precision) if min_cosine is None else min_cosine
     is_good = diffs <= MAX_ABS_DIFF_FP32 if min_cosine is None else cosines >= min_cosine
     if not is_good.all():  # NaN is not good either
         badness = np.nan_to_num(diffs if min_cosine is None else 1 - cosines, nan=np.inf)

@@ -1,0 +1,210 @@
+"""The student in fp32 and in integers, side by side: trained on in int8, then all compared.
+
+Called by pipeline.py after the float stage. What training in integers is, quantize/ says; what a
+graph in integers is, export/int8.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import nn
+
+from dimefm_edge.batches import DistillData
+from dimefm_edge.config import LossConfig, QuantConfig, TrainConfig
+from dimefm_edge.data.images import LabelledSet
+from dimefm_edge.distill import DistillReport, Evaluate, distill
+from dimefm_edge.distributed import Ranks
+from dimefm_edge.evaluate.zero_shot import evaluate_zero_shot
+from dimefm_edge.export import export_student, graph_spec
+from dimefm_edge.export.integer_kernels import count_integer_kernels
+from dimefm_edge.labels import LabelBank
+from dimefm_edge.latency.measure import measure_interleaved
+from dimefm_edge.quantize.checkpoint import load_int8_student, save_int8_student
+from dimefm_edge.quantize.qat import FakeQuantStudent, qat_prepare
+from dimefm_edge.report import PrecisionRow
+from dimefm_edge.runtime import Bundle, load_bundle, load_engine
+from dimefm_edge.students import LoadedStudent, load_student
+from dimefm_edge.targets import Target
+
+NUM_CALIBRATION_IMAGES = 256
+NUM_PARITY_IMAGES = 32
+QAT_DIR = "qat"
+"""The int8 stage, in its run's folder: a run folder of its own."""
+_QAT_EMA_DECAY = 0.99
+
+
+def train_int8(
+    run_dir: Path,
+    data: DistillData,
+    *,
+    target: Target,
+    steps: int,
+    quant: QuantConfig,
+    loss: LossConfig,
+    train: TrainConfig,
+    evaluate: Evaluate | None = None,
+    resume: bool = False,
+    ranks: Ranks | None = None,
+) -> DistillReport:
+    """Train the run's float student on in integers; same data, losses and loop.
+
+    Args:
+        run_dir: Of a run whose float stage is done.
+        data: As in the float stage.
+        target: By whose runtime's rules integers round.
+        steps: Of the float stage.
+        quant: Share of steps and rate.
+        loss: As in the float stage.
+        train: Of the float stage.
+        evaluate: As for `distill`.
+        resume: Go on from the stage's own state where there is one.
+        ranks: This process among those of the run.
+
+    Raises:
+        DimeFMError: As `qat_prepare` and `distill`.
+    """
+    loaded = load_student(run_dir)
+    rules_name = graph_spec(target, precision="int8").quant_rules
+    assert rules_name is not None
+    student = qat_prepare(loaded.student, image_size=loaded.spec.image_size, rules_name=rules_name)
+    folder = run_dir / QAT_DIR
+    folder.mkdir(exist_ok=True)
+    return distill(
+        student,
+        data,
+        loss=loss,
+        train=int8_stage(train, steps, quant),
+        run_dir=folder,
+        save_weights=_Saver(loaded),
+        evaluate=evaluate,
+        resume=resume,
+        ranks=ranks,
+    )
+
+
+def int8_stage(train: TrainConfig, steps: int, quant: QuantConfig) -> TrainConfig:
+    """The settings of the int8 stage after a float stage of so many steps."""
+    return replace(
+        train,
+        steps=max(1, round(steps * quant.qat_steps_ratio)),
+        lr=train.lr * quant.qat_lr_ratio,
+        # A short stage has forgotten nothing at its end by a long average.
+        ema_decay=min(train.ema_decay, _QAT_EMA_DECAY),
+        eval_every=0,
+        save_every=train.save_every,
+    )
+
+
+@dataclass(frozen=True)
+class _Saver:
+    loaded: LoadedStudent
+
+    def __call__(self, path: Path, module: nn.Module) -> None:
+        assert isinstance(module, FakeQuantStudent)
+        loaded = self.loaded
+        save_int8_student(path, module, loaded.spec, loaded.preprocess, loaded.metadata)
+
+
+def export_precisions(
+    run_dir: Path,
+    *,
+    target: Target,
+    precision: str,
+    quant: QuantConfig,
+    label_banks: Sequence[LabelBank],
+    images: npt.NDArray[np.float32],
+    logit_scale: float,
+    extra: Mapping[str, Any],
+) -> dict[str, Bundle]:
+    """Write a run's student in each precision that was asked for, and in what int8 came from.
+
+    Args:
+        run_dir: Of a run whose training is done.
+        target: Whose runtime the graphs are for.
+        precision: fp32 or fp16, where no int8 is asked for.
+        quant: Which int8.
+        label_banks: As for `export_student`, like the rest.
+        images: (N, 3, S, S) preprocessed: the last ones for parity, those before to calibrate.
+        logit_scale: The teacher's.
+        extra: For the manifests.
+
+    Returns:
+        By name; the last one is the outcome, in `bundle`, the others lie beside it.
+    """
+    plain = load_student(run_dir)
+    wanted = {precision: (plain, graph_spec(target, precision=precision))}
+    if quant.is_int8:
+        method = None if quant.calibration == "auto" else quant.calibration
+        graph = replace(graph_spec(target, precision="int8"), calibration=method)
+        wanted["int8 PTQ"] = (plain, graph)
+        if quant.qat == "int8":
+            wanted["int8 QAT"] = (load_int8_student(run_dir / QAT_DIR), graph)
+    bundles = {}
+    others = images[:-NUM_PARITY_IMAGES] if len(images) > NUM_PARITY_IMAGES else images
+    for name, (loaded, graph) in wanted.items():
+        is_outcome = name == list(wanted)[-1]
+        out = run_dir / ("bundle" if is_outcome else f"bundle-{name.split()[-1].lower()}")
+        is_calibrated = graph.precision == "int8" and loaded is plain
+        export_student(
+            loaded,
+            out,
+            graph=graph,
+            label_banks=label_banks,
+            parity_images=others if is_calibrated else images[-NUM_PARITY_IMAGES:],
+            logit_scale=logit_scale,
+            extra=extra,
+        )
+        bundles[name] = load_bundle(out)
+    return bundles
+
+
+def compare_precisions(
+    bundles: Mapping[str, Bundle],
+    eval_sets: Sequence[LabelledSet],
+    banks: Sequence[LabelBank],
+    images: npt.NDArray[np.float32],
+) -> tuple[PrecisionRow, ...]:
+    """What each precision costs and gains, the first one being what others are compared to.
+
+    Args:
+        bundles: Of one student, by what they are called; nothing is said of a single one.
+        eval_sets: Labelled test sets.
+        banks: Their label sets.
+        images: (N, 3, S, S) preprocessed, to compare embeddings of.
+    """
+    if len(bundles) < 2:
+        return ()
+    engines = {name: load_engine(bundle) for name, bundle in bundles.items()}
+    calls: dict[str, Callable[[], object]] = {
+        name: lambda engine=engine: engine.encode_image(images[:1])  # type: ignore[misc]
+        for name, engine in engines.items()
+    }
+    latencies = dict(zip(calls, measure_interleaved(calls), strict=True))
+    first = next(iter(engines.values())).encode_image(images)
+    rows = []
+    for name, bundle in bundles.items():
+        engine = engines[name]
+        reports = [
+            evaluate_zero_shot(engine.encode_pixels, bundle.preprocess, labelled, bank)
+            for labelled, bank in zip(eval_sets, banks, strict=True)
+        ]
+        cosines = (engine.encode_image(images) * first).sum(axis=1)
+        kernels = count_integer_kernels(bundle.model_path, images[:1])
+        rows.append(
+            PrecisionRow(
+                name=name,
+                top1_pct={report.name: report.top1_pct for report in reports},
+                mean_cosine=float(cosines.mean()),
+                size_mib=bundle.size_mib,
+                here_p50_ms=latencies[name].p50_ms,
+                integer_products=kernels.num_integer,
+                float_products=kernels.left_float + kernels.fallen_back,
+            )
+        )
+    return tuple(rows)
