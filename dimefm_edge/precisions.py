@@ -25,8 +25,6 @@ from dimefm_edge.export import export_student, graph_spec
 from dimefm_edge.export.integer_kernels import count_integer_kernels
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.latency.measure import measure_interleaved
-from dimefm_edge.quantize.checkpoint import load_int8_student, save_int8_student
-from dimefm_edge.quantize.qat import FakeQuantStudent, qat_prepare
 from dimefm_edge.report import PrecisionRow
 from dimefm_edge.runtime import Bundle, load_bundle, load_engine
 from dimefm_edge.students import LoadedStudent, load_student
@@ -69,6 +67,8 @@ def train_int8(
     Raises:
         DimeFMError: As `qat_prepare` and `distill`.
     """
+    from dimefm_edge.quantize.qat import qat_prepare
+
     loaded = load_student(run_dir)
     rules_name = graph_spec(target, precision="int8").quant_rules
     assert rules_name is not None
@@ -106,6 +106,9 @@ class _Saver:
     loaded: LoadedStudent
 
     def __call__(self, path: Path, module: nn.Module) -> None:
+        from dimefm_edge.quantize.checkpoint import save_int8_student
+        from dimefm_edge.quantize.qat import FakeQuantStudent
+
         assert isinstance(module, FakeQuantStudent)
         loaded = self.loaded
         save_int8_student(path, module, loaded.spec, loaded.preprocess, loaded.metadata)
@@ -144,6 +147,8 @@ def export_precisions(
         graph = replace(graph_spec(target, precision="int8"), calibration=method)
         wanted["int8 PTQ"] = (plain, graph)
         if quant.qat == "int8":
+            from dimefm_edge.quantize.checkpoint import load_int8_student
+
             wanted["int8 QAT"] = (load_int8_student(run_dir / QAT_DIR), graph)
     bundles = {}
     others = images[:-NUM_PARITY_IMAGES] if len(images) > NUM_PARITY_IMAGES else images

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
 from dimefm_edge.export.calibration import Range
 from dimefm_edge.export.quant_rules import QuantRules
+from dimefm_edge.export.trace import silence
+
+with silence():  # of torchao about torch
+    from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
 _MOMENTUM = 0.1
 _LIMITS = {"int8": (-128, 127), "uint8": (0, 255)}

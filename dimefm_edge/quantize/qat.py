@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
 from dimefm_edge.errors import ExportError, lookup
 from dimefm_edge.export.learned import LearnedProduct
@@ -26,6 +27,7 @@ from dimefm_edge.export.trace import silence
 from dimefm_edge.quantize.deployed import deployed_form, export_graph
 from dimefm_edge.quantize.fake_quant import ActivationFakeQuant, WeightFakeQuant
 from dimefm_edge.quantize.points import Product
+from dimefm_edge.quantize.quantizer import RulesQuantizer
 
 FREEZE_AT = 0.5
 """Share of the training after which ranges no longer follow the activations."""
@@ -65,10 +67,6 @@ def qat_prepare(
         MissingExtraError: If torchao is not installed.
     """
     rules = lookup(QUANT_RULES, rules_name, kind="int8 rules")
-    with silence():  # torchao warns of torch's ways when it is imported
-        from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
-
-        from dimefm_edge.quantize.quantizer import RulesQuantizer
     template = deployed_form(student, image_size)
     quantizer = RulesQuantizer(rules, keep_float)
     source = copy.deepcopy(template)
