@@ -189,6 +189,8 @@ class ExportOptions(CommonOptions):
     the run's; of a teacher, ONNX Runtime anywhere."""
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
     """Of the graph; int8 is calibrated on the images."""
+    calibration: Literal["auto", "minmax", "percentile", "mse"] = "auto"
+    """How far int8 reaches; auto is what the rules of the target's runtime say."""
     opset: int | None = None
     """ONNX opset. Default: what the target's runtime reads."""
     attention: str | None = None

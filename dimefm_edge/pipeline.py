@@ -124,6 +124,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             resume=resume,
             ranks=ranks,
         )
+    images = _some_images(pool, data, preprocess, is_int8=config.quant.is_int8)
     trained_int8 = None
     if config.quant.qat == "int8":
         ranks.barrier()  # rank 0 has written the float student
@@ -132,6 +133,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
                 run_dir,
                 data,
                 target=target,
+                images=images,
                 steps=trained.steps,
                 quant=config.quant,
                 loss=config.loss,
@@ -143,7 +145,6 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     if not ranks.is_main:
         return None
     with clock("export"):
-        images = _some_images(pool, data, preprocess, is_int8=config.quant.is_int8)
         bundles = export_precisions(
             run_dir,
             target=target,

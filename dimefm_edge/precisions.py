@@ -6,13 +6,17 @@ graph in integers is, export/int8.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import nn
 
 from dimefm_edge.batches import DistillData
@@ -20,21 +24,30 @@ from dimefm_edge.config import LossConfig, QuantConfig, TrainConfig
 from dimefm_edge.data.images import LabelledSet
 from dimefm_edge.distill import DistillReport, Evaluate, distill
 from dimefm_edge.distributed import Ranks
+from dimefm_edge.errors import ConfigError
 from dimefm_edge.evaluate.zero_shot import evaluate_zero_shot
 from dimefm_edge.export import export_student, graph_spec
 from dimefm_edge.export.integer_kernels import count_integer_kernels
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.latency.measure import measure_interleaved
 from dimefm_edge.report import PrecisionRow
+from dimefm_edge.run_log import atomic_file
 from dimefm_edge.runtime import Bundle, load_bundle, load_engine
 from dimefm_edge.students import LoadedStudent, load_student
 from dimefm_edge.targets import Target
+
+if TYPE_CHECKING:
+    from dimefm_edge.quantize.qat import FakeQuantStudent
+
+logger = logging.getLogger(__name__)
 
 NUM_CALIBRATION_IMAGES = 256
 NUM_PARITY_IMAGES = 32
 QAT_DIR = "qat"
 """The int8 stage, in its run's folder: a run folder of its own."""
+_KEPT_FILE = "keep_float.json"
 _QAT_EMA_DECAY = 0.99
+_MAX_SECONDS = 4.0  # of timing, for each precision
 
 
 def train_int8(
@@ -42,6 +55,7 @@ def train_int8(
     data: DistillData,
     *,
     target: Target,
+    images: npt.NDArray[np.float32],
     steps: int,
     quant: QuantConfig,
     loss: LossConfig,
@@ -56,8 +70,9 @@ def train_int8(
         run_dir: Of a run whose float stage is done.
         data: As in the float stage.
         target: By whose runtime's rules integers round.
+        images: (N, 3, S, S) preprocessed, to choose the layers on that stay float.
         steps: Of the float stage.
-        quant: Share of steps and rate.
+        quant: Share of steps and rate; how much may be lost.
         loss: As in the float stage.
         train: Of the float stage.
         evaluate: As for `distill`.
@@ -69,12 +84,19 @@ def train_int8(
     """
     from dimefm_edge.quantize.qat import qat_prepare
 
-    loaded = load_student(run_dir)
-    rules_name = graph_spec(target, precision="int8").quant_rules
-    assert rules_name is not None
-    student = qat_prepare(loaded.student, image_size=loaded.spec.image_size, rules_name=rules_name)
+    ranks = ranks or Ranks()
     folder = run_dir / QAT_DIR
-    folder.mkdir(exist_ok=True)
+    if ranks.is_main:
+        folder.mkdir(exist_ok=True)
+        keep_float_products(run_dir, target=target, images=images, quant=quant, evaluate=evaluate)
+    ranks.barrier()
+    loaded = load_student(run_dir)
+    student = qat_prepare(
+        loaded.student,
+        image_size=loaded.spec.image_size,
+        rules_name=_rules_name(target),
+        keep_float=_kept(run_dir),
+    )
     return distill(
         student,
         data,
@@ -85,6 +107,81 @@ def train_int8(
         evaluate=evaluate,
         resume=resume,
         ranks=ranks,
+    )
+
+
+def keep_float_products(
+    run_dir: Path,
+    *,
+    target: Target,
+    images: npt.NDArray[np.float32],
+    quant: QuantConfig,
+    evaluate: Evaluate | None,
+) -> tuple[str, ...]:
+    """Which products stay float so that calibration keeps `max_drop`; found once in a run.
+
+    Args:
+        run_dir: Of a run whose float stage is done; the answer is kept in it.
+        target: By whose runtime's rules integers round.
+        images: (N, 3, S, S) preprocessed.
+        quant: How much may be lost; None asks nothing.
+        evaluate: Zero-shot top-1 by test set, in percent.
+
+    Raises:
+        ConfigError: If a loss is to be kept and there is nothing to test on.
+    """
+    from dimefm_edge.quantize.ptq import worst_products
+
+    if quant.max_drop is None:
+        return ()
+    if evaluate is None:
+        raise ConfigError(
+            "--max-drop is in points of zero-shot top-1, and there is no test set",
+            hint="--eval-sets with a labelled set, or drop --max-drop",
+        )
+    path = run_dir / _KEPT_FILE
+    if not path.is_file():
+        plain = load_student(run_dir).student
+        best = fmean(evaluate(plain).values())
+        student = _calibrated(plain, target, images, quant, ())
+        kept = worst_products(
+            student,
+            torch.from_numpy(images[:NUM_PARITY_IMAGES]),
+            max_drop=quant.max_drop,
+            drop=lambda module: best - fmean(evaluate(module).values()),
+        )
+        logger.info("%d of %d products stay float", len(kept), len(student.product_names))
+        with atomic_file(path) as stream:
+            stream.write(json.dumps(kept).encode())
+    return _kept(run_dir)
+
+
+def _kept(run_dir: Path) -> tuple[str, ...]:
+    path = run_dir / _KEPT_FILE
+    return tuple(json.loads(path.read_bytes())) if path.is_file() else ()
+
+
+def _rules_name(target: Target) -> str:
+    name = graph_spec(target, precision="int8").quant_rules
+    assert name is not None
+    return name
+
+
+def _calibrated(
+    student: nn.Module,
+    target: Target,
+    images: npt.NDArray[np.float32],
+    quant: QuantConfig,
+    keep_float: Collection[str],
+) -> FakeQuantStudent:
+    from dimefm_edge.quantize.ptq import calibrated
+
+    return calibrated(
+        student,
+        torch.from_numpy(images),
+        rules_name=_rules_name(target),
+        method=None if quant.calibration == "auto" else quant.calibration,
+        keep_float=keep_float,
     )
 
 
@@ -107,11 +204,9 @@ class _Saver:
 
     def __call__(self, path: Path, module: nn.Module) -> None:
         from dimefm_edge.quantize.checkpoint import save_int8_student
-        from dimefm_edge.quantize.qat import FakeQuantStudent
 
-        assert isinstance(module, FakeQuantStudent)
-        loaded = self.loaded
-        save_int8_student(path, module, loaded.spec, loaded.preprocess, loaded.metadata)
+        student, ours = cast("FakeQuantStudent", module), self.loaded
+        save_int8_student(path, student, ours.spec, ours.preprocess, ours.metadata)
 
 
 def export_precisions(
@@ -141,27 +236,25 @@ def export_precisions(
         By name; the last one is the outcome, in `bundle`, the others lie beside it.
     """
     plain = load_student(run_dir)
-    wanted = {precision: (plain, graph_spec(target, precision=precision))}
+    wanted = {precision: plain}
     if quant.is_int8:
-        method = None if quant.calibration == "auto" else quant.calibration
-        graph = replace(graph_spec(target, precision="int8"), calibration=method)
-        wanted["int8 PTQ"] = (plain, graph)
-        if quant.qat == "int8":
-            from dimefm_edge.quantize.checkpoint import load_int8_student
+        others = images[:-NUM_PARITY_IMAGES] if len(images) > NUM_PARITY_IMAGES else images
+        made = _calibrated(plain.student, target, others, quant, _kept(run_dir))
+        wanted["int8 PTQ"] = replace(plain, student=made)
+    if quant.qat == "int8":
+        from dimefm_edge.quantize.checkpoint import load_int8_student
 
-            wanted["int8 QAT"] = (load_int8_student(run_dir / QAT_DIR), graph)
+        wanted["int8 QAT"] = load_int8_student(run_dir / QAT_DIR)
     bundles = {}
-    others = images[:-NUM_PARITY_IMAGES] if len(images) > NUM_PARITY_IMAGES else images
-    for name, (loaded, graph) in wanted.items():
+    for name, loaded in wanted.items():
         is_outcome = name == list(wanted)[-1]
         out = run_dir / ("bundle" if is_outcome else f"bundle-{name.split()[-1].lower()}")
-        is_calibrated = graph.precision == "int8" and loaded is plain
         export_student(
             loaded,
             out,
-            graph=graph,
+            graph=graph_spec(target, precision=precision if loaded is plain else "int8"),
             label_banks=label_banks,
-            parity_images=others if is_calibrated else images[-NUM_PARITY_IMAGES:],
+            parity_images=images[-NUM_PARITY_IMAGES:],
             logit_scale=logit_scale,
             extra=extra,
         )
@@ -190,7 +283,7 @@ def compare_precisions(
         name: lambda engine=engine: engine.encode_image(images[:1])  # type: ignore[misc]
         for name, engine in engines.items()
     }
-    latencies = dict(zip(calls, measure_interleaved(calls), strict=True))
+    latencies = dict(zip(calls, measure_interleaved(calls, max_seconds=_MAX_SECONDS), strict=True))
     first = next(iter(engines.values())).encode_image(images)
     rows = []
     for name, bundle in bundles.items():

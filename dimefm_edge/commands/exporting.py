@@ -92,6 +92,7 @@ def _graph_spec(options: ExportOptions, target_name: str | None) -> GraphSpec:
         attention=options.attention,
         batch_size=options.batch_size,
         image_input=options.input,
+        calibration=None if options.calibration == "auto" else options.calibration,
     )
 
 

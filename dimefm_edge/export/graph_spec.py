@@ -87,6 +87,7 @@ def graph_spec(
     attention: str | None = None,
     batch_size: int | None = None,
     image_input: ImageInput = "float",
+    calibration: CalibrationMethod | None = None,
 ) -> GraphSpec:
     """What a target's runtime wants, but for what the user wants otherwise.
 
@@ -97,6 +98,7 @@ def graph_spec(
         attention: Default: the runtime's fastest.
         batch_size: None leaves it to the caller.
         image_input: See `GraphSpec`.
+        calibration: Of int8; default: what the rules say.
 
     Raises:
         ExportError: If two of them contradict each other.
@@ -116,4 +118,5 @@ def graph_spec(
         image_input=image_input,
         providers=("cpu",) if target is None else target.providers,
         quant_rules=(rules or cpu_quant_rules()) if precision == "int8" else None,
+        calibration=calibration,
     )

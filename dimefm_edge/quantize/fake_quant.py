@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dimefm_edge.export.calibration import Range
+from dimefm_edge.errors import ExportError
+from dimefm_edge.export.calibration import Histogram, Range
 from dimefm_edge.export.quant_rules import QuantRules
 from dimefm_edge.export.trace import silence
 
@@ -45,6 +46,8 @@ class ActivationFakeQuant(FakeQuantizeBase):  # type: ignore[misc]
         """Whether values widen the range; only in train mode."""
         self.is_rounding = True
         """Off, values pass as they are."""
+        self.histogram: Histogram | None = None
+        """Counts the values that pass, while there is one."""
         self.register_buffer("low", torch.tensor(fixed.low if fixed else 0.0))
         self.register_buffer("high", torch.tensor(fixed.high if fixed else 0.0))
         self.register_buffer("num_seen", torch.tensor(0.0))
@@ -53,6 +56,8 @@ class ActivationFakeQuant(FakeQuantizeBase):  # type: ignore[misc]
         """Round `x` to what its integers stand for."""
         if self.is_observing and self.training and not self.is_fixed:
             self._observe(x.detach())
+        if self.histogram is not None and not self.histogram.add(x.detach().float().cpu().numpy()):
+            raise ExportError("an activation is not finite: it cannot be quantised")
         if not self.is_rounding:
             return x
         scale, zero_point = self.calculate_qparams()
@@ -65,15 +70,21 @@ class ActivationFakeQuant(FakeQuantizeBase):  # type: ignore[misc]
         """() scale and () zero point, as int8.py's `_affine` has them."""
         if self.is_symmetric:
             peak = torch.maximum(-self.low, self.high)
-            scale = _or_one(peak) / self.quant_max
+            scale = _or_one(peak / self.quant_max)
             return scale, torch.zeros_like(scale, dtype=torch.int32)
-        scale = _or_one(self.high - self.low) / (self.quant_max - self.quant_min)
+        scale = _or_one((self.high - self.low) / (self.quant_max - self.quant_min))
         return scale, (self.quant_min - self.low / scale).round().to(torch.int32)
 
     @property
     def range(self) -> Range:
         """What the integers reach."""
         return Range(float(self.low), float(self.high))
+
+    def set_range(self, low: float, high: float) -> None:
+        """Let the integers reach from `low` to `high`; where the range is known, it stays."""
+        if not self.is_fixed:
+            self.low.fill_(low)
+            self.high.fill_(high)
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
@@ -119,5 +130,5 @@ class WeightFakeQuant(FakeQuantizeBase):  # type: ignore[misc]
         return self.scale, torch.zeros_like(self.scale, dtype=torch.int64)
 
 
-def _or_one(reach: Tensor) -> Tensor:
-    return torch.where(reach > 0, reach, torch.ones_like(reach))
+def _or_one(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values, torch.ones_like(values))

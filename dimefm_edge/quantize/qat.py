@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
 from dimefm_edge.errors import ExportError, lookup
+from dimefm_edge.export.calibration import Histogram, choose_range
 from dimefm_edge.export.learned import LearnedProduct
 from dimefm_edge.export.quant_rules import QUANT_RULES
 from dimefm_edge.export.simplify import TracedAttention
@@ -157,6 +158,31 @@ class FakeQuantStudent(nn.Module):
                 self(images)
         self.freeze_ranges()
 
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor], method: str | None = None) -> None:
+        """Choose ranges by all values of the float student's activations, without training.
+
+        Args:
+            batches: Each (B, 3, S, S), preprocessed.
+            method: minmax, percentile or mse; default: what the rules say.
+
+        Raises:
+            ExportError: If an activation is not finite.
+            UnknownNameError: If there is no such method.
+        """
+        method = method or QUANT_RULES[self.rules_name].calibration
+        parts = [part for part in self._activations() if not part.is_fixed]
+        for part in parts:
+            part.histogram = Histogram()
+        with self.rounding_only(()):
+            for images in batches:
+                self(images)
+        for part in parts:
+            assert part.histogram is not None
+            chosen = choose_range(part.histogram, method)
+            part.set_range(chosen.low, chosen.high)
+            part.histogram = None
+
     def on_step(self, step: int, total: int) -> None:
         """Before a training step: ranges follow until half of them are done, then stay."""
         self.freeze_ranges(step >= FREEZE_AT * total)
@@ -200,15 +226,14 @@ class FakeQuantStudent(nn.Module):
         """
         for point in self._points:
             for module, (low, high) in zip(point.activations, ranges[point.name], strict=True):
-                part = self._activation(module)
-                part.low.fill_(low)
-                part.high.fill_(high)
+                self._activation(module).set_range(low, high)
 
     def deployed(self) -> nn.Module:
         """The float student inside: a copy, on the CPU, in eval mode."""
         module = copy.deepcopy(self._template[0])
         ours = self.graph.state_dict()
-        module.load_state_dict({name: ours[name] for name in module.state_dict()})
+        for name, value in module.state_dict().items():
+            value.copy_(ours[name])
         return module.eval()
 
     def load_deployed(self, tensors: Mapping[str, Tensor]) -> None:
