@@ -50,7 +50,7 @@ _SIDE, _BATCH = 64, 64
 def config_of(args: argparse.Namespace, student: str, seed: int) -> RunConfig:
     """One run, with both stages."""
     if args.data is None:
-        data = DataConfig(images=(f"scenes:{args.images}",), texts=("scenes:4000",))
+        data = DataConfig()
     else:
         data = DataConfig(
             images=(str(args.data / "images/cifar10*.tar"), str(args.data / "images/*1.tar")),
@@ -61,9 +61,9 @@ def config_of(args: argparse.Namespace, student: str, seed: int) -> RunConfig:
         target="x86-cpu",
         teacher=args.teacher,
         out=str(args.out / f"{student.replace(':', '-')}-{seed}"),
-        store=str(args.out / "store"),
+        store=args.store or str(args.out / "store"),
         data=data,
-        student=StudentConfig(student=student, init="random"),
+        student=StudentConfig(student=student, init="auto"),
         train=TrainConfig(
             steps=args.steps, batch_size=_BATCH, text_batch_size=256, seed=seed,
             eval_every=10**6, threads=args.threads,
@@ -152,11 +152,11 @@ def step_time(student: str, *, rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--students", nargs="+", default=["vit-nano", "hybrid-nano"])
+    parser.add_argument("--students", nargs="+", default=["vit-p8-w192-d3", "hybrid-nano"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400, help="of the float stage")
     parser.add_argument("--qat-steps-ratio", type=float, default=0.3)
-    parser.add_argument("--images", type=int, default=8000, help="scenes to distil on")
+    parser.add_argument("--store", help="of a run on the same data, to embed nothing anew")
     parser.add_argument("--teacher", default="sample")
     parser.add_argument("--data", type=Path, help="real images instead of scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/qat"))
