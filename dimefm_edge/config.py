@@ -192,6 +192,8 @@ class QuantConfig:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if self.max_drop is not None and self.max_drop < 0:
             raise ConfigError(f"max_drop must not be negative, got {self.max_drop}")
+        if self.max_drop is not None and not self.is_int8:
+            raise ConfigError("max_drop needs int8", hint="--qat int8, or --ptq int8")
 
     @property
     def is_int8(self) -> bool:

@@ -36,7 +36,7 @@ def deployed_form(student: nn.Module, image_size: int) -> nn.Module:
     example = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         wanted = deployed(example)
-        for conv, norm in _followed_by_norm(export_graph(deployed, image_size).graph):
+        for conv, norm in _followed_by_norm(deployed, image_size):
             fused: nn.Module = fuse_conv_bn_eval(_part(deployed, conv), _part(deployed, norm))
             rest = getattr(_part(deployed, norm), "act", nn.Identity())  # timm's norms hold one
             _replace(deployed, conv, fused)
@@ -75,10 +75,12 @@ def export_graph(module: nn.Module, image_size: int) -> fx.GraphModule:
     return graph
 
 
-def _followed_by_norm(graph: fx.Graph) -> list[tuple[str, str]]:
+def _followed_by_norm(module: nn.Module, image_size: int) -> list[tuple[str, str]]:
     """Names of convolutions and of the BatchNorms that alone read what they write."""
+    if not any(isinstance(part, nn.BatchNorm2d) for part in module.modules()):
+        return []
     pairs = []
-    for node in graph.nodes:
+    for node in export_graph(module, image_size).graph.nodes:
         if node.target is not torch.ops.aten.batch_norm.default:
             continue
         source = node.args[0]

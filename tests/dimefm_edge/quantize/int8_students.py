@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from dimefm_edge.data.scenes import scene_image
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
+from dimefm_edge.quantize.deployed import deployed_form
 from dimefm_edge.students import StudentSpec, build_student, hybrid_spec, vit_spec
 
 SIDE = 32
@@ -32,6 +34,16 @@ def student(family: str) -> nn.Module:
             if name.endswith(("norm.weight", "bn.weight", "bn1.weight", "bn2.weight")):
                 value.uniform_(0.5, 1.5)
     return made.eval()
+
+
+@functools.cache
+def _deployed(family: str) -> nn.Module:
+    return deployed_form(student(family), SIDE)
+
+
+def deployed(family: str) -> nn.Module:
+    """A student's deployed form, to be changed at will."""
+    return copy.deepcopy(_deployed(family))
 
 
 @functools.cache

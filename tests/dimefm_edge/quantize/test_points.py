@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
+from torch import fx
 
 from dimefm_edge.export.quant_rules import QUANT_RULES
 from dimefm_edge.export.simplify import TracedAttention
-from dimefm_edge.quantize.deployed import deployed_form, export_graph
+from dimefm_edge.quantize.deployed import export_graph
 from dimefm_edge.quantize.points import find_products
-from tests.dimefm_edge.quantize.int8_students import ARM, AVX2, SIDE, TENSORRT, student
+from tests.dimefm_edge.quantize.int8_students import ARM, AVX2, SIDE, TENSORRT, deployed
+
+
+@functools.cache
+def graph(family: str, *, is_spelt_out: bool) -> fx.Graph:
+    module = deployed(family)
+    for part in module.modules():
+        if isinstance(part, TracedAttention):
+            part.is_spelt_out = is_spelt_out
+    return export_graph(module, SIDE).graph
 
 
 def products(family: str, rules_name: str, keep_float: tuple[str, ...] = ()):
-    deployed = deployed_form(student(family), SIDE)
-    for part in deployed.modules():
-        if isinstance(part, TracedAttention):
-            part.is_spelt_out = rules_name == TENSORRT
-    return find_products(export_graph(deployed, SIDE).graph, QUANT_RULES[rules_name], keep_float)
+    exported = graph(family, is_spelt_out=rules_name == TENSORRT)
+    return find_products(exported, QUANT_RULES[rules_name], keep_float)
 
 
 def test_a_vit_in_onnx_runtime_is_its_linear_layers_without_the_stem():

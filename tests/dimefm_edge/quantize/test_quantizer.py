@@ -7,10 +7,10 @@ import torch
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_qat_pt2e
 
 from dimefm_edge.export.quant_rules import QUANT_RULES
-from dimefm_edge.quantize.deployed import deployed_form, export_graph
+from dimefm_edge.quantize.deployed import export_graph
 from dimefm_edge.quantize.fake_quant import ActivationFakeQuant
 from dimefm_edge.quantize.quantizer import RulesQuantizer
-from tests.dimefm_edge.quantize.int8_students import ARM, AVX2, SIDE, cosines, images, student
+from tests.dimefm_edge.quantize.int8_students import ARM, AVX2, SIDE, cosines, deployed, images
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from tests.dimefm_edge.quantize.int8_students import ARM, AVX2, SIDE, cosines, i
     [("vit", AVX2), pytest.param("hybrid", ARM, marks=pytest.mark.slow)],
 )
 def test_what_torchao_converts_answers_as_what_was_trained(family, rules_name):
-    graph = export_graph(deployed_form(student(family), SIDE), SIDE)
+    graph = export_graph(deployed(family), SIDE)
     prepared = prepare_qat_pt2e(graph, RulesQuantizer(QUANT_RULES[rules_name]))
     parts = [m for m in prepared.modules() if isinstance(m, ActivationFakeQuant)]
     for part in parts:
@@ -35,7 +35,7 @@ def test_what_torchao_converts_answers_as_what_was_trained(family, rules_name):
 
 
 def test_tensors_that_products_share_are_rounded_once():
-    graph = export_graph(deployed_form(student("vit"), SIDE), SIDE)
+    graph = export_graph(deployed("vit"), SIDE)
     prepared = prepare_qat_pt2e(graph, RulesQuantizer(QUANT_RULES[AVX2]))
     named = {node.name: node for node in prepared.graph.nodes}
     q, k, v = (named[name].args[0] for name in ("linear", "linear_1", "linear_2"))
