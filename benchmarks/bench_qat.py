@@ -2,7 +2,8 @@
 
 Distils students with several seeds, each in a float and an int8 stage, and tests the graphs in
 ONNX Runtime: fp32, int8 by our calibration, int8 trained, and the fp32 graph quantised by ONNX
-Runtime's own `quantize_static` in the ways its documentation names for this CPU.
+Runtime's own `quantize_static` in the ways its documentation names for this CPU, and by
+nvidia-modelopt where it is installed.
 
     python benchmarks/bench_qat.py --json | python benchmarks/record.py qat_scenes
     python benchmarks/bench_qat.py --teacher /tmp/teacher --data ../shared/data --json \\
@@ -17,12 +18,14 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -30,6 +33,7 @@ from dimefm_edge.config import DataConfig, QuantConfig, RunConfig, StudentConfig
 from dimefm_edge.data.images import open_images, open_labelled
 from dimefm_edge.evaluate.zero_shot import evaluate_zero_shot
 from dimefm_edge.latency.measure import machine_info
+from dimefm_edge.manifest import INPUT_NAME
 from dimefm_edge.pipeline import run
 from dimefm_edge.preprocess import preprocess_images
 from dimefm_edge.quantize.qat import qat_prepare
@@ -72,14 +76,20 @@ def config_of(args: argparse.Namespace, student: str, seed: int) -> RunConfig:
     )  # fmt: skip
 
 
-def stock_top1(bundle: Bundle, images: Images, eval_sets: Sequence[str]) -> dict[str, Any]:
-    """Zero-shot of ONNX Runtime's own static quantisation, by its options and test set."""
+def other_tools(bundle: Bundle, images: Images, eval_sets: Sequence[str]) -> dict[str, Any]:
+    """Zero-shot top-1 of the fp32 graph as others quantise it, by tool and test set."""
     must_reduce = cpu_quant_rules() == AVX2_RULES
+    source = bundle.model_path
+    tools: dict[str, Callable[[], onnx.ModelProto]] = {
+        "stock u8s8": lambda: stock_graph(source, images, weight="int8", reduce_range=must_reduce),
+        "stock u8u8": lambda: stock_graph(source, images, weight="uint8", reduce_range=False),
+    }
+    if find_spec("modelopt") is not None:
+        tools["modelopt"] = lambda: modelopt_graph(source, images)
     made = {}
-    for name, weight, reduces in (("u8s8", "int8", must_reduce), ("u8u8", "uint8", False)):
-        path = bundle.path / f"stock-{name}.onnx"
-        model = stock_graph(bundle.model_path, images, weight=weight, reduce_range=reduces)
-        path.write_bytes(model.SerializeToString())
+    for name, make in tools.items():
+        path = bundle.path / "other.onnx"
+        path.write_bytes(make().SerializeToString())
         engine = OnnxRuntimeEngine(
             path, preprocess=bundle.preprocess, embed_dim=bundle.embed_dim, precision="int8"
         )
@@ -91,6 +101,20 @@ def stock_top1(bundle: Bundle, images: Images, eval_sets: Sequence[str]) -> dict
         }
         path.unlink()
     return made
+
+
+def modelopt_graph(path: Path, images: Images) -> onnx.ModelProto:
+    """nvidia-modelopt's int8 ONNX PTQ with its defaults, on the CPU; not a dependency of ours."""
+    from modelopt.onnx.quantization import quantize  # type: ignore[import-not-found]
+
+    out = path.with_name("modelopt.onnx")
+    quantize(
+        onnx_path=str(path), calibration_data={INPUT_NAME: images}, quantize_mode="int8",
+        calibration_eps=["cpu"], high_precision_dtype="fp32", output_path=str(out),
+    )  # fmt: skip
+    model = onnx.load(str(out))
+    out.unlink()
+    return model
 
 
 def study(args: argparse.Namespace, student: str, seed: int) -> dict[str, Any]:
@@ -105,7 +129,7 @@ def study(args: argparse.Namespace, student: str, seed: int) -> dict[str, Any]:
     fp32 = rows["fp32"]
     return {
         "top1_pct": {name: row.top1_pct for name, row in rows.items()}
-        | {f"stock {k}": v for k, v in stock_top1(plain, images, list(fp32.top1_pct)).items()},
+        | other_tools(plain, images, list(fp32.top1_pct)),
         "cosine": {name: row.mean_cosine for name, row in rows.items()},
         "size_share": {name: row.size_mib / fp32.size_mib for name, row in rows.items()},
         "integer_products": {name: row.integer_products for name, row in rows.items()},

@@ -51,6 +51,8 @@ from dimefm_edge.precisions import (
     NUM_PARITY_IMAGES,
     compare_precisions,
     export_precisions,
+    keep_float_products,
+    kept_float,
     train_int8,
 )
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
@@ -112,6 +114,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     student, inherited = _initial_student(
         config.student, fit.chosen, teacher, seed=config.train.seed
     )
+    evaluate = Scorer(eval_sets, banks, preprocess) if eval_sets else None
     with clock("train"):
         trained = distill(
             student,
@@ -120,25 +123,29 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             train=config.train,
             run_dir=run_dir,
             save_weights=_Saver(fit.chosen, preprocess, _metadata(config, teacher)),
-            evaluate=Scorer(eval_sets, banks, preprocess) if eval_sets else None,
+            evaluate=evaluate,
             resume=resume,
             ranks=ranks,
         )
     images = _some_images(pool, data, preprocess, is_int8=config.quant.is_int8)
     trained_int8 = None
+    if config.quant.is_int8 and ranks.is_main:
+        with clock("choose"):
+            keep_float_products(
+                run_dir, target=target, images=images, quant=config.quant, evaluate=evaluate
+            )
+    ranks.barrier()  # rank 0 has written the float student
     if config.quant.qat == "int8":
-        ranks.barrier()  # rank 0 has written the float student
         with clock("train in int8"):
             trained_int8 = train_int8(
                 run_dir,
                 data,
                 target=target,
-                images=images,
                 steps=trained.steps,
                 quant=config.quant,
                 loss=config.loss,
                 train=config.train,
-                evaluate=Scorer(eval_sets, banks, preprocess) if eval_sets else None,
+                evaluate=evaluate,
                 resume=resume,
                 ranks=ranks,
             )
@@ -182,6 +189,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         seconds=clock.seconds,
         machine=machine_info(),
         precisions=precisions,
+        kept_float=kept_float(run_dir),
         int8_training=dataclasses.asdict(trained_int8) if trained_int8 else None,
     )
     _write_report(report, run_dir)

@@ -55,7 +55,6 @@ def train_int8(
     data: DistillData,
     *,
     target: Target,
-    images: npt.NDArray[np.float32],
     steps: int,
     quant: QuantConfig,
     loss: LossConfig,
@@ -67,12 +66,11 @@ def train_int8(
     """Train the run's float student on in integers; same data, losses and loop.
 
     Args:
-        run_dir: Of a run whose float stage is done.
+        run_dir: Of a run whose float stage is done, and `keep_float_products` with it.
         data: As in the float stage.
         target: By whose runtime's rules integers round.
-        images: (N, 3, S, S) preprocessed, to choose the layers on that stay float.
         steps: Of the float stage.
-        quant: Share of steps and rate; how much may be lost.
+        quant: Share of steps and rate.
         loss: As in the float stage.
         train: Of the float stage.
         evaluate: As for `distill`.
@@ -84,18 +82,14 @@ def train_int8(
     """
     from dimefm_edge.quantize.qat import qat_prepare
 
-    ranks = ranks or Ranks()
     folder = run_dir / QAT_DIR
-    if ranks.is_main:
-        folder.mkdir(exist_ok=True)
-        keep_float_products(run_dir, target=target, images=images, quant=quant, evaluate=evaluate)
-    ranks.barrier()
+    folder.mkdir(exist_ok=True)
     loaded = load_student(run_dir)
     student = qat_prepare(
         loaded.student,
         image_size=loaded.spec.image_size,
         rules_name=_rules_name(target),
-        keep_float=_kept(run_dir),
+        keep_float=kept_float(run_dir),
     )
     return distill(
         student,
@@ -153,10 +147,11 @@ def keep_float_products(
         logger.info("%d of %d products stay float", len(kept), len(student.product_names))
         with atomic_file(path) as stream:
             stream.write(json.dumps(kept).encode())
-    return _kept(run_dir)
+    return kept_float(run_dir)
 
 
-def _kept(run_dir: Path) -> tuple[str, ...]:
+def kept_float(run_dir: Path) -> tuple[str, ...]:
+    """The products that `keep_float_products` found, by name."""
     path = run_dir / _KEPT_FILE
     return tuple(json.loads(path.read_bytes())) if path.is_file() else ()
 
@@ -239,7 +234,7 @@ def export_precisions(
     wanted = {precision: plain}
     if quant.is_int8:
         others = images[:-NUM_PARITY_IMAGES] if len(images) > NUM_PARITY_IMAGES else images
-        made = _calibrated(plain.student, target, others, quant, _kept(run_dir))
+        made = _calibrated(plain.student, target, others, quant, kept_float(run_dir))
         wanted["int8 PTQ"] = replace(plain, student=made)
     if quant.qat == "int8":
         from dimefm_edge.quantize.checkpoint import load_int8_student

@@ -85,6 +85,8 @@ class RunReport:
     machine: dict[str, Any]
     precisions: tuple[PrecisionRow, ...] = ()
     """fp32 and int8 side by side, where int8 was asked for."""
+    kept_float: tuple[str, ...] = ()
+    """Layers that `--max-drop` left in float."""
     int8_training: dict[str, Any] | None = None
     """As `training`, of the int8 stage."""
 
@@ -161,10 +163,22 @@ class RunReport:
             "- Time: "
             + ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
             + ".",
+            *self._int8_lines(),
             f"- Bundle: `{self.bundle}`",
             "",
         ]
         return "\n".join(lines)
+
+    def _int8_lines(self) -> list[str]:
+        lines = []
+        if self.int8_training is not None:
+            found = self.int8_training
+            rate = f"{found['steps']} steps, {found['images_per_s']:.0f} images/s"
+            lines.append(f"- Training in int8: {rate}.")
+        if self.kept_float:
+            names = ", ".join(f"`{name}`" for name in self.kept_float)
+            lines.append(f"- Left in float to lose no more than was allowed: {names}.")
+        return lines
 
 
 def _precision_lines(rows: tuple[PrecisionRow, ...]) -> list[str]:

@@ -104,7 +104,7 @@ def test_the_walk_ends_in_an_int8_bundle_with_its_table(
         "distill", "--teacher", str(tiny_teacher_dir), "--images", str(folder),
         "--texts", str(texts), "--eval-sets", str(labelled_dir), "--steps", "8",
         "--batch-size", "8", "--text-batch-size", "8", "--out", str(run_dir),
-        "--student", "vit-p16-w32-d2", "--target", "x86-cpu", "--qat", "int8",
+        "--student", "vit-p16-w32-d2", "--latency-ms", "9", "--target", "x86-cpu", "--qat", "int8",
         "--qat-steps-ratio", "0.5", "--max-drop", "100",
     ]  # fmt: skip
     assert cli.main([*words, "--json"]) == 0
