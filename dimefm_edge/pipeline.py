@@ -167,7 +167,10 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         accuracy = compare_accuracy(eval_sets, banks, teacher, bundle)
     with clock("measure"):
         latencies = compare_latency(teacher, bundle)
-        precisions = compare_precisions(bundles, eval_sets, banks, images[-NUM_PARITY_IMAGES:])
+        precisions = compare_precisions(
+            bundles, eval_sets, banks, images[-NUM_PARITY_IMAGES:],
+            outcome={row.student.name: row.student.top1_pct for row in accuracy},
+        )  # fmt: skip
     report = RunReport(
         run_dir=str(run_dir),
         bundle=str(bundle.path),
@@ -189,7 +192,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         seconds=clock.seconds,
         machine=machine_info(),
         precisions=precisions,
-        kept_float=kept_float(run_dir),
+        kept_float=kept_float(run_dir, config.quant),
         int8_training=dataclasses.asdict(trained_int8) if trained_int8 else None,
     )
     _write_report(report, run_dir)

@@ -33,7 +33,7 @@ from dimefm_edge.latency.measure import measure_interleaved
 from dimefm_edge.report import PrecisionRow
 from dimefm_edge.run_log import atomic_file
 from dimefm_edge.runtime import Bundle, load_bundle, load_engine
-from dimefm_edge.students import LoadedStudent, load_student
+from dimefm_edge.students import CHECKPOINT_FILE, LoadedStudent, load_student
 from dimefm_edge.targets import Target
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def train_int8(
         loaded.student,
         image_size=loaded.spec.image_size,
         rules_name=_rules_name(target),
-        keep_float=kept_float(run_dir),
+        keep_float=kept_float(run_dir, quant),
     )
     return distill(
         student,
@@ -133,27 +133,33 @@ def keep_float_products(
             "--max-drop is in points of zero-shot top-1, and there is no test set",
             hint="--eval-sets with a labelled set, or drop --max-drop",
         )
-    path = run_dir / _KEPT_FILE
-    if not path.is_file():
+    asked = {"max_drop": quant.max_drop, "calibration": quant.calibration}
+    if _read_kept(run_dir).get("asked") != asked:
         plain = load_student(run_dir).student
         best = fmean(evaluate(plain).values())
-        student = _calibrated(plain, target, images, quant, ())
         kept = worst_products(
-            student,
+            _calibrated(plain, target, images, quant, ()),
             torch.from_numpy(images[:NUM_PARITY_IMAGES]),
             max_drop=quant.max_drop,
             drop=lambda module: best - fmean(evaluate(module).values()),
         )
-        logger.info("%d of %d products stay float", len(kept), len(student.product_names))
-        with atomic_file(path) as stream:
-            stream.write(json.dumps(kept).encode())
-    return kept_float(run_dir)
+        logger.info("%d products stay float", len(kept))
+        with atomic_file(run_dir / _KEPT_FILE) as stream:
+            stream.write(json.dumps({"asked": asked, "products": kept}).encode())
+    return kept_float(run_dir, quant)
 
 
-def kept_float(run_dir: Path) -> tuple[str, ...]:
+def kept_float(run_dir: Path, quant: QuantConfig) -> tuple[str, ...]:
     """The products that `keep_float_products` found, by name."""
+    if quant.max_drop is None:
+        return ()
+    return tuple(_read_kept(run_dir)["products"])
+
+
+def _read_kept(run_dir: Path) -> dict[str, Any]:
     path = run_dir / _KEPT_FILE
-    return tuple(json.loads(path.read_bytes())) if path.is_file() else ()
+    found: dict[str, Any] = json.loads(path.read_bytes()) if path.is_file() else {}
+    return found
 
 
 def _rules_name(target: Target) -> str:
@@ -234,12 +240,12 @@ def export_precisions(
     wanted = {precision: plain}
     if quant.is_int8:
         others = images[:-NUM_PARITY_IMAGES] if len(images) > NUM_PARITY_IMAGES else images
-        made = _calibrated(plain.student, target, others, quant, kept_float(run_dir))
+        made = _calibrated(plain.student, target, others, quant, kept_float(run_dir, quant))
         wanted["int8 PTQ"] = replace(plain, student=made)
     if quant.qat == "int8":
-        from dimefm_edge.quantize.checkpoint import load_int8_student
-
-        wanted["int8 QAT"] = load_int8_student(run_dir / QAT_DIR)
+        trained = load_trained_int8(run_dir, _rules_name(target))
+        assert trained is not None
+        wanted["int8 QAT"] = trained
     bundles = {}
     for name, loaded in wanted.items():
         is_outcome = name == list(wanted)[-1]
@@ -257,11 +263,37 @@ def export_precisions(
     return bundles
 
 
+def load_trained_int8(run_dir: Path, rules_name: str) -> LoadedStudent | None:
+    """A run's student that was trained in int8 by these rules.
+
+    None where there is none; where it was trained by other rules, a warning says so.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    if not (run_dir / QAT_DIR / CHECKPOINT_FILE).is_file():
+        return None
+    from dimefm_edge.quantize.checkpoint import load_int8_student
+
+    loaded = load_int8_student(run_dir / QAT_DIR)
+    trained_for = cast("FakeQuantStudent", loaded.student).rules_name
+    if trained_for == rules_name:
+        return loaded
+    logger.warning(
+        "%s was trained in int8 for %s; for %s its float student is calibrated instead. "
+        "try: dimefm-edge distill --qat int8 --target ... in another --out",
+        run_dir, trained_for, rules_name,
+    )  # fmt: skip
+    return None
+
+
 def compare_precisions(
     bundles: Mapping[str, Bundle],
     eval_sets: Sequence[LabelledSet],
     banks: Sequence[LabelBank],
     images: npt.NDArray[np.float32],
+    *,
+    outcome: Mapping[str, float],
 ) -> tuple[PrecisionRow, ...]:
     """What each precision costs and gains, the first one being what others are compared to.
 
@@ -270,6 +302,7 @@ def compare_precisions(
         eval_sets: Labelled test sets.
         banks: Their label sets.
         images: (N, 3, S, S) preprocessed, to compare embeddings of.
+        outcome: Zero-shot top-1 of the last one by test set, which is known already.
     """
     if len(bundles) < 2:
         return ()
@@ -283,16 +316,18 @@ def compare_precisions(
     rows = []
     for name, bundle in bundles.items():
         engine = engines[name]
+        is_outcome = name == list(bundles)[-1]
         reports = [
             evaluate_zero_shot(engine.encode_pixels, bundle.preprocess, labelled, bank)
             for labelled, bank in zip(eval_sets, banks, strict=True)
+            if not is_outcome
         ]
         cosines = (engine.encode_image(images) * first).sum(axis=1)
         kernels = count_integer_kernels(bundle.model_path, images[:1])
         rows.append(
             PrecisionRow(
                 name=name,
-                top1_pct={report.name: report.top1_pct for report in reports},
+                top1_pct=dict(outcome) if is_outcome else {r.name: r.top1_pct for r in reports},
                 mean_cosine=float(cosines.mean()),
                 size_mib=bundle.size_mib,
                 here_p50_ms=latencies[name].p50_ms,

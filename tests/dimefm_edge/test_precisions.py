@@ -15,7 +15,7 @@ from dimefm_edge.config import QuantConfig, TrainConfig
 from dimefm_edge.data.scenes import scene_image, scene_sentence
 from dimefm_edge.errors import ConfigError
 from dimefm_edge.manifest import MANIFEST_FILE
-from dimefm_edge.precisions import int8_stage, keep_float_products
+from dimefm_edge.precisions import int8_stage, keep_float_products, load_trained_int8
 from dimefm_edge.preprocess import PreprocessSpec
 from dimefm_edge.students import CHECKPOINT_FILE, build_student, save_student, vit_spec
 from dimefm_edge.targets import load_target
@@ -90,8 +90,9 @@ def test_contradictions_are_bad_usage(flags, message, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_walk_ends_in_an_int8_bundle_with_its_table(
-    tiny_teacher_dir, labelled_dir, tmp_path, capsys
+    tiny_teacher_dir, labelled_dir, tmp_path, capsys, caplog
 ):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -123,6 +124,13 @@ def test_the_walk_ends_in_an_int8_bundle_with_its_table(
         rules = (manifest["quantization"] or {}).get("rules")
         assert rules == ("onnxruntime-x86-avx2" if precision == "int8" else None)
     assert "| int8 QAT |" in (run_dir / "report.md").read_text()
-    assert cli.main(["distill", "--out", str(run_dir), "--resume", "--json"]) == 0
-    again = json.loads(capsys.readouterr().out)
-    assert again["precisions"][2]["top1_pct"] == rows["int8 QAT"]["top1_pct"]
+    made = load_trained_int8(run_dir, "onnxruntime-x86-avx2")
+    assert made is not None
+    assert load_trained_int8(run_dir, "tensorrt") is None
+    assert "was trained in int8 for onnxruntime-x86-avx2; for tensorrt its float" in caplog.text
+    assert load_trained_int8(tmp_path, "tensorrt") is None
+    out = tmp_path / "again"
+    words = ["export", str(run_dir), "--precision", "int8", "--target", "x86-cpu", "--image-only"]
+    assert cli.main([*words, "--out", str(out), "--json"]) == 0
+    weights = [(path / "model.onnx").read_bytes() for path in (out, run_dir / "bundle")]
+    assert weights[0] == weights[1]
