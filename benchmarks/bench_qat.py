@@ -62,7 +62,7 @@ def config_of(args: argparse.Namespace, student: str, seed: int) -> RunConfig:
             eval_sets=tuple(str(args.data / "zeroshot" / n) for n in ("cifar10", "tiny-imagenet")),
         )
     return RunConfig(
-        target="x86-cpu",
+        target=args.target,
         teacher=args.teacher,
         out=str(args.out / f"{student.replace(':', '-')}-{seed}"),
         store=args.store or str(args.out / "store"),
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="of the float stage")
     parser.add_argument("--qat-steps-ratio", type=float, default=0.3)
     parser.add_argument("--store", help="of a run on the same data, to embed nothing anew")
+    parser.add_argument("--target", default="x86-cpu", help="by whose runtime's rules")
     parser.add_argument("--teacher", default="sample")
     parser.add_argument("--data", type=Path, help="real images instead of scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/qat"))
@@ -188,7 +189,7 @@ def main() -> None:
     parser.add_argument("--step-time", action="store_true")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    values: dict[str, Any] = {"rules": cpu_quant_rules()}
+    values: dict[str, Any] = {"target": args.target, "cpu_rules": cpu_quant_rules()}
     for student in args.students:
         if args.step_time:
             values[student] = step_time(student, rounds=7)
