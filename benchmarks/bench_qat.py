@@ -15,8 +15,10 @@ nvidia-modelopt where it is installed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -192,9 +194,10 @@ def main() -> None:
     values: dict[str, Any] = {"target": args.target, "cpu_rules": cpu_quant_rules()}
     for student in args.students:
         if args.step_time:
-            values[student] = step_time(student, rounds=7)
+            values[student] = step_time(student, rounds=5)
             continue
-        runs = [study(args, student, seed) for seed in args.seeds]
+        with contextlib.redirect_stdout(sys.stderr):  # modelopt logs there
+            runs = [study(args, student, seed) for seed in args.seeds]
         values[student] = {f"seed{s}": r for s, r in zip(args.seeds, runs, strict=True)}
         values[student]["lost"] = losses_of(runs)
     values["machine"] = machine_info()
