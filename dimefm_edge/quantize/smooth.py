@@ -3,6 +3,10 @@
 SmoothQuant's step (arXiv 2211.10438, eq. 4) and cross-layer equalisation's (arXiv 1906.04721) are
 one where nothing nonlinear stands between two layers: what the first writes is divided by a
 number per channel, and what the second multiplies it with is multiplied by it. The answers stay.
+
+Measured on students distilled on scenes, 1 - cosine to fp32, without and with: a ViT by ONNX
+Runtime's rules 1.01e-4 and 0.86e-4, by TensorRT's 1.43e-3 and 1.45e-3; a hybrid 3.8e-4 and 3.5e-4.
+Between GELU and a linear layer it cannot be done: GELU is not homogeneous.
 """
 
 from __future__ import annotations
