@@ -53,6 +53,7 @@ from dimefm_edge.precisions import (
     export_precisions,
     keep_float_products,
     kept_float,
+    require_int8,
     train_int8,
 )
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
@@ -205,6 +206,8 @@ def resolve(config: RunConfig) -> RunConfig:
     defaults: dict[str, Any] = _SCENES_TRAIN if is_scenes else _TRAIN
     unset = {k: v for k, v in defaults.items() if getattr(config.train, k) is None}
     eval_sets = config.data.eval_sets or ((_SCENES,) if is_scenes else ())
+    if config.quant.is_int8:
+        require_int8(config.quant, eval_sets)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, eval_sets=eval_sets),

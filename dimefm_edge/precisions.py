@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
@@ -24,7 +25,7 @@ from dimefm_edge.config import LossConfig, QuantConfig, TrainConfig
 from dimefm_edge.data.images import LabelledSet
 from dimefm_edge.distill import DistillReport, Evaluate, distill
 from dimefm_edge.distributed import Ranks
-from dimefm_edge.errors import ConfigError
+from dimefm_edge.errors import ConfigError, MissingExtraError
 from dimefm_edge.evaluate.zero_shot import evaluate_zero_shot
 from dimefm_edge.export import export_student, graph_spec
 from dimefm_edge.export.integer_kernels import count_integer_kernels
@@ -48,6 +49,24 @@ QAT_DIR = "qat"
 _KEPT_FILE = "keep_float.json"
 _QAT_EMA_DECAY = 0.99
 _MAX_SECONDS = 4.0  # of timing, for each precision
+
+
+def require_int8(quant: QuantConfig, eval_sets: Sequence[str]) -> None:
+    """Say before hours of training what int8 would lack after them.
+
+    Raises:
+        ConfigError: If a loss is to be kept and there is nothing to test on.
+        MissingExtraError: If torchao is not installed.
+    """
+    if quant.max_drop is not None and not eval_sets:
+        raise ConfigError(
+            "--max-drop is in points of zero-shot top-1, and there is no test set",
+            hint="--eval-sets with a labelled set, or drop --max-drop",
+        )
+    if find_spec("torchao") is None:
+        raise MissingExtraError(
+            "int8 students need torchao", hint="pip install 'dimefm_edge[train]'"
+        )
 
 
 def train_int8(
@@ -119,20 +138,12 @@ def keep_float_products(
         target: By whose runtime's rules integers round.
         images: (N, 3, S, S) preprocessed.
         quant: How much may be lost; None asks nothing.
-        evaluate: Zero-shot top-1 by test set, in percent.
-
-    Raises:
-        ConfigError: If a loss is to be kept and there is nothing to test on.
+        evaluate: Zero-shot top-1 by test set, in percent; `require_int8` sees that there is one.
     """
     from dimefm_edge.quantize.ptq import worst_products
 
-    if quant.max_drop is None:
+    if quant.max_drop is None or evaluate is None:
         return ()
-    if evaluate is None:
-        raise ConfigError(
-            "--max-drop is in points of zero-shot top-1, and there is no test set",
-            hint="--eval-sets with a labelled set, or drop --max-drop",
-        )
     asked = {"max_drop": quant.max_drop, "calibration": quant.calibration}
     if _read_kept(run_dir).get("asked") != asked:
         plain = load_student(run_dir).student
@@ -153,7 +164,7 @@ def kept_float(run_dir: Path, quant: QuantConfig) -> tuple[str, ...]:
     """The products that `keep_float_products` found, by name."""
     if quant.max_drop is None:
         return ()
-    return tuple(_read_kept(run_dir)["products"])
+    return tuple(_read_kept(run_dir).get("products", ()))
 
 
 def _read_kept(run_dir: Path) -> dict[str, Any]:

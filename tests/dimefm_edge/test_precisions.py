@@ -13,9 +13,14 @@ from torch import nn
 from dimefm_edge import cli
 from dimefm_edge.config import QuantConfig, TrainConfig
 from dimefm_edge.data.scenes import scene_image, scene_sentence
-from dimefm_edge.errors import ConfigError
+from dimefm_edge.errors import ConfigError, MissingExtraError
 from dimefm_edge.manifest import MANIFEST_FILE
-from dimefm_edge.precisions import int8_stage, keep_float_products, load_trained_int8
+from dimefm_edge.precisions import (
+    int8_stage,
+    keep_float_products,
+    load_trained_int8,
+    require_int8,
+)
 from dimefm_edge.preprocess import PreprocessSpec
 from dimefm_edge.students import CHECKPOINT_FILE, build_student, save_student, vit_spec
 from dimefm_edge.targets import load_target
@@ -52,10 +57,17 @@ def test_nothing_is_kept_float_unless_it_is_asked_for(run_dir):
     assert keep(run_dir, None, None) == ()
 
 
-def test_a_limit_needs_a_test_set(run_dir):
+def test_a_limit_needs_a_test_set_and_says_so_before_training():
     with pytest.raises(ConfigError, match="there is no test set") as said:
-        keep(run_dir, 0.5, None)
+        require_int8(QuantConfig(ptq="int8", max_drop=0.5), ())
     assert "--eval-sets" in said.value.hint
+
+
+def test_torchao_is_missed_before_training(monkeypatch):
+    monkeypatch.setattr("dimefm_edge.precisions.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match="int8 students need torchao") as said:
+        require_int8(QuantConfig(qat="int8"), ())
+    assert "dimefm_edge[train]" in said.value.hint
 
 
 def test_products_are_kept_float_until_the_limit_holds_and_only_once_searched(run_dir):
