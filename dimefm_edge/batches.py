@@ -11,10 +11,12 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dimefm_edge.config import DEFAULT_MIN_CROP, TrainConfig
@@ -54,6 +56,18 @@ class Batch:
     text_rows: Rows
     image_embeds: Tensor
     text_embeds: Tensor
+
+    def save(self, path: Path) -> None:
+        """Write everything as safetensors, to look at."""
+        tensors = {
+            "pixels": torch.from_numpy(self.pixels),
+            "crops": self.crops,
+            "image_rows": torch.from_numpy(self.image_rows),
+            "text_rows": torch.from_numpy(self.text_rows),
+            "image_embeds": self.image_embeds,
+            "text_embeds": self.text_embeds,
+        }
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
 
 class BatchPlan:

@@ -38,7 +38,7 @@ _ENVIRONMENT = {
 }
 _TRAIN_PACKAGES = {
     "braceexpand", "datasets", "matplotlib", "onnx", "onnxscript", "open_clip", "pyarrow",
-    "safetensors", "tensorboard", "timm", "torch", "torchvision",
+    "safetensors", "tensorboard", "timm", "torch", "torchao", "torchvision",
 }  # fmt: skip
 
 

@@ -11,15 +11,14 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors.torch import save_file
 from timm.utils.model_ema import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dimefm_edge.batches import Batch, BatchPlan, DistillData, prefetch
@@ -44,6 +43,18 @@ logger = logging.getLogger(__name__)
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
 _DROP_STREAM = 3  # of random numbers; batches.py has 0 to 2
+_WARM_UP_STEPS = 8
+
+
+@runtime_checkable
+class FollowsTraining(Protocol):
+    """A student that wants to see images first, and to know how far training is (quantize/)."""
+
+    def warm_up(self, batches: Iterable[Tensor]) -> None:
+        """See batches (B, 3, S, S), preprocessed, before the first step."""
+
+    def on_step(self, step: int, total: int) -> None:
+        """Know that a step begins."""
 
 
 @dataclass(frozen=True)
@@ -163,9 +174,7 @@ class _Loop:
         )
         image_embeds = batch.image_embeds.to(self.device)
         text_embeds = batch.text_embeds.to(self.device)
-        pixels = torch.from_numpy(batch.pixels).to(self.device, non_blocking=True)
-        images = crop_batch(pixels.permute(0, 3, 1, 2).float(), batch.crops)
-        images = images.sub_(self.mean).div_(self.std).contiguous(memory_format=self.layout)
+        images = self._images(batch)
         per_rank = image_embeds.view(ranks.world_size, -1, image_embeds.shape[1])
         terms: dict[str, float] = {}
         for index in range(train.accumulate):
@@ -188,6 +197,12 @@ class _Loop:
         if not math.isfinite(terms["loss"]):
             self._stop_on_nan(batch, terms)
         return terms
+
+    def _images(self, batch: Batch) -> Tensor:
+        """This rank's part of a batch, cropped and preprocessed: (B, 3, S, S)."""
+        pixels = torch.from_numpy(batch.pixels).to(self.device, non_blocking=True)
+        images = crop_batch(pixels.permute(0, 3, 1, 2).float(), batch.crops)
+        return images.sub_(self.mean).div_(self.std).contiguous(memory_format=self.layout)
 
     def optimise(self) -> float:
         """Clip, step, average; returns the gradient norm before clipping."""
@@ -223,17 +238,7 @@ class _Loop:
 
     def _stop_on_nan(self, batch: Batch, terms: dict[str, float]) -> None:
         path = self.run_dir / f"nan_batch_rank{self.ranks.rank}.safetensors"
-        save_file(
-            {
-                "pixels": torch.from_numpy(batch.pixels).contiguous(),
-                "crops": batch.crops.contiguous(),
-                "image_rows": torch.from_numpy(batch.image_rows),
-                "text_rows": torch.from_numpy(batch.text_rows),
-                "image_embeds": batch.image_embeds,
-                "text_embeds": batch.text_embeds,
-            },
-            path,
-        )
+        batch.save(path)
         found = ", ".join(f"{name} {value:g}" for name, value in terms.items())
         raise TrainingError(
             f"the loss is not finite at step {self.step} ({found}); the batch is in {path}, "
@@ -247,6 +252,9 @@ class _Loop:
         """Train to the last step, saving and evaluating on the way."""
         plan = BatchPlan(self.data, self.train, self.ranks)
         first, started, waited = self.step, time.perf_counter(), 0.0
+        follower = self.student if isinstance(self.student, FollowsTraining) else None
+        if follower is not None and not self.step:
+            follower.warm_up(map(self._images, plan.batches(0, min(_WARM_UP_STEPS, self.total))))
         with (
             RunLog(self.run_dir, start_step=self.step)
             if self.ranks.is_main
@@ -259,6 +267,8 @@ class _Loop:
                 begun = time.perf_counter()
                 batch = next(batches)
                 got = time.perf_counter()
+                if follower is not None:
+                    follower.on_step(self.step, self.total)
                 terms = self.forward_backward(batch)
                 norm = self.optimise()
                 self.step += 1

@@ -203,7 +203,9 @@ class ExportOptions(CommonOptions):
     """Device whose runtime the graph is written for: jetson-orin, raspberry-pi-5, ... Default:
     the run's; of a teacher, ONNX Runtime anywhere."""
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
-    """Of the graph; int8 is calibrated on the images."""
+    """Of the graph; int8 is as the run was trained, or else calibrated on the images."""
+    calibration: Literal["auto", "minmax", "percentile", "mse"] = "auto"
+    """How far int8 reaches; auto is what the rules of the target's runtime say."""
     opset: int | None = None
     """ONNX opset. Default: what the target's runtime reads."""
     attention: str | None = None

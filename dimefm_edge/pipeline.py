@@ -2,7 +2,7 @@
 
     target + budget -> fit -> StudentSpec
     images, sentences -> teacher -> embedding store
-    StudentSpec + store -> distill -> checkpoint
+    StudentSpec + store -> distill (-> train in int8) -> checkpoint
     checkpoint -> export -> bundle -> measured, reported
 
 Read `run` first; every step below it is also a command of its own.
@@ -40,22 +40,26 @@ from dimefm_edge.distill import distill
 from dimefm_edge.distributed import Ranks, join_ranks
 from dimefm_edge.embed import embed_images, embed_texts
 from dimefm_edge.errors import ConfigError, DataError
-from dimefm_edge.export import export_student, graph_spec, record_accuracy
+from dimefm_edge.export import record_accuracy
 from dimefm_edge.fit import FitReport, fit_student, plot_fit
 from dimefm_edge.judge import Scorer, compare_accuracy, compare_latency, model_row
 from dimefm_edge.labels import build_label_bank
 from dimefm_edge.latency.estimate import trace_ops
 from dimefm_edge.latency.measure import machine_info
+from dimefm_edge.precisions import (
+    NUM_CALIBRATION_IMAGES,
+    NUM_PARITY_IMAGES,
+    compare_precisions,
+    export_precisions,
+    keep_float_products,
+    kept_float,
+    require_int8,
+    train_int8,
+)
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.report import RunReport
 from dimefm_edge.run_log import atomic_file
-from dimefm_edge.runtime import load_bundle
-from dimefm_edge.students import (
-    StudentSpec,
-    build_student,
-    load_student,
-    save_student,
-)
+from dimefm_edge.students import StudentSpec, build_student, save_student
 from dimefm_edge.students.vit import inherit_from_teacher, vit_geometry
 from dimefm_edge.targets import Target, load_target
 from dimefm_edge.teacher import TEXT_TEACHER_KEY, Teacher, load_teacher
@@ -63,7 +67,6 @@ from dimefm_edge.teacher import TEXT_TEACHER_KEY, Teacher, load_teacher
 logger = logging.getLogger(__name__)
 
 _PIXEL_CACHE_BYTES = 4 * 2**30
-_NUM_PARITY_IMAGES = 32
 _SCENES = "scenes"
 _TRAIN = {
     "epochs": config_file.DEFAULT_EPOCHS,
@@ -112,6 +115,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     student, inherited = _initial_student(
         config.student, fit.chosen, teacher, seed=config.train.seed
     )
+    evaluate = Scorer(eval_sets, banks, preprocess) if eval_sets else None
     with clock("train"):
         trained = distill(
             student,
@@ -120,36 +124,61 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             train=config.train,
             run_dir=run_dir,
             save_weights=_Saver(fit.chosen, preprocess, _metadata(config, teacher)),
-            evaluate=Scorer(eval_sets, banks, preprocess) if eval_sets else None,
+            evaluate=evaluate,
             resume=resume,
             ranks=ranks,
         )
+    images = _some_images(pool, data, preprocess, is_int8=config.quant.is_int8)
+    trained_int8 = None
+    if config.quant.is_int8 and ranks.is_main:
+        with clock("choose"):
+            keep_float_products(
+                run_dir, target=target, images=images, quant=config.quant, evaluate=evaluate
+            )
+    ranks.barrier()  # rank 0 has written the float student
+    if config.quant.qat == "int8":
+        with clock("train in int8"):
+            trained_int8 = train_int8(
+                run_dir,
+                data,
+                target=target,
+                steps=trained.steps,
+                quant=config.quant,
+                loss=config.loss,
+                train=config.train,
+                evaluate=evaluate,
+                resume=resume,
+                ranks=ranks,
+            )
     if not ranks.is_main:
         return None
     with clock("export"):
-        bundle_dir = run_dir / "bundle"
-        export_student(
-            load_student(run_dir),
-            bundle_dir,
-            fmt="onnx",
-            graph=graph_spec(target, precision=config.precision),
+        bundles = export_precisions(
+            run_dir,
+            target=target,
+            precision=config.precision,
+            quant=config.quant,
             label_banks=banks,
-            parity_images=_parity_images(pool, data, preprocess),
+            images=images,
             logit_scale=teacher.logit_scale,
             extra={"target": target.name, "teacher": teacher.name, "budget_ms": fit.budget_ms},
         )
-        bundle = load_bundle(bundle_dir)
+        bundle = list(bundles.values())[-1]
     with clock("evaluate"):
         accuracy = compare_accuracy(eval_sets, banks, teacher, bundle)
     with clock("measure"):
         latencies = compare_latency(teacher, bundle)
+        precisions = compare_precisions(
+            bundles, eval_sets, banks, images[-NUM_PARITY_IMAGES:],
+            outcome={row.student.name: row.student.top1_pct for row in accuracy},
+        )  # fmt: skip
     report = RunReport(
         run_dir=str(run_dir),
-        bundle=str(bundle_dir),
+        bundle=str(bundle.path),
         target=target.full_name,
         runtime=target.runtime,
         target_precision=target.precision,
-        precision=config.precision,
+        precision=bundle.precision,
         budget_ms=fit.budget_ms,
         teacher=model_row(
             teacher.name, teacher.image_tower, target, latencies[0], teacher.preprocess
@@ -163,6 +192,9 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         data=_data_summary(data, pool),
         seconds=clock.seconds,
         machine=machine_info(),
+        precisions=precisions,
+        kept_float=kept_float(run_dir, config.quant),
+        int8_training=dataclasses.asdict(trained_int8) if trained_int8 else None,
     )
     _write_report(report, run_dir)
     return report
@@ -174,6 +206,8 @@ def resolve(config: RunConfig) -> RunConfig:
     defaults: dict[str, Any] = _SCENES_TRAIN if is_scenes else _TRAIN
     unset = {k: v for k, v in defaults.items() if getattr(config.train, k) is None}
     eval_sets = config.data.eval_sets or ((_SCENES,) if is_scenes else ())
+    if config.quant.is_int8:
+        require_int8(config.quant, eval_sets)
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, eval_sets=eval_sets),
@@ -309,10 +343,12 @@ class _Saver:
         save_student(path, module, self.spec, self.preprocess, self.metadata)
 
 
-def _parity_images(
-    pool: ImagePool, data: DistillData, preprocess: PreprocessSpec
+def _some_images(
+    pool: ImagePool, data: DistillData, preprocess: PreprocessSpec, *, is_int8: bool
 ) -> npt.NDArray[np.float32]:
-    rows = data.images.valid_rows()[:_NUM_PARITY_IMAGES]
+    """Real ones: the last are for parity, int8 is calibrated on those before."""
+    count = NUM_CALIBRATION_IMAGES * is_int8 + NUM_PARITY_IMAGES
+    rows = data.images.valid_rows()[:count]
     return preprocess_images([pool.load(int(row)) for row in rows], preprocess)
 
 

@@ -40,6 +40,25 @@ class ModelRow:
 
 
 @dataclass(frozen=True)
+class PrecisionRow:
+    """The student's graph in one precision."""
+
+    name: str
+    """fp32, int8 PTQ (by calibration) or int8 QAT (trained)."""
+    top1_pct: dict[str, float]
+    """Zero-shot, by test set."""
+    mean_cosine: float
+    """Of its embeddings to those of the first row."""
+    size_mib: float
+    """Of the graph's file."""
+    here_p50_ms: float
+    integer_products: int
+    """Products that ran in integers in ONNX Runtime here."""
+    float_products: tuple[str, ...]
+    """Those that did not, by name."""
+
+
+@dataclass(frozen=True)
 class RunReport:
     """The outcome of `dimefm-edge distill`.
 
@@ -64,6 +83,12 @@ class RunReport:
     data: dict[str, Any]
     seconds: dict[str, float]
     machine: dict[str, Any]
+    precisions: tuple[PrecisionRow, ...] = ()
+    """fp32 and int8 side by side, where int8 was asked for."""
+    kept_float: tuple[str, ...] = ()
+    """Layers that `--max-drop` left in float."""
+    int8_training: dict[str, Any] | None = None
+    """As `training`, of the int8 stage."""
 
     @property
     def fits_budget(self) -> bool:
@@ -116,6 +141,7 @@ class RunReport:
                 f"| {model.target_ms:.3g} ms ({model.target_low_ms:.2g} to "
                 f"{model.target_high_ms:.2g}) |"
             )
+        lines += _precision_lines(self.precisions)
         parity = self.parity
         lines += [
             "",
@@ -137,10 +163,44 @@ class RunReport:
             "- Time: "
             + ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
             + ".",
+            *self._int8_lines(),
             f"- Bundle: `{self.bundle}`",
             "",
         ]
         return "\n".join(lines)
+
+    def _int8_lines(self) -> list[str]:
+        lines = []
+        if self.int8_training is not None:
+            found = self.int8_training
+            rate = f"{found['steps']} steps, {found['images_per_s']:.0f} images/s"
+            lines.append(f"- Training in int8: {rate}.")
+        if self.kept_float:
+            names = ", ".join(f"`{name}`" for name in self.kept_float)
+            lines.append(f"- Left in float to lose no more than was allowed: {names}.")
+        return lines
+
+
+def _precision_lines(rows: tuple[PrecisionRow, ...]) -> list[str]:
+    if not rows:
+        return []
+    sets = list(rows[0].top1_pct)
+    lines = [
+        "",
+        "| student in | "
+        + "".join(f"{_cell(name)} top-1 | " for name in sets)
+        + "cosine to fp32 | file | here p50 | in integers |",
+        "|---|" + "---:|" * (len(sets) + 4),
+    ]
+    for row in rows:
+        total = row.integer_products + len(row.float_products)
+        lines.append(
+            f"| {row.name} | "
+            + "".join(f"{row.top1_pct[name]:.1f}% | " for name in sets)
+            + f"{row.mean_cosine:.5f} | {row.size_mib:.2f} MiB | {row.here_p50_ms:.2f} ms "
+            f"| {row.integer_products} of {total} products |"
+        )
+    return lines
 
 
 def _cell(name: str) -> str:

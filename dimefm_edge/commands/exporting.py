@@ -61,7 +61,7 @@ def run_export(options: ExportOptions) -> Outcome:
     graph = _graph_spec(options, source.extra.get("target"))
     count = _NUM_CALIBRATION_IMAGES if graph.precision == "int8" else _NUM_PARITY_IMAGES
     export_student(
-        source.loaded,
+        _trained_for(graph, options) or source.loaded,
         source.out,
         fmt="onnx" if options.format == _TENSORRT else options.format,
         graph=graph,
@@ -94,7 +94,18 @@ def _graph_spec(options: ExportOptions, target_name: str | None) -> GraphSpec:
         attention=options.attention,
         batch_size=options.batch_size,
         image_input=options.input,
+        calibration=None if options.calibration == "auto" else options.calibration,
     )
+
+
+def _trained_for(graph: GraphSpec, options: ExportOptions) -> LoadedStudent | None:
+    """The run's own int8 student, where int8 is asked for and there is one for this runtime."""
+    if not options.run or graph.quant_rules is None:
+        return None
+    from dimefm_edge.precisions import load_trained_int8
+
+    run = Path(options.run).expanduser()
+    return load_trained_int8(run if run.is_dir() else run.parent, graph.quant_rules)
 
 
 def _require_builder(options: ExportOptions) -> None:

@@ -35,6 +35,10 @@ class Range:
     high: float
 
 
+PROBABILITIES = Range(0.0, 1.0)
+"""What a softmax answers, whatever it is asked."""
+
+
 def calibrate(
     model: onnx.ModelProto,
     images: npt.NDArray[np.float32],
@@ -55,10 +59,10 @@ def calibrate(
         ExportError: If there are no images, or an activation is not finite.
         UnknownNameError: If there is no such method.
     """
-    choose = lookup(_METHODS, method, kind="calibration method")
+    lookup(_METHODS, method, kind="calibration method")
     if not len(images):
         raise ExportError("calibration needs at least one image", hint="--images FOLDER")
-    histograms = {name: _Histogram() for name in tensors}
+    histograms = {name: Histogram() for name in tensors}
     inner = [name for name in tensors if name != INPUT_NAME]
     session = _probe(model, inner)
     batch = session.get_inputs()[0].shape[0]
@@ -73,7 +77,7 @@ def calibrate(
                     f"{start} on: it cannot be quantised",
                     hint="dimefm-edge export RUN --precision fp32",
                 )
-    return {name: choose(histogram) for name, histogram in histograms.items()}
+    return {name: choose_range(histogram, method) for name, histogram in histograms.items()}
 
 
 def _probe(model: onnx.ModelProto, tensors: Sequence[str]) -> Any:
@@ -89,7 +93,7 @@ def _probe(model: onnx.ModelProto, tensors: Sequence[str]) -> Any:
     return cpu_session(probe.SerializeToString())
 
 
-class _Histogram:
+class Histogram:
     """Counts of values in equal bins around zero; the reach doubles when a value lies outside."""
 
     def __init__(self) -> None:
@@ -124,11 +128,20 @@ class _Histogram:
             self.counts = np.pad(merged, _BINS // 4)
 
 
-def _minmax(histogram: _Histogram) -> Range:
+def choose_range(histogram: Histogram, method: str) -> Range:
+    """How far integers shall reach, given all values that were seen.
+
+    Raises:
+        UnknownNameError: If there is no such method.
+    """
+    return lookup(_METHODS, method, kind="calibration method")(histogram)
+
+
+def _minmax(histogram: Histogram) -> Range:
     return Range(histogram.low, histogram.high)
 
 
-def _percentile(histogram: _Histogram) -> Range:
+def _percentile(histogram: Histogram) -> Range:
     counts = histogram.counts
     tail = _TAIL * counts.sum()
     step = 2 * histogram.reach / _BINS
@@ -139,7 +152,7 @@ def _percentile(histogram: _Histogram) -> Range:
     return Range(max(low, histogram.low), min(high, histogram.high))
 
 
-def _mse(histogram: _Histogram) -> Range:
+def _mse(histogram: Histogram) -> Range:
     """Clip both sides at one magnitude, the best of many."""
     filled = np.flatnonzero(histogram.counts)
     if not filled.size:

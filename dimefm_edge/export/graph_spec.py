@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dimefm_edge.errors import ExportError, lookup
+from dimefm_edge.export.quant_rules import CalibrationMethod
 from dimefm_edge.targets import Target
 from dimefm_edge.targets.cpu import cpu_quant_rules
 
@@ -46,6 +47,8 @@ class GraphSpec:
     """A name in `quant_rules.QUANT_RULES`; int8 only."""
     sm: str | None = None
     """CUDA architecture that kernels of our own are compiled for, such as sm_110."""
+    calibration: CalibrationMethod | None = None
+    """minmax, percentile or mse; None: as the rules say. int8 only."""
 
     def __post_init__(self) -> None:
         lookup(dict.fromkeys(PRECISIONS), self.precision, kind="ONNX precision")
@@ -108,6 +111,7 @@ def graph_spec(
     attention: str | None = None,
     batch_size: int | None = None,
     image_input: ImageInput = "float",
+    calibration: CalibrationMethod | None = None,
 ) -> GraphSpec:
     """What a target's runtime wants, but for what the user wants otherwise.
 
@@ -118,6 +122,7 @@ def graph_spec(
         attention: Default: the runtime's fastest.
         batch_size: None leaves it to the caller.
         image_input: See `GraphSpec`.
+        calibration: Of int8; default: what the rules say.
 
     Raises:
         ExportError: If two of them contradict each other.
@@ -138,4 +143,5 @@ def graph_spec(
         providers=("cpu",) if target is None else target.providers,
         sm=None if target is None else target.sm,
         quant_rules=(rules or cpu_quant_rules()) if precision == "int8" else None,
+        calibration=calibration,
     )

@@ -8,7 +8,7 @@ residual stream, norms, softmax and GELU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import ExportError
-from dimefm_edge.export.calibration import Range, calibrate
+from dimefm_edge.export.calibration import PROBABILITIES, Range, calibrate
+from dimefm_edge.export.graph_view import GraphView, prepared
+from dimefm_edge.export.learned import LearnedProduct, match_products
 from dimefm_edge.export.quant_rules import QuantRules
 from dimefm_edge.manifest import INPUT_NAME
 
 if TYPE_CHECKING:
     import onnx
 
-_PROBABILITIES = Range(0.0, 1.0)  # what a softmax answers, whatever it is asked
 _AROUND_SOFTMAX = ("Mul", "Div", "Add", "Sub", "Where", "Cast", "Identity", "Reshape", "Transpose")
 
 
@@ -42,87 +43,81 @@ class _Product:
 
 
 def quantize_graph(
-    model: onnx.ModelProto, images: npt.NDArray[np.float32], *, rules: QuantRules
+    model: onnx.ModelProto,
+    images: npt.NDArray[np.float32],
+    *,
+    rules: QuantRules,
+    learned: Sequence[LearnedProduct] | None = None,
 ) -> onnx.ModelProto:
-    """Quantise the products of a graph, by calibration on images.
+    """Quantise the products of a graph, by calibration on images or by what training learned.
 
     Args:
         model: fp32, opset 13 or later, without subgraphs; input `image`. Not changed.
         images: (N, 3, S, S) float32, preprocessed, of the kind that the model will see.
         rules: One of `QUANT_RULES`.
+        learned: Ranges of the products that were trained in int8; the others stay float.
 
     Returns:
         The same graph with QuantizeLinear and DequantizeLinear nodes around its products, int8
         weights and no float copy of them. Equal input makes an equal graph.
 
     Raises:
-        ExportError: If there is nothing to quantise, no image, or an activation is not finite.
+        ExportError: If there is nothing to quantise, no image, an activation is not finite, or
+            the graph is not the one that was trained.
     """
     import onnx
 
-    model = _prepared(model)
-    graph = _Graph(model)
+    model = prepared(model)
+    graph = GraphView(model)
     products = [p for node in model.graph.node if (p := _product(graph, node, rules)) is not None]
     if not products:
         raise ExportError(
             f"the graph has no product that {rules.name} runs in int8",
             hint="dimefm-edge export RUN --precision fp16",
         )
-    known = {n.output[0]: _PROBABILITIES for n in model.graph.node if n.op_type == "Softmax"}
-    tensors = dict.fromkeys(name for p in products for name in _activations(p) if name not in known)
-    ranges = known | calibrate(model, images, tensors=list(tensors), method=rules.calibration)
+    if learned is None:
+        ranges = _calibrated(model, products, images, rules)
+    else:
+        products, ranges = _learned(graph, products, learned)
     _Rewriter(graph, ranges, rules).rewrite(products)
     inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(model, data_prop=True)
     return inferred
 
 
-def _prepared(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy with shapes, initializers for Constant nodes, and a name for each node."""
-    import onnx
-
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    graph = copy.graph
-    kept = []
-    for index, node in enumerate(graph.node):
-        value = next((a.t for a in node.attribute if a.name == "value"), None)
-        if node.op_type == "Constant" and value is not None:
-            value.name = node.output[0]
-            graph.initializer.append(value)
-            continue
-        node.name = node.name or f"{node.op_type}_{index}"
-        kept.append(node)
-    del graph.node[:]
-    graph.node.extend(kept)
-    inferred: onnx.ModelProto = onnx.shape_inference.infer_shapes(copy, data_prop=True)
-    return inferred
+def _calibrated(
+    model: onnx.ModelProto,
+    products: list[_Product],
+    images: npt.NDArray[np.float32],
+    rules: QuantRules,
+) -> dict[str, Range]:
+    known = {n.output[0]: PROBABILITIES for n in model.graph.node if n.op_type == "Softmax"}
+    tensors = dict.fromkeys(name for p in products for name in _activations(p) if name not in known)
+    return known | calibrate(model, images, tensors=list(tensors), method=rules.calibration)
 
 
-class _Graph:
-    """A graph with who makes and who reads each tensor."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self.proto = model.graph
-        self.producers = {name: node for node in model.graph.node for name in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in model.graph.node:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
-        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
-        self.outputs = {value.name for value in model.graph.output}
-        self.shapes = {value.name: value.type.tensor_type.shape for value in model.graph.value_info}
-
-    def width(self, name: str) -> int:
-        """Size of a tensor's last dimension; 0 if it is not known."""
-        dims = self.shapes[name].dim if name in self.shapes else ()
-        return int(dims[-1].dim_value) if dims else 0
-
-    def only_reader(self, name: str) -> onnx.NodeProto | None:
-        readers = self.readers.get(name, [])
-        return readers[0] if len(readers) == 1 and name not in self.outputs else None
+def _learned(
+    graph: GraphView, products: list[_Product], learned: Sequence[LearnedProduct]
+) -> tuple[list[_Product], dict[str, Range]]:
+    """The products that were trained in integers, and the ranges of their tensors."""
+    trained = []
+    ranges: dict[str, Range] = {}
+    weights = [_channels_first(graph, product) for product in products]
+    for product, ours in zip(products, match_products(weights, learned), strict=True):
+        if ours is not None:
+            trained.append(product)
+            reaches = ours.inputs if ours.output is None else (*ours.inputs, ours.output)
+            ranges.update(zip(_activations(product), reaches, strict=True))
+    return trained, ranges
 
 
-def _product(graph: _Graph, node: onnx.NodeProto, rules: QuantRules) -> _Product | None:
+def _channels_first(graph: GraphView, product: _Product) -> npt.NDArray[np.float32] | None:
+    """A product's weight as torch has it; None for one of two activations."""
+    if product.weight is None:
+        return None
+    return np.moveaxis(graph.array(product.node.input[product.weight]), product.axis or 0, 0)
+
+
+def _product(graph: GraphView, node: onnx.NodeProto, rules: QuantRules) -> _Product | None:
     """What to quantise of a node; None leaves it in float."""
     if node.op_type not in rules.op_types or node.domain not in ("", "ai.onnx"):
         return None
@@ -141,7 +136,7 @@ def _product(graph: _Graph, node: onnx.NodeProto, rules: QuantRules) -> _Product
     )  # fmt: skip
 
 
-def _is_wanted(graph: _Graph, node: onnx.NodeProto, rules: QuantRules) -> bool:
+def _is_wanted(graph: GraphView, node: onnx.NodeProto, rules: QuantRules) -> bool:
     """Whether the rules quantise this kind of convolution; all else they do."""
     if node.op_type != "Conv":
         return True
@@ -151,7 +146,7 @@ def _is_wanted(graph: _Graph, node: onnx.NodeProto, rules: QuantRules) -> bool:
     return rules.is_depthwise_quantized or channels_in > 1 or channels_out == 1
 
 
-def _is_plain(graph: _Graph, node: onnx.NodeProto) -> bool:
+def _is_plain(graph: GraphView, node: onnx.NodeProto) -> bool:
     """Whether a node is x times a constant plus, at most, one constant per channel."""
     if node.op_type == "MatMul" or len(node.input) < 3 or not node.input[2]:
         factors = [_attribute(node, "alpha", 1.0)]
@@ -163,7 +158,7 @@ def _is_plain(graph: _Graph, node: onnx.NodeProto) -> bool:
     return factors.count(1.0) == len(factors) and not _attribute(node, "transA", 0)
 
 
-def _is_attention(graph: _Graph, node: onnx.NodeProto, rules: QuantRules) -> bool:
+def _is_attention(graph: GraphView, node: onnx.NodeProto, rules: QuantRules) -> bool:
     """Whether a product of two activations is part of an attention that the rules quantise."""
     if _leads_to(graph.producers.get(node.input[0]), graph, is_up=True):
         num_tokens, head_dim = graph.width(node.input[0]), graph.width(node.output[0])
@@ -174,7 +169,7 @@ def _is_attention(graph: _Graph, node: onnx.NodeProto, rules: QuantRules) -> boo
     return 0 < num_tokens <= rules.attention_max_tokens and head_dim in rules.attention_head_dims
 
 
-def _leads_to(node: onnx.NodeProto | None, graph: _Graph, *, is_up: bool) -> bool:
+def _leads_to(node: onnx.NodeProto | None, graph: GraphView, *, is_up: bool) -> bool:
     """Whether a softmax is reached through scales, masks, casts and views only."""
     if node is None or node.op_type not in (*_AROUND_SOFTMAX, "Softmax"):
         return False
@@ -188,7 +183,7 @@ def _leads_to(node: onnx.NodeProto | None, graph: _Graph, *, is_up: bool) -> boo
     return any(_leads_to(other, graph, is_up=is_up) for other in near)
 
 
-def _integer_output(graph: _Graph, node: onnx.NodeProto) -> str | None:
+def _integer_output(graph: GraphView, node: onnx.NodeProto) -> str | None:
     """The tensor to quantise behind a node: its clipping is free when it happens in integers."""
     name = node.output[0]
     reader = graph.only_reader(name)
@@ -213,7 +208,7 @@ def _attribute(node: onnx.NodeProto, name: str, default: float) -> float:
 class _Rewriter:
     """Puts Q/DQ pairs and integer weights into a graph: each tensor is quantised once."""
 
-    def __init__(self, graph: _Graph, ranges: dict[str, Range], rules: QuantRules) -> None:
+    def __init__(self, graph: GraphView, ranges: dict[str, Range], rules: QuantRules) -> None:
         self.graph = graph
         self.ranges = ranges
         self.rules = rules
@@ -273,10 +268,10 @@ class _Rewriter:
         """A product's weight and bias in integers."""
         node = product.node
         assert product.weight is not None
-        weight = self._array(node.input[product.weight])
+        weight = self.graph.array(node.input[product.weight])
         scale = _weight_scale(weight, product.axis, self.rules)
         if product.bias is not None:
-            bias = self._array(node.input[product.bias]).ravel()
+            bias = self.graph.array(node.input[product.bias]).ravel()
             input_scale = self.scales[node.input[product.activations[0]]]
             # A channel of tiny weights must not push its bias out of 32 bits.
             scale = np.maximum(scale, np.abs(bias) / (input_scale * np.float32(2**30)))
@@ -326,12 +321,6 @@ class _Rewriter:
 
         self.graph.proto.initializer.append(from_array(np.asarray(values), name))
         return name
-
-    def _array(self, name: str) -> npt.NDArray[np.float32]:
-        from onnx.numpy_helper import to_array
-
-        values: npt.NDArray[np.float32] = to_array(self.graph.weights[name])
-        return values
 
 
 def _affine(reach: Range, rules: QuantRules) -> tuple[np.float32, npt.NDArray[Any]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from dimefm_edge.export.fp16 import check_fp16_range, convert_to_fp16
 from dimefm_edge.export.graph_spec import GraphSpec
 from dimefm_edge.export.int8 import quantize_graph
 from dimefm_edge.export.integer_kernels import IntegerKernels, count_integer_kernels
+from dimefm_edge.export.learned import MIN_LEARNED_COSINE, FakeQuantised, LearnedProduct
 from dimefm_edge.export.parity import (
     ParityReport,
     check_parity,
@@ -119,7 +120,8 @@ def export_onnx(
     """Write a student, or any image tower, as ONNX and check that it answers as torch does.
 
     Args:
-        student: (B, 3, S, S) -> (B, E), L2-normalised; not changed.
+        student: (B, 3, S, S) -> (B, E), L2-normalised; not changed. One that is fake-quantised
+            (quantize/) brings its ranges along and is written in int8.
         path: The file to write, which appears when its parity is proven; its folder exists.
         image_size: S.
         parity_images: (N, 3, S, S) float32, preprocessed real images; int8 ranges are
@@ -139,9 +141,10 @@ def export_onnx(
 
     spec = spec or GraphSpec()
     _check_images(parity_images, image_size)
+    learned = student.learned() if isinstance(student, FakeQuantised) else None
     expected = module_embeds(student, parity_images[:_MAX_PARITY_IMAGES])
     model = trace(
-        student,
+        student.deployed() if isinstance(student, FakeQuantised) else student,
         torch.zeros(spec.batch_size or EXAMPLE_BATCH, 3, image_size, image_size),
         input_name=INPUT_NAME,
         output_name=OUTPUT_NAME,
@@ -149,7 +152,7 @@ def export_onnx(
         attention=spec.attention,
         has_dynamic_batch=spec.batch_size is None,
     )
-    model = in_precision(model, spec, parity_images)
+    model = in_precision(model, spec, parity_images, learned=learned)
     inputs: npt.NDArray[Any] = parity_images[: len(expected)]
     if head is not None:
         add_head(model, head, logit_scale)
@@ -158,11 +161,19 @@ def export_onnx(
             raise ExportError("a graph that takes pixels needs to know how they are prepared")
         take_pixels(model, preprocess, resize=spec.image_input == "image")
         inputs = normalised_to_pixels(inputs, preprocess)
-    return land_graph(model, path, expected, inputs=inputs, spec=spec, metadata=metadata)
+    return land_graph(
+        model, path, expected, inputs=inputs, spec=spec, metadata=metadata,
+        min_cosine=None if learned is None else MIN_LEARNED_COSINE,
+    )  # fmt: skip
 
 
 def in_precision(
-    model: onnx.ModelProto, spec: GraphSpec, inputs: npt.NDArray[Any], *, kind: str = "image"
+    model: onnx.ModelProto,
+    spec: GraphSpec,
+    inputs: npt.NDArray[Any],
+    *,
+    kind: str = "image",
+    learned: Sequence[LearnedProduct] | None = None,
 ) -> onnx.ModelProto:
     """Give a traced graph its precision.
 
@@ -171,6 +182,7 @@ def in_precision(
         spec: Which precision.
         inputs: (N, ...) real ones, as the graph takes them: to look for what fp16 cannot hold.
         kind: What one of them is, for errors.
+        learned: Ranges for int8 that training learned; default: calibration on the inputs.
 
     Raises:
         ParityError: If an activation leaves fp16's range.
@@ -184,8 +196,10 @@ def in_precision(
             )
         logger.info("the largest fp16 activation is %.4g of 65504", peak)
     if spec.precision == "int8":
+        rules = _quant_rules(spec)
+        rules = replace(rules, calibration=spec.calibration or rules.calibration)
         with onnxruntime_errors():
-            model = quantize_graph(model, inputs, rules=_quant_rules(spec))
+            model = quantize_graph(model, inputs, rules=rules, learned=learned)
     return model
 
 
@@ -198,6 +212,7 @@ def land_graph(
     spec: GraphSpec,
     metadata: Mapping[str, str],
     kind: str = "image",
+    min_cosine: float | None = None,
 ) -> OnnxGraph:
     """Check a finished graph, and let it appear at `path` when its parity is proven.
 
@@ -209,6 +224,7 @@ def land_graph(
         spec: Runtime, precision and batch.
         metadata: Put into the graph's metadata.
         kind: What one input is, for errors.
+        min_cosine: Demanded of each embedding; default: what the precision, or its rules, allow.
 
     Raises:
         ExportError: If the graph is not valid, or its runtime would not read it.
@@ -222,11 +238,13 @@ def land_graph(
     warnings = _runtime_warnings(model, spec)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     is_int8, integers = spec.precision == "int8", None
+    if is_int8 and min_cosine is None:
+        min_cosine = _quant_rules(spec).min_cosine
     try:
         part.write_bytes(model.SerializeToString(deterministic=True))
         parity = check_parity(
             part, expected, inputs=inputs, precision=spec.precision, batch_size=spec.batch_size,
-            kind=kind, min_cosine=_quant_rules(spec).min_cosine if is_int8 else None,
+            kind=kind, min_cosine=min_cosine,
         )  # fmt: skip
         if is_int8 and spec.quant_rules == cpu_quant_rules():
             rows = np.arange(spec.batch_size or 1) % len(inputs)

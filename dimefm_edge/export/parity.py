@@ -102,7 +102,7 @@ def check_parity(
             one of 0.98.
         batch_size: The graph's, where it is fixed.
         kind: What an input is, for errors.
-        min_cosine: Another cosine to be reached than the precision's.
+        min_cosine: Demanded instead of what the precision allows.
 
     Raises:
         ExportError: If ONNX Runtime cannot run the graph.

@@ -22,23 +22,28 @@ from dimefm_edge.students.class_token import (
     read_class_token_only,
 )
 
+_READY = "is_ready_for_tracing"
+
 
 def ready_for_tracing(module: nn.Module) -> nn.Module:
     """Copy a module to the CPU, in eval mode and float32, with its attentions spelt one way.
 
     Args:
-        module: A student, or an open_clip or timm tower; not changed.
+        module: A student, or an open_clip or timm tower; not changed. What is ready stays so.
     """
     from timm.models.vision_transformer import VisionTransformer
     from timm.utils.model import reparameterize_model
 
     ready = copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
+    if getattr(ready, _READY, False):  # merged branches cannot be merged again
+        return ready
     for part in list(ready.modules()):
         if type(part) is VisionTransformer:
             read_class_token_only(part)
         _read_class_token_of_open_clip(part)
     ready = reparameterize_model(ready, inplace=True)
     _replace_attentions(ready)
+    setattr(ready, _READY, True)
     return ready.eval().requires_grad_(False)
 
 
@@ -52,6 +57,8 @@ class TracedAttention(nn.Module):
         super().__init__()
         self.q, self.k, self.v, self.out = q, k, v, out
         self.num_heads = num_heads
+        self.is_spelt_out = False
+        """As two products and a softmax, for quantisation to reach into (quantize/)."""
 
     def forward(
         self, queries: Tensor, tokens: Tensor, values: Tensor, mask: Tensor | None = None
@@ -61,7 +68,11 @@ class TracedAttention(nn.Module):
             self._split(project(x))
             for project, x in ((self.q, queries), (self.k, tokens), (self.v, values))
         )
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        if self.is_spelt_out:
+            logits = q @ k.transpose(2, 3)
+            mixed = (logits if mask is None else logits + mask).softmax(dim=-1) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -135,6 +146,7 @@ class _FromFirst(nn.Module):
 
     def __init__(self, block: nn.Module, core: TracedAttention) -> None:
         super().__init__()
+        block.attn = nn.Identity()  # the core has its projections
         self.block, self.core = block, core
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
-_FORMAT = "dimefm_edge.student/1"
+_FORMATS = {"student": "dimefm_edge.student/1", "int8 student": "dimefm_edge.int8_student/1"}
 
 
 @dataclass(frozen=True)
@@ -202,8 +202,12 @@ def save_student(
     spec: StudentSpec,
     preprocess: PreprocessSpec,
     metadata: dict[str, str],
+    *,
+    kind: str = "student",
 ) -> None:
     """Write one safetensors file, atomically: weights, spec, preprocessing and metadata.
+
+    `kind` says what reads it: `load_student`, or quantize/checkpoint.py for an `int8 student`.
 
     Raises:
         DimeFMError: If it cannot be written, a full disk say; the old file then stays.
@@ -212,7 +216,7 @@ def save_student(
     from safetensors.torch import save_file
 
     header = {
-        "format": _FORMAT,
+        "format": _FORMATS[kind],
         "spec": json.dumps(spec.to_dict()),
         "preprocess": json.dumps(preprocess.to_dict()),
         "metadata": json.dumps(metadata),
@@ -240,20 +244,44 @@ def load_student(path: Path | str) -> LoadedStudent:
         CheckpointError: If the file is missing, truncated, not a student of ours, or does not
             hold the weights that its spec asks for.
     """
+    return load_checkpoint(path, "student", _build)
+
+
+def _build(spec: StudentSpec, tensors: dict[str, Tensor], _metadata: dict[str, str]) -> nn.Module:
+    student = build_student(spec)
+    student.load_state_dict(tensors)
+    return student
+
+
+def load_checkpoint(
+    path: Path | str,
+    kind: str,
+    build: Callable[[StudentSpec, dict[str, Tensor], dict[str, str]], nn.Module],
+) -> LoadedStudent:
+    """Load what `save_student` wrote.
+
+    Args:
+        path: The file, or the run folder that it is in.
+        kind: As it was saved.
+        build: Makes the module of its spec, its weights and its metadata.
+
+    Raises:
+        CheckpointError: As `load_student`.
+    """
     path = Path(path).expanduser()
     path = path / CHECKPOINT_FILE if path.is_dir() else path
     tensors, header = _read_safetensors(path)
-    if header.get("format") != _FORMAT:
+    if header.get("format") != _FORMATS[kind]:
         raise CheckpointError(
-            f"{path} is a safetensors file, but not a student of dimefm_edge",
+            f"{path} is a safetensors file, but not a{'n' * (kind[0] in 'aeiou')} {kind} of "
+            "dimefm_edge",
             hint="name a run folder or its checkpoint.safetensors",
         )
     try:
         spec = StudentSpec.from_dict(json.loads(header["spec"]))
         preprocess = PreprocessSpec.from_dict(json.loads(header["preprocess"]))
         metadata = {str(k): str(v) for k, v in json.loads(header["metadata"]).items()}
-        student = build_student(spec)
-        student.load_state_dict(tensors)
+        student = build(spec, tensors, metadata)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, DimeFMError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(

@@ -90,6 +90,7 @@ def run_case(
     resume: bool = False,
     pause_s: float = 0.0,
     data: DistillData | None = None,
+    is_int8: bool = False,
 ) -> DistillReport:
     """Distil the fixed case into `run_dir`; `pause_s` slows every evaluation down."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -103,8 +104,13 @@ def run_case(
         time.sleep(pause_s)
         return {"norm": float(sum(p.detach().abs().sum() for p in module.parameters()))}
 
+    student: nn.Module = build_student(SPEC)
+    if is_int8:
+        from dimefm_edge.quantize.qat import qat_prepare
+
+        student = qat_prepare(student, image_size=SIDE, rules_name="onnxruntime-x86-avx2")
     return distill(
-        build_student(SPEC),
+        student,
         data or make_data(run_dir.parent / "store"),
         loss=loss or LossConfig(udist_weight=0.1),
         train=train,
@@ -127,12 +133,13 @@ def main() -> None:
     parser.add_argument("--eval-every", type=int, default=TRAIN.eval_every)
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--int8", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     train = dataclasses.replace(
         TRAIN, steps=args.steps, batch_size=args.batch_size, eval_every=args.eval_every
     )
-    run_case(args.run_dir, train=train, resume=args.resume, pause_s=args.pause)
+    run_case(args.run_dir, train=train, resume=args.resume, pause_s=args.pause, is_int8=args.int8)
     leave_ranks()
 
 

@@ -101,10 +101,15 @@ def test_two_runs_are_bitwise_equal(tmp_path: Path) -> None:
     assert_equal_bits(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
-def test_kill_9_and_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flags", [(), pytest.param(("--int8",), marks=pytest.mark.slow)], ids=["float", "int8"]
+)
+def test_kill_9_and_resume_equals_an_uninterrupted_run(
+    tmp_path: Path, flags: tuple[str, ...]
+) -> None:
     case.make_data(tmp_path / "store")  # both processes read it
-    whole = process(tmp_path / "whole")
-    broken = process(tmp_path / "broken", "--pause", "30", "--eval-every", "6")
+    whole = process(tmp_path / "whole", *flags)
+    broken = process(tmp_path / "broken", "--pause", "30", "--eval-every", "6", *flags)
     metrics = tmp_path / "broken" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     # Step 6's evaluation sleeps: by then the state of step 4 is on disk and step 6's is not.
@@ -118,7 +123,7 @@ def test_kill_9_and_resume_equals_an_uninterrupted_run(tmp_path: Path) -> None:
     state = torch.load(tmp_path / "broken" / STATE_FILE, weights_only=True)
     assert state["step"] == 4
 
-    resumed = process(tmp_path / "broken", "--resume")
+    resumed = process(tmp_path / "broken", "--resume", *flags)
     for finished in (whole, resumed):
         _, errors = finished.communicate(timeout=120)
         assert finished.returncode == 0, errors.decode()
@@ -150,22 +155,38 @@ def test_ctrl_c_saves_the_last_whole_step(tmp_path: Path) -> None:
     assert state["step"] % 4 != 0 or state["step"] >= 4
 
 
-def test_two_ranks_equal_one_process_of_the_double_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "flags", [(), pytest.param(("--int8",), marks=pytest.mark.slow)], ids=["float", "int8"]
+)
+def test_two_ranks_equal_one_process_of_the_double_batch(
+    tmp_path: Path, flags: tuple[str, ...]
+) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            str(CASE_PATH), str(tmp_path / "two"),
+            str(CASE_PATH), str(tmp_path / "two"), *flags,
         ],
         env=environment, check=True, capture_output=True, timeout=180,
     )  # fmt: skip
-    case.run_case(tmp_path / "one")
+    case.run_case(tmp_path / "one", is_int8=bool(flags))
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=2e-4, atol=2e-6, msg=key)
     rows = [[r for r in read_metrics(tmp_path / n) if "loss" in r] for n in ("one", "two")]
     losses = [[r["loss"] for r in part] for part in rows]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_an_int8_student_trains_with_ranges_that_saw_images_first(tmp_path: Path) -> None:
+    case.run_case(tmp_path / "run", is_int8=True)
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(12))
+    found = weights(tmp_path / "run")
+    highs = [value for name, value in found.items() if name.endswith(".high")]
+    assert highs
+    assert all(value > 0 for value in highs)
+    assert found["graph.trunk.blocks.0.attn.core.q.weight"].shape == (32, 32)
 
 
 def test_nan_stops_with_the_batch_saved(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from dimefm_edge.evaluate.zero_shot import ZeroShotReport
-from dimefm_edge.report import AccuracyRow, ModelRow, RunReport
+from dimefm_edge.report import AccuracyRow, ModelRow, PrecisionRow, RunReport
 
 TEACHER = ModelRow("ViT-L-14", 303.97, 77.83, 41.7, 31.2, 55.5, "PyTorch", 812.25, 850.75)
 STUDENT = ModelRow("vit_s16", 22.05, 4.25, 4.36, 3.27, 5.81, "ONNX Runtime", 81.23, 97.5)
@@ -166,3 +166,32 @@ def test_a_random_start_and_an_unknown_machine_are_said():
     page = make(inherited=(), machine={}).to_markdown()
     assert "- Initial weights: random.\n" in page
     assert "one image on this CPU, " in page
+
+
+def precision(name: str, top1: float, ms: float, *in_float: str) -> PrecisionRow:
+    return PrecisionRow(
+        name=name, top1_pct={"a|b": top1}, mean_cosine=0.99987, size_mib=3.3, here_p50_ms=ms,
+        integer_products=9, float_products=in_float,
+    )  # fmt: skip
+
+
+def test_int8_is_shown_beside_fp32():
+    rows = (precision("fp32", 80.04, 4.0, "stem"), precision("int8 QAT", 79.96, 2.5))
+    report = make(
+        precisions=rows,
+        int8_training={"steps": 321, "images_per_s": 99.6},
+        kept_float=("trunk.fc1", "proj"),
+    )
+    table = tables(report.to_markdown())[2]
+    assert table == [
+        ["student in", r"a\|b top-1", "cosine to fp32", "file", "here p50", "in integers"],
+        ["---", "---:", "---:", "---:", "---:", "---:"],
+        ["fp32", "80.0%", "0.99987", "3.30 MiB", "4.00 ms", "9 of 10 products"],
+        ["int8 QAT", "80.0%", "0.99987", "3.30 MiB", "2.50 ms", "9 of 9 products"],
+    ]
+    assert "- Training in int8: 321 steps, 100 images/s.\n" in report.to_markdown()
+    assert "no more than was allowed: `trunk.fc1`, `proj`.\n" in report.to_markdown()
+
+
+def test_without_int8_nothing_is_said_of_it():
+    assert "int8" not in make().to_markdown()

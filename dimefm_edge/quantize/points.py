@@ -1,0 +1,110 @@
+"""Where a student is fake-quantised: the products that the exporter quantises, found in torch.
+
+export/int8.py reads the same rules and does the same on the ONNX graph; tests hold the two
+together, and learned.py refuses to match what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from dimefm_edge.export.quant_rules import QuantRules
+
+_ATEN = torch.ops.aten
+_LINEARS = (_ATEN.linear.default,)
+CONVS = (_ATEN.conv2d.default, _ATEN.conv2d.padding)
+_SOFTMAXES = (_ATEN.softmax.int, _ATEN._softmax.default)
+_CLIPS = (_ATEN.relu.default, _ATEN.relu_.default, _ATEN.hardtanh.default, _ATEN.hardtanh_.default)
+_AROUND_SOFTMAX = (_ATEN.mul.Tensor, _ATEN.add.Tensor, _ATEN.div.Tensor)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A node that multiplies in integers."""
+
+    name: str
+    """Of its module, `trunk.blocks.0.mlp.fc1`; of a product of activations, its node's."""
+    node: fx.Node
+    inputs: tuple[fx.Node, ...]
+    """Activations that it reads."""
+    weight: fx.Node | None = None
+    output: fx.Node | None = None
+    """What its integer kernel writes, when that answers in integers."""
+
+
+def find_products(
+    graph: fx.Graph, rules: QuantRules, keep_float: Collection[str] = ()
+) -> list[Product]:
+    """What the rules quantise of an exported student, in the order of the graph.
+
+    Args:
+        graph: Of `torch.export`: aten operators, parameters as `get_attr`.
+        rules: One of `QUANT_RULES`.
+        keep_float: Names of products to leave out.
+    """
+    found = (_product(node, rules) for node in graph.nodes if node.op == "call_function")
+    return [p for p in found if p is not None and p.name not in keep_float]
+
+
+def _product(node: fx.Node, rules: QuantRules) -> Product | None:
+    if node.target in _LINEARS or node.target in CONVS:
+        source, weight = node.args[:2]
+        if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node):
+            return None
+        is_conv = node.target in CONVS
+        if weight.op != "get_attr" or (is_conv and not _is_wanted(source, weight, rules)):
+            return None
+        name = str(weight.target).removesuffix(".weight")
+        is_integer = is_conv and "Conv" in rules.output_op_types
+        return Product(name, node, (source,), weight, _integer_output(node) if is_integer else None)
+    if node.target is _ATEN.matmul.default and _is_attention(node, rules):
+        left, right = node.args
+        assert isinstance(left, fx.Node)
+        assert isinstance(right, fx.Node)
+        return Product(node.name, node, (left, right))
+    return None
+
+
+def _is_wanted(source: fx.Node, weight: fx.Node, rules: QuantRules) -> bool:
+    """As int8.py's: stems and depthwise convolutions are not for every runtime."""
+    if source.op == "placeholder":
+        return rules.is_stem_quantized
+    channels_out, channels_in = weight.meta["val"].shape[:2]
+    return rules.is_depthwise_quantized or channels_in > 1 or channels_out == 1
+
+
+def _integer_output(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    if len(users) == 1 and users[0].target in _CLIPS:
+        node = users[0]
+    return None if any(user.op == "output" for user in node.users) else node
+
+
+def _is_attention(node: fx.Node, rules: QuantRules) -> bool:
+    left, right = node.args
+    assert isinstance(left, fx.Node)
+    assert isinstance(right, fx.Node)
+    if is_softmax(left):
+        tokens, head_dim = right.meta["val"].shape[-2:]
+    elif any(is_softmax(user) for user in _behind(node)):
+        head_dim, tokens = right.meta["val"].shape[-2:]
+    else:
+        return False
+    return int(tokens) <= rules.attention_max_tokens and int(head_dim) in rules.attention_head_dims
+
+
+def is_softmax(node: fx.Node) -> bool:
+    """Whether a node's values lie in 0 to 1 whatever it is asked."""
+    return node.target in _SOFTMAXES
+
+
+def _behind(node: fx.Node) -> Iterator[fx.Node]:
+    """Users, through scales and masks."""
+    for user in node.users:
+        yield user
+        if user.target in _AROUND_SOFTMAX:
+            yield from _behind(user)

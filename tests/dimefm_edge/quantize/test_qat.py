@@ -1,0 +1,188 @@
+"""Fake-quantised students: they train, their graphs answer as they do, by every runtime's rules."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from dimefm_edge.errors import ExportError, UnknownNameError
+from dimefm_edge.export import GraphSpec, export_onnx
+from dimefm_edge.export.integer_kernels import count_integer_kernels
+from dimefm_edge.export.parity import module_embeds
+from dimefm_edge.export.quant_rules import QUANT_RULES
+from dimefm_edge.quantize.qat import FakeQuantStudent, qat_prepare
+from dimefm_edge.targets.cpu import cpu_quant_rules
+from tests.dimefm_edge.quantize.int8_students import (
+    ARM,
+    AVX2,
+    SIDE,
+    TENSORRT,
+    cosines,
+    images,
+    student,
+)
+
+
+@functools.cache
+def _prepared(family: str, rules_name: str, keep_float: tuple[str, ...]) -> FakeQuantStudent:
+    made = qat_prepare(
+        student(family), image_size=SIDE, rules_name=rules_name, keep_float=keep_float
+    )
+    made.warm_up([images(16), images(32)[16:]])
+    return made
+
+
+def prepared(
+    family: str = "vit", rules_name: str = AVX2, keep_float: tuple[str, ...] = ()
+) -> FakeQuantStudent:
+    return copy.deepcopy(_prepared(family, rules_name, keep_float))
+
+
+def train_a_little(made: FakeQuantStudent, steps: int = 3) -> None:
+    """Away from the float student: nothing that was computed before holds any more."""
+    made.train().freeze_ranges(False)
+    wanted = torch.nn.functional.normalize(torch.randn(32, 24), dim=1)
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.5)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (made(images(32)) - wanted).square().sum().backward()
+        optimizer.step()
+    made.freeze_ranges()
+    made.eval()
+
+
+def spec(rules_name: str) -> GraphSpec:
+    runtime = "tensorrt" if rules_name == TENSORRT else "onnxruntime"
+    return GraphSpec(
+        runtime=runtime, attention="decomposed", precision="int8", quant_rules=rules_name
+    )
+
+
+SLOW = pytest.mark.slow
+CASES = [
+    ("vit", AVX2),
+    ("vit", TENSORRT),
+    pytest.param("hybrid", AVX2, marks=SLOW),
+    pytest.param("hybrid", ARM, marks=SLOW),
+    ("resnet", AVX2),
+    pytest.param("resnet", TENSORRT, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize(("family", "rules_name"), CASES)
+def test_the_graph_answers_as_the_student_was_trained(family, rules_name, tmp_path):
+    torch.manual_seed(0)
+    made = prepared(family, rules_name)
+    train_a_little(made)
+    path = tmp_path / "model.onnx"
+    graph = export_onnx(
+        made, path, image_size=SIDE, parity_images=images(32).numpy(), metadata={},
+        spec=spec(rules_name),
+    )  # fmt: skip
+    assert graph.parity.min_cosine >= 0.999
+    with torch.no_grad():
+        moved = cosines(made(images(32)), student(family)(images(32)))
+    assert moved.min() < 0.99  # else the training above proves nothing
+    stored = [name for name in graph.op_counts if name == "DequantizeLinear"]
+    assert stored
+    if rules_name == cpu_quant_rules():
+        kernels = count_integer_kernels(path, images(1).numpy())
+        assert kernels.fallen_back == ()
+        assert kernels.num_integer == len(made.product_names)
+
+
+def test_ranges_follow_until_half_of_the_training_then_stay():
+    made = prepared()
+    before = made.ranges()
+    made.train()
+    made.on_step(4, 10)
+    made(3 * images(16))
+    followed = made.ranges()
+    assert followed != before
+    made.on_step(5, 10)
+    made(5 * images(16))
+    assert made.ranges() == followed
+    made.on_step(0, 10)
+    made.eval()
+    made(5 * images(16))
+    assert made.ranges() == followed
+
+
+def test_calibration_by_percentile_clips_what_the_largest_value_does_not():
+    made = prepared()
+    reaches = {}
+    for method in ("minmax", "percentile", "mse"):
+        made.calibrate([images(16)], method)
+        reaches[method] = made.ranges()["trunk.blocks.0.mlp.fc2"][0]
+    assert reaches["minmax"][1] >= reaches["percentile"][1] >= reaches["mse"][1] * 0.5
+    assert reaches["minmax"] != reaches["mse"]
+    with pytest.raises(UnknownNameError, match="unknown calibration method 'entropy'"):
+        made.calibrate([images(8)], "entropy")
+
+
+def test_products_can_be_rounded_alone_and_none_is_the_float_student():
+    made = prepared().eval()
+    with torch.no_grad():
+        with made.rounding_only(()):
+            torch.testing.assert_close(made(images(8)), student("vit")(images(8)))
+        with made.rounding_only(("trunk.blocks.1.core.v",)):
+            one = made(images(8))
+        everything = made(images(8))
+    assert not torch.equal(one, everything)
+    assert (1 - cosines(one, everything)).max() > 0
+
+
+def test_kept_float_products_are_float_in_the_graph(tmp_path):
+    made = prepared(keep_float=("proj", "trunk.blocks.0.mlp.fc1")).eval()
+    assert "proj" not in made.product_names
+    graph = export_onnx(
+        made, tmp_path / "model.onnx", image_size=SIDE, parity_images=images(8).numpy(),
+        metadata={}, spec=spec(AVX2),
+    )  # fmt: skip
+    kernels = count_integer_kernels(graph.path, images(1).numpy())
+    assert len(kernels.left_float) == 2 + 4 + 1  # and attention, and the stem
+
+
+def test_a_copy_keeps_its_own_ranges_and_modes():
+    made = prepared()
+    other = copy.deepcopy(made).eval()
+    made.train().freeze_ranges(False)
+    made(9 * images(8))
+    assert other.ranges() != made.ranges()
+    assert made.training
+    assert not other.training
+
+
+def test_rules_that_do_not_exist_or_do_nothing_are_refused():
+    with pytest.raises(UnknownNameError, match="unknown int8 rules 'onnxruntime-arn'"):
+        qat_prepare(student("vit"), image_size=SIDE, rules_name="onnxruntime-arn")
+    names = prepared().product_names
+    with pytest.raises(ExportError, match="no product that onnxruntime-x86-avx2 runs in int8"):
+        qat_prepare(student("vit"), image_size=SIDE, rules_name=AVX2, keep_float=names)
+
+
+def test_another_graph_is_not_taken_for_the_trained_one(tmp_path: Path):
+    class Mixed(FakeQuantStudent):
+        """Trained on, but the float student inside is an older one."""
+
+        def deployed(self):
+            return student("vit")
+
+    made = prepared()
+    train_a_little(made)
+    made.__class__ = Mixed
+    with pytest.raises(ExportError, match="lacks 13 of 13 products that were trained in int8"):
+        export_onnx(
+            made, tmp_path / "model.onnx", image_size=SIDE, parity_images=images(8).numpy(),
+            metadata={}, spec=spec(AVX2),
+        )  # fmt: skip
+
+
+def test_embeddings_are_of_unit_length():
+    found = module_embeds(prepared(), images(8).numpy())
+    assert found.shape == (8, 24)
+    assert QUANT_RULES[AVX2].name == prepared().rules_name
