@@ -1,6 +1,6 @@
 """Fit the latency model to published latencies: writes dimefm_edge/latency/published.json.
 
-    python benchmarks/fit_latencies.py ROWS.csv [--write] [--trace-cache DIR]
+    python benchmarks/fit_latencies.py ROWS.csv [--write] | python benchmarks/record.py latencies
 
 ROWS.csv has the columns of shared/data/edge_latency.csv. Prints the error on models that were
 held out (8 folds, grouped by model), on rows that were held out, the rank correlation within each
@@ -349,7 +349,7 @@ def spreads(rows: Rows, known: np.ndarray, unknown: np.ndarray) -> dict[str, lis
     return out
 
 
-def report(name: str, rows: Rows, predicted: np.ndarray, half: Callable[[Context], float]) -> None:
+def report(rows: Rows, predicted: np.ndarray, half: Callable[[Context], float]) -> dict[str, float]:
     """Errors on rows with a timm name, as `estimate --rows` would be judged."""
     has_name = rows.frame.timm_name_if_any.notna().to_numpy()
     error = abs(np.exp(predicted - rows.log_ms) - 1)[has_name]
@@ -362,12 +362,15 @@ def report(name: str, rows: Rows, predicted: np.ndarray, half: Callable[[Context
             ranks.append(
                 pd.Series(predicted[mask]).corr(pd.Series(rows.log_ms[mask]), method="spearman")
             )
-    print(
-        f"{name}: {len(error)} rows, median error {np.median(error):.1%}, 90th percentile "
-        f"{np.quantile(error, 0.9):.1%}, in the 80% interval {inside.mean():.1%}; rank correlation "
-        f"in {len(ranks)} contexts of 8 models or more: median {np.median(ranks):.3f}, "
-        f"least {min(ranks):.3f}"
-    )
+    return {
+        "rows": len(error),
+        "median_error": float(np.median(error)),
+        "p90_error": float(np.quantile(error, 0.9)),
+        "inside_80_interval": float(inside.mean()),
+        "contexts_of_8_models": len(ranks),
+        "rank_correlation_median": float(np.median(ranks)),
+        "rank_correlation_least": float(min(ranks)),
+    }
 
 
 def main() -> None:
@@ -377,8 +380,6 @@ def main() -> None:
     parser.add_argument("--trace-cache", type=Path, default=None)
     options = parser.parse_args()
     rows = read_rows(options.rows, TraceCache(options.trace_cache))
-    contexts = len(set(rows.keys("context")))
-    print(f"{len(rows.models)} rows, {len(set(rows.models))} models, {contexts} contexts")
     unknown = cross_validate(rows, [m.partition("@")[0].partition(".")[0] for m in rows.models])
     known = cross_validate(rows, list(range(len(rows.models))))
     values = fit(rows) | {"spreads": spreads(rows, known, unknown)}
@@ -387,12 +388,17 @@ def main() -> None:
         c.name: model.spreads.get(c.levels["hardware-precision"], model.spreads["other"])
         for c in rows.contexts
     }
-    report("models never seen", rows, unknown, lambda c: widths[c.name][1])
-    report("rows never seen", rows, known, lambda c: widths[c.name][0])
-    report("in the fit", rows, predict(values, rows), lambda c: widths[c.name][0])
+    figures = {
+        "rows": len(rows.models),
+        "models": len(set(rows.models)),
+        "contexts": len(set(rows.keys("context"))),
+        "models_never_seen": report(rows, unknown, lambda c: widths[c.name][1]),
+        "rows_never_seen": report(rows, known, lambda c: widths[c.name][0]),
+        "in_the_fit": report(rows, predict(values, rows), lambda c: widths[c.name][0]),
+    }
+    print(json.dumps(figures, indent=2))
     if options.write:
         MODEL_PATH.write_text(json.dumps(values, indent=0, sort_keys=True) + "\n", encoding="utf-8")
-        print(f"{MODEL_PATH}: {MODEL_PATH.stat().st_size / 1e3:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,6 @@ MIN_MODELS = 8
 _SPEED, _RATE, _COST = 1.0, 0.7, 0.5  # standard deviations in log ms: of all, a rate, one cost
 _NOISE, _DEGREES = 0.05, 4.0
 _STEPS = 40
-_MIN_RUNS, _MAX_SECONDS = 30, 3.0
 _CALIBRATION_IMAGES = 4
 
 
@@ -229,7 +228,7 @@ def measure_graphs(
     progress: Progress = lambda what: None,
 ) -> dict[tuple[str, str], float]:
     """Time graphs in turn at batch 1: median milliseconds of each."""
-    from dimefm_edge.latency.measure import sample_interleaved
+    from dimefm_edge.latency.measure import sample_blocks
     from dimefm_edge.preprocess import PreprocessSpec
     from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine
 
@@ -246,7 +245,7 @@ def measure_graphs(
         image = np.random.default_rng(0).normal(size=(1, 3, side, side)).astype(np.float32)
         progress(f"load {name} {precision}")
         calls[f"{precision} {name}"] = _encode(engine, image)
-    _, samples = sample_interleaved(calls, min_runs=_MIN_RUNS, max_seconds=_MAX_SECONDS)
+    samples = sample_blocks(calls)
     return {
         (name, precision): float(np.median(samples[f"{precision} {name}"]))
         for name, precision in graphs

@@ -150,6 +150,39 @@ def sample_interleaved(
     return warmups, {name: np.asarray(values) for name, values in times.items()}
 
 
+def sample_blocks(
+    subjects: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int = 5,
+    block_seconds: float = 0.1,
+) -> dict[str, Samples]:
+    """Time many subjects in turn, each a few calls at a time, the first of them not counted.
+
+    After a call, a session's threads spin for some milliseconds, waiting for the next. With many
+    sessions taking turns call by call, each is slowed by the threads of the one before.
+
+    Args:
+        subjects: As in `measure_interleaved`.
+        rounds: Blocks of each subject.
+        block_seconds: Of one block's timed calls; at least three are made.
+
+    Returns:
+        Milliseconds of each call, by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    with _no_garbage_collection():
+        for _ in range(rounds):
+            for name, call in subjects.items():
+                call()
+                call()
+                deadline = time.perf_counter() + block_seconds
+                block = [_time_ms(call) for _ in range(3)]
+                while time.perf_counter() < deadline:
+                    block.append(_time_ms(call))
+                times[name] += block
+    return {name: np.asarray(values) for name, values in times.items()}
+
+
 def peak_rss_mib() -> float:
     """The most memory that this process has had resident since it started."""
     # Not getrusage where there is a choice: its peak begins at that of the process that

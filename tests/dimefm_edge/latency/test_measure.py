@@ -22,6 +22,7 @@ from dimefm_edge.latency.measure import (
     measure_interleaved,
     measure_latency,
     peak_rss_mib,
+    sample_blocks,
     sample_interleaved,
 )
 
@@ -267,3 +268,12 @@ def test_the_commit_is_that_of_the_checkout_it_runs_from(tmp_path):
     with (tmp_path / "dimefm_edge" / "errors.py").open("a") as file:
         file.write("# edited\n")
     assert child(code, tmp_path) == head[:12] + "+\n"
+
+
+def test_blocks_leave_out_the_first_calls_and_take_turns():
+    order = []
+    samples = sample_blocks(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=2, block_seconds=0
+    )
+    assert {name: len(times) for name, times in samples.items()} == {"a": 6, "b": 6}
+    assert "".join(order) == "aaaaabbbbb" * 2
