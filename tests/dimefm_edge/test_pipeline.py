@@ -309,7 +309,7 @@ def test_as_a_function(tiny_teacher_dir, images, texts, tmp_path):
         teacher=str(tiny_teacher_dir),
         out=str(tmp_path / "run"),
         data=DataConfig(images=(str(images),), texts=(str(texts),)),
-        student=StudentConfig(student="hybrid", image_size=64, init="random", latency_ms=0.25),
+        student=StudentConfig(student="hybrid", image_size=64, init="random", latency_ms=1.5),
         train=TrainConfig(steps=2, batch_size=4, text_batch_size=4),
         precision="fp16",
     )
