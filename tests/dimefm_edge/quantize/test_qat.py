@@ -68,7 +68,7 @@ CASES = [
     ("vit", TENSORRT),
     pytest.param("hybrid", AVX2, marks=SLOW),
     pytest.param("hybrid", ARM, marks=SLOW),
-    ("resnet", AVX2),
+    pytest.param("resnet", AVX2, marks=SLOW),
     pytest.param("resnet", TENSORRT, marks=SLOW),
 ]
 
