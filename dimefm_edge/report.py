@@ -147,8 +147,8 @@ class RunReport:
             "",
             f"Here = one image on {self.machine.get('cpu', 'this CPU')}, teacher "
             f"({self.teacher.here_runtime}) and student ({self.student.here_runtime}) in turn: "
-            f"the student takes {self.latency_ratio:.2f} of the teacher's time. The estimate is "
-            "a roofline: `dimefm-edge bench` on the device measures.",
+            f"the student takes {self.latency_ratio:.2f} of the teacher's time. The estimate was "
+            "not measured there: `dimefm-edge bench` on the device measures.",
             "",
             f"- Parity of the exported graph with PyTorch on {parity.get('num_images')} images: "
             f"max abs difference {parity.get('max_abs_diff', float('nan')):.1e}, "
