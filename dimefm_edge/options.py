@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from tyro.conf import Positional
 
 from dimefm_edge import config as config_file
-from dimefm_edge.config import RunConfig
+from dimefm_edge.config import DemoConfig, RunConfig
 
 O = TypeVar("O", bound="CommonOptions")  # noqa: E741
 
@@ -284,32 +284,12 @@ class BenchOptions(CommonOptions):
 
 
 @dataclass(frozen=True)
-class DemoOptions(CommonOptions):
+class DemoOptions(DemoConfig, CommonOptions):
     """Open a page that classifies pictures, searches them and compares models, until Ctrl-C."""
 
-    models: Positional[tuple[str, ...]] = ()
+    models: Positional[tuple[str, ...]] = DemoConfig.models
     """Runs, bundles and teachers. A run brings its teacher and all of its bundles. Default:
     runs/first where it is, else the sample teacher."""
-    engine: tuple[str, ...] = ("onnxruntime",)
-    """What runs bundles: onnxruntime, tensorrt, or an .engine file; several are compared."""
-    search: tuple[str, ...] = ()
-    """Images that visitors may search: folders, .tar shards, `scenes[:COUNT]`."""
-    host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 lets other machines in."""
-    port: int | None = None
-    """Default: the first free one from 7860 on."""
-    share: bool = False
-    """Open gradio's public tunnel: anyone with the link can come in."""
-    auth: str | None = None
-    """USER:PASSWORD that visitors must give, or @FILE that holds it."""
-    threads: int = 0
-    """CPU threads of one call; 0 takes one per physical core."""
-    concurrency: int = 2
-    """Answers that are made at once."""
-    max_queue: int = 64
-    """Requests that wait; more are turned away."""
-    max_upload_mib: int = 64
-    """Largest file that a visitor may send."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import signal
 import tempfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from dimefm_demo.limits import body_limit
 from dimefm_demo.model_specs import find_models
 from dimefm_demo.models import Models, check_samples
 from dimefm_demo.search import ServerIndexes
+from dimefm_edge.config import DemoConfig
 from dimefm_edge.errors import InputError, MissingExtraError
 
 logger = logging.getLogger(__name__)
@@ -34,41 +34,6 @@ _GRADIO = {
     "GRADIO_ANALYTICS_MAX_EVENTS": "100",
 }
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """What the page shows, to whom, and how much of the machine it may take."""
-
-    models: tuple[str, ...] = ()
-    """Runs, bundles and teachers; none: the README's run where it is, else the sample teacher."""
-    engine: tuple[str, ...] = ("onnxruntime",)
-    """What runs bundles; each is shown with each."""
-    search: tuple[str, ...] = ()
-    """Images that visitors may search: sources as `open_images` takes them."""
-    host: str = "127.0.0.1"
-    """Address to listen at."""
-    port: int | None = None
-    """Default: the first free one from 7860 on."""
-    share: bool = False
-    """Whether gradio's public tunnel is opened."""
-    auth: str | None = None
-    """USER:PASSWORD that visitors must give, or @FILE that holds it."""
-    threads: int = 0
-    """CPU threads of one call; 0 takes one per physical core."""
-    concurrency: int = 2
-    """Answers that are made at once."""
-    max_queue: int = 64
-    """Requests that wait; more are turned away."""
-    max_upload_mib: int = 64
-    """Largest file that a visitor may send."""
-
-    def __post_init__(self) -> None:
-        for name in ("concurrency", "max_queue", "max_upload_mib"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be 1 at least, got {getattr(self, name)}")
-        if self.port is not None and not 0 < self.port < 2**16:
-            raise InputError(f"port must be 1 to 65535, got {self.port}")
 
 
 def serve(config: DemoConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,7 @@ def run_demo(options: DemoOptions) -> Outcome:
         raise MissingExtraError(
             "the demo's folder is not on Python's path", hint="pip install -e '.[demo]'"
         )
-    from dimefm_demo import DemoConfig, serve
+    from dimefm_demo import serve
 
-    config = DemoConfig(**{f.name: getattr(options, f.name) for f in fields(DemoConfig)})
-    serve(config)
+    serve(options)
     return Outcome({"stopped": True}, "the demo has stopped; what visitors sent is deleted")
