@@ -41,6 +41,7 @@ from dimefm_edge.distributed import Ranks, join_ranks
 from dimefm_edge.embed import embed_images, embed_texts
 from dimefm_edge.errors import ConfigError, DataError
 from dimefm_edge.export import record_accuracy
+from dimefm_edge.files import atomic_file
 from dimefm_edge.fit import FitReport, fit_student, plot_fit
 from dimefm_edge.judge import Scorer, compare_accuracy, compare_latency, model_row
 from dimefm_edge.labels import build_label_bank
@@ -58,7 +59,6 @@ from dimefm_edge.precisions import (
 )
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.report import RunReport
-from dimefm_edge.run_log import atomic_file
 from dimefm_edge.students import StudentSpec, build_student, save_student
 from dimefm_edge.students.vit import inherit_from_teacher, vit_geometry
 from dimefm_edge.targets import Target, load_target

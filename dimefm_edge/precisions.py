@@ -29,10 +29,10 @@ from dimefm_edge.errors import ConfigError, MissingExtraError
 from dimefm_edge.evaluate.zero_shot import evaluate_zero_shot
 from dimefm_edge.export import export_student, graph_spec
 from dimefm_edge.export.integer_kernels import count_integer_kernels
+from dimefm_edge.files import atomic_file
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.latency.measure import measure_interleaved
 from dimefm_edge.report import PrecisionRow
-from dimefm_edge.run_log import atomic_file
 from dimefm_edge.runtime import Bundle, load_bundle, load_engine
 from dimefm_edge.students import CHECKPOINT_FILE, LoadedStudent, load_student
 from dimefm_edge.targets import Target

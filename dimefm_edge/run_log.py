@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import math
-import os
 import signal
 import threading
 import zipfile
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dimefm_edge.errors import CheckpointError
+from dimefm_edge.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
@@ -110,24 +110,6 @@ def load_state(run_dir: Path) -> dict[str, Any]:
             hint=f"delete {path} and run again: the embeddings are kept, training starts anew",
         ) from error
     return state
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file to replace `path` with: whole on leaving, or not at all on an error."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class StopSignal:

@@ -6,7 +6,6 @@ Each is asked through its subject; label embeddings are kept, so a changed label
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ import numpy as np
 from dimefm_demo.model_specs import SAMPLE, ModelSpec, require_torch, teacher_id
 from dimefm_edge import DimeFMError, __version__, load_bundle, load_subject
 from dimefm_edge.errors import CheckpointError, ExportError, InputError
+from dimefm_edge.files import user_cache_dir
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.manifest import MANIFEST_FILE, TEXT_FILE, sha256_of
 from dimefm_edge.runtime import load_engine
@@ -218,8 +218,7 @@ def load_model(spec: ModelSpec, *, threads: int = 0) -> Model:
 
 def cache_dir() -> Path:
     """Where the demo keeps what it need not make again: below XDG_CACHE_HOME, else ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "dimefm_edge" / "demo"
+    return user_cache_dir("demo")
 
 
 def _sample_path(precision: str) -> Path:

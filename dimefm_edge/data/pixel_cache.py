@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import DataError
+from dimefm_edge.files import atomic_file
 from dimefm_edge.preprocess import PreprocessSpec
 
 _DELETE = "delete the file and its .json; it is made again"
@@ -124,13 +125,8 @@ def _meta_path(path: Path) -> Path:
 
 
 def _write_meta(path: Path, owner: dict[str, object], *, done: bool) -> None:
-    meta = _meta_path(path)
-    part = meta.with_name(f".{meta.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as stream:
-        json.dump({**owner, "complete": done}, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(meta)
+    with atomic_file(_meta_path(path)) as stream:
+        stream.write(json.dumps({**owner, "complete": done}).encode())
 
 
 def _check(path: Path, owner: dict[str, object]) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from dimefm_edge.errors import CheckpointError
+from dimefm_edge.files import atomic_file, user_config_dir
 from dimefm_edge.latency.operators import COST_NAMES, Vector
 from dimefm_edge.targets import LOCAL, Target
 
@@ -62,9 +62,7 @@ def machine_key() -> str:
 
 def profile_path() -> Path:
     """Where this machine's profile is kept."""
-    base = os.environ.get("XDG_CONFIG_HOME")
-    folder = Path(base) if base else Path.home() / ".config"
-    return folder / "dimefm_edge" / "profiles" / f"{machine_key()}.json"
+    return user_config_dir("profiles", f"{machine_key()}.json")
 
 
 def load_profile(target: Target, precision: str) -> Profile | None:
@@ -109,10 +107,9 @@ def save_profile(profiles: list[Profile], machine: dict[str, Any]) -> Path:
         kept = {}
     kept.update({profile.precision: profile.to_dict() for profile in profiles})
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
     values = {"format": _FORMAT, "machine": machine, "precisions": kept}
-    part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    part.replace(path)
+    with atomic_file(path) as stream:
+        stream.write((json.dumps(values, indent=2) + "\n").encode())
     return path
 
 

@@ -7,11 +7,10 @@ random weights, traced once, and their costs kept in a cache on disk.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import hashlib
+import io
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from dimefm_edge.errors import DimeFMError, InputError
+from dimefm_edge.files import atomic_file, user_cache_dir
 from dimefm_edge.latency.operators import COST_NAMES, COUNTING, Vector, cost_vector
 
 ADDED = ("predicted_ms", "low_ms", "high_ms", "basis")
@@ -35,7 +35,7 @@ class TraceCache:
 
     def __init__(self, folder: Path | None = None) -> None:
         """Open it; `folder` defaults to the user's cache folder."""
-        folder = folder or _cache_folder()
+        folder = folder or user_cache_dir()
         counts = hashlib.sha256(f"{COUNTING} {COST_NAMES}".encode()).hexdigest()[:8]
         self.path = folder / f"costs-timm-{version('timm')}-{counts}.json"
         self._costs: dict[str, list[float]] = {}
@@ -75,9 +75,8 @@ class TraceCache:
         """Write it; a folder that cannot be written only costs time."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part = self.path.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(self._costs), encoding="utf-8")
-            part.replace(self.path)
+            with atomic_file(self.path) as stream:
+                stream.write(json.dumps(self._costs).encode())
         except OSError:
             pass
         self._unsaved = 0
@@ -200,20 +199,13 @@ def _whole(text: str, column: str) -> int | None:
 
 
 def _write(destination: Path, header: list[str], rows: list[dict[str, Any]]) -> None:
-    part = destination.with_name(f"{destination.name}.{os.getpid()}.part")
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, header)
+    writer.writeheader()
+    writer.writerows(rows)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, header)
-            writer.writeheader()
-            writer.writerows(rows)
-        part.replace(destination)
+        with atomic_file(destination) as stream:
+            stream.write(text.getvalue().encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise InputError(f"{destination} cannot be written: {error.strerror}") from error
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "dimefm_edge"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dimefm_edge.errors import CheckpointError, ExportError
+from dimefm_edge.files import user_cache_dir
 from dimefm_edge.manifest import KERNELS_DIR, MODEL_FILE, sha256_of
 from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.tensorrt_machine import Machine, parse_version
@@ -54,8 +55,7 @@ class EngineArtifact:
 
 def cache_dir() -> Path:
     """Where engines are kept: below XDG_CACHE_HOME, else ~/.cache."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "dimefm_edge" / "engines"
+    return user_cache_dir("engines")
 
 
 def machine_dir(machine: Machine, root: Path | None = None) -> Path:

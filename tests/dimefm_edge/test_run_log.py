@@ -22,7 +22,6 @@ from dimefm_edge.run_log import (
     STATE_FILE,
     RunLog,
     StopSignal,
-    atomic_file,
     load_state,
     read_metrics,
     save_state,
@@ -43,76 +42,12 @@ def child(code: str, *words: object) -> subprocess.Popen[str]:
     )
 
 
-def write_and_raise(path: Path, error: BaseException) -> None:
-    with atomic_file(path) as stream:
-        stream.write(b"x" * 100_000)
-        raise error
-
-
-class TestAtomicFile:
-    def test_replaces_the_file_whole(self, tmp_path):
-        path = tmp_path / "report.json"
-        for content in (b"one", b"two, longer", b""):
-            with atomic_file(path) as stream:
-                stream.write(content)
-                if content != b"one":
-                    assert path.read_bytes() != content  # not before it is whole
-            assert path.read_bytes() == content
-        assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
-
-    def test_who_reads_the_former_file_reads_it_to_its_end(self, tmp_path):
-        path = tmp_path / "report.json"
-        path.write_bytes(b"former")
-        with path.open("rb") as reader:
-            with atomic_file(path) as stream:
-                stream.write(b"next")
-            assert reader.read() == b"former"  # put in place by rename, not written over
-
-    @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-    def test_an_error_leaves_the_former_file(self, tmp_path, error):
-        path = tmp_path / "report.json"
-        path.write_bytes(b"former")
-        with pytest.raises(error):
-            write_and_raise(path, error("no"))
-        assert path.read_bytes() == b"former"
-        assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
-
-    def test_an_error_leaves_nothing_where_nothing_was(self, tmp_path):
-        with pytest.raises(ValueError, match="no"):
-            write_and_raise(tmp_path / "report.json", ValueError("no"))
-        assert list(tmp_path.iterdir()) == []
-
-    def test_a_folder_that_is_not_there(self, tmp_path):
-        with pytest.raises(FileNotFoundError), atomic_file(tmp_path / "no" / "a"):
-            pass
-
-    def test_a_kill_leaves_the_former_file_and_the_next_write_works(self, tmp_path):
-        path = tmp_path / "report.json"
-        path.write_bytes(b"former")
-        code = (
-            "import os, sys\n"
-            "from pathlib import Path\n"
-            "from dimefm_edge.run_log import atomic_file\n"
-            "with atomic_file(Path(sys.argv[1])) as stream:\n"
-            "    stream.write(b'x' * 100_000)\n"
-            "    stream.flush()\n"
-            "    os.kill(os.getpid(), 9)\n"
-        )
-        running = child(code, path)
-        _, errors = running.communicate(timeout=60)
-        assert running.returncode == -signal.SIGKILL, errors
-        assert path.read_bytes() == b"former"
-        with atomic_file(path) as stream:
-            stream.write(b"next")
-        assert path.read_bytes() == b"next"
-        assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
-
-
 FULL = """
 import json, resource, sys
 from pathlib import Path
 import torch
-from dimefm_edge.run_log import RunLog, atomic_file, save_state
+from dimefm_edge.files import atomic_file
+from dimefm_edge.run_log import RunLog, save_state
 
 run_dir = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))

@@ -1,0 +1,42 @@
+"""Files that land whole or not at all, and the user's folders for what can be made again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file to replace `path` with: whole on leaving, or not at all on an error."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def user_cache_dir(*names: str) -> Path:
+    """A folder of ours below XDG_CACHE_HOME, else ~/.cache."""
+    return _user_dir("XDG_CACHE_HOME", ".cache").joinpath(*names)
+
+
+def user_config_dir(*names: str) -> Path:
+    """A folder of ours below XDG_CONFIG_HOME, else ~/.config."""
+    return _user_dir("XDG_CONFIG_HOME", ".config").joinpath(*names)
+
+
+def _user_dir(variable: str, default: str) -> Path:
+    root = os.environ.get(variable)
+    return (Path(root) if root else Path.home() / default) / "dimefm_edge"
