@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dimefm_edge.errors import BudgetError, ConfigError, lookup
-from dimefm_edge.latency.estimate import estimate_latency
+from dimefm_edge.latency.estimate import Place, estimate_at, place_on
 from dimefm_edge.latency.operators import Operator, total_gmacs
 from dimefm_edge.students import (
     NAMED_STUDENTS,
@@ -144,7 +144,8 @@ def fit_student(
     """
     target = load_target(target) if isinstance(target, str) else target
     precision = precision or target.precision
-    budget_ms, max_gmacs = _limits(target, latency_ms, precision, teacher_ops)
+    place = place_on(target, precision)
+    budget_ms, max_gmacs = _limits(target, latency_ms, place, teacher_ops)
     candidates = []
     families = (student,) if student in GRIDS else families
     specs = _unique_specs(families, image_size, embed_dim, teacher_geometry)
@@ -152,7 +153,7 @@ def fit_student(
     if is_one:
         specs = [_one_student(student, specs, image_size, embed_dim)]
     for spec, inherits in specs:
-        estimate = _estimate(spec, target, precision)
+        estimate = _estimate(spec, place)
         within = max_gmacs is None or estimate["gmacs"] <= max_gmacs
         fits = within and estimate["latency_ms"] <= budget_ms
         candidates.append(FitCandidate(spec, **estimate, inherits=inherits, fits=fits))
@@ -248,7 +249,7 @@ def plot_fit(report: FitReport, path: Path) -> None:
 def _limits(
     target: Target,
     latency_ms: float | None,
-    precision: str,
+    place: Place,
     teacher_ops: Sequence[Operator] | None,
 ) -> tuple[float, float | None]:
     if latency_ms is not None:
@@ -257,7 +258,7 @@ def _limits(
         return latency_ms, None
     if teacher_ops is None:
         return target.latency_ms, None
-    teacher_ms = estimate_latency(teacher_ops, target, precision=precision).latency_ms
+    teacher_ms = estimate_at(teacher_ops, place).latency_ms
     budget_ms = min(target.latency_ms, TEACHER_LATENCY_SHARE * teacher_ms)
     return budget_ms, TEACHER_GMACS_SHARE * total_gmacs(teacher_ops)
 
@@ -326,23 +327,23 @@ def _one_student(
     return student_spec(name, image_size=image_size, embed_dim=embed_dim), False
 
 
-def _estimate(spec: StudentSpec, target: Target, precision: str) -> dict[str, float]:
+def _estimate(spec: StudentSpec, place: Place) -> dict[str, float]:
     """Estimate a student; a ViT from two shallow ones, since every block costs the same."""
     from dimefm_edge.latency.trace import trace_student
 
     depth = spec.args["depth"] if spec.family == "vit" else 0
     if depth <= 2:
-        return _figures(trace_student(spec), target, precision)
+        return _figures(trace_student(spec), place)
     sizes: dict[str, Any] = {"image_size": spec.image_size, "embed_dim": spec.embed_dim}
     one, two = (
-        _figures(trace_student(vit_spec(**sizes, **spec.args | {"depth": d})), target, precision)
+        _figures(trace_student(vit_spec(**sizes, **spec.args | {"depth": d})), place)
         for d in (1, 2)
     )
     return {key: one[key] + (depth - 1) * (two[key] - one[key]) for key in one}
 
 
-def _figures(ops: Sequence[Operator], target: Target, precision: str) -> dict[str, float]:
-    estimate = asdict(estimate_latency(ops, target, precision=precision))
+def _figures(ops: Sequence[Operator], place: Place) -> dict[str, float]:
+    estimate = asdict(estimate_at(ops, place))
     return {key: estimate[key] for key in ("latency_ms", "low_ms", "high_ms", "gmacs", "params_m")}
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dimefm_edge.errors import lookup
+from dimefm_edge.errors import UnknownNameError, lookup
 from dimefm_edge.latency.operators import (
     COSTS,
     Operator,
@@ -91,18 +91,16 @@ def place_of(device: str, runtime: str, precision: str) -> Place:
         if _is_target(device):
             return place_on(load_target(device), precision)
         published.check_device(context.device)
-    is_known = context.levels["runtime-precision"] in published.offsets["runtime-precision"]
-    return Place(
-        published.log_prices(context),
-        published.spread(context),
-        "published" if is_known else "roofline",
-        context,
-    )
+    return _published_at(context)
+
+
+def _published_at(context: Context) -> Place:
+    published = load_published()
+    basis = "published" if published.knows_runtime(context) else "roofline"
+    return Place(published.log_prices(context), published.spread(context), basis, context)
 
 
 def _is_target(name: str) -> bool:
-    from dimefm_edge.errors import UnknownNameError
-
     try:
         load_target(name)
     except UnknownNameError:
@@ -126,10 +124,10 @@ def place_on(target: Target, precision: str) -> Place:
 def published_place(target: Target, precision: str) -> Place:
     """`place_on` without this machine's profile."""
     published, prices = load_published(), target.prices
-    names = prices["device"], prices["runtime"], prices.get(precision, precision)
-    context = context_of(*names)
+    name = prices.get(precision, precision)
+    context = context_of(prices["device"], prices["runtime"], name)
     if prices["mode"] == target.full_name:
-        return place_of(*names)
+        return _published_at(context)
     scale = _scale(target, load_target(prices["mode"]), precision)
     spread = max(SCALED_SPREAD, published.spread(context))
     return Place(published.log_prices(context) + scale, spread, "roofline")
@@ -161,8 +159,12 @@ def estimate_latency(
     Raises:
         UnknownNameError: If the target does not run that precision.
     """
+    return estimate_at(ops, place_on(target, precision or target.precision))
+
+
+def estimate_at(ops: Iterable[Operator], place: Place) -> LatencyEstimate:
+    """`estimate_latency` at a place that was found before: for many models."""
     ops = list(ops)
-    place = place_on(target, precision or target.precision)
     latency, low, high = place.estimate(cost_vector(ops))
     return LatencyEstimate(
         latency, low, high, place.basis, total_gmacs(ops), total_params_m(ops)

@@ -6,6 +6,7 @@ used. calibrate.py makes them, estimate.py reads them. No torch here.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -48,6 +49,7 @@ class Profile:
         }
 
 
+@functools.cache
 def machine_key() -> str:
     """What a profile holds for: CPU, its cores, and ONNX Runtime's version."""
     from dimefm_edge.latency.measure import machine_info

@@ -134,6 +134,10 @@ class PublishedModel:
         """Whether the device was in the fit."""
         return context.device in self.offsets["device"]
 
+    def knows_runtime(self, context: Context) -> bool:
+        """Whether the runtime was in the fit with that precision, on any device."""
+        return context.levels["runtime-precision"] in self.offsets["runtime-precision"]
+
     def check_device(self, device: str) -> None:
         """Raise UnknownNameError, which offers the nearest, if the device was not in the fit."""
         lookup(self.offsets["device"], device, kind="device with published latencies")
@@ -160,8 +164,8 @@ class PublishedModel:
         if context.name in self.offsets["context"]:
             return spread
         spread = math.hypot(spread, SETUP_SPREAD)
-        is_whole = context.levels["runtime-precision"] in self.offsets["runtime-precision"]
-        return spread if is_whole and self.knows(context) else max(spread, math.log(2.0))
+        is_whole = self.knows_runtime(context) and self.knows(context)
+        return spread if is_whole else max(spread, math.log(2.0))
 
     def _has_seen(self, context: Context, model: str) -> bool:
         key = f"{context.levels['runtime-precision']} {model}"

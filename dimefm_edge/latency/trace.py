@@ -123,7 +123,8 @@ def trace_classifier(name: str, image_size: int | None = None, batch: int = 1) -
 def _build_timm(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
     """On the meta device, but where branches must be merged, which takes weights."""
     import timm
-    from timm.utils.model import reparameterize_model
+
+    from dimefm_edge.students.hybrid import reparameterise
 
     def build(arguments: dict[str, Any]) -> nn.Module:
         try:
@@ -134,7 +135,7 @@ def _build_timm(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
     with torch.device("meta"):
         module = build(kwargs)
     if any(hasattr(m, "reparameterize") or hasattr(m, "fuse") for m in module.modules()):
-        module = reparameterize_model(build(kwargs))
+        module = reparameterise(build(kwargs))
     return module
 
 
