@@ -128,8 +128,9 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             resume=resume,
             ranks=ranks,
         )
-    images = _some_images(pool, data, preprocess, is_int8=config.quant.is_int8)
     trained_int8 = None
+    if ranks.is_main:
+        images = _some_images(pool, data, preprocess, is_int8=config.quant.is_int8)
     if config.quant.is_int8 and ranks.is_main:
         with clock("choose"):
             keep_float_products(
