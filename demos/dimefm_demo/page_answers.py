@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import html
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,6 +40,8 @@ class Past:
     """One answer that the chart and the agreement remember."""
 
     picture: int
+    file: str
+    """Where the picture lies; the same bytes sent again lie in the same place."""
     model: str
     ms: float
     """From the picture to the answer, its labels being known."""
@@ -58,11 +60,12 @@ def answer_picture(
     number = history[-1].picture + 1 if history else 1
     first = next(iter(found.values()))
     history = history[-_HISTORY * len(models.names) :] + [
-        Past(number, name, answer.total_ms - answer.labels_ms, answer.top == first.top)
+        Past(number, str(sent.get("path")), name, answer.total_ms - answer.labels_ms,
+             answer.top == first.top)
         for name, answer in found.items()
     ]
     rows = [
-        _row(models.wait_for(name), answer, [p.agrees for p in history if p.model == name])
+        _row(models.wait_for(name), answer, {p.file: p.agrees for p in history if p.model == name})
         for name, answer in found.items()
     ]
     names = [label for label, _ in first.ranked[: int(top_k)] if label != NONE]
@@ -198,14 +201,14 @@ def _chart(shown: Sequence[Past]) -> Any:
     return gr.LinePlot(value=pd.DataFrame(points), sort=order, visible=len(order) > 1)
 
 
-def _row(model: Model, answer: Answer, agreed: Sequence[bool]) -> list[str]:
-    """One line of the table; `agrees` is with the first model, over this visitor's pictures."""
+def _row(model: Model, answer: Answer, agreed: Mapping[str, bool]) -> list[str]:
+    """One line of the table; `agreed` is with the first model, by this visitor's pictures."""
     stages = (answer.total_ms, answer.image_ms, answer.prepare_ms, answer.labels_ms, answer.rank_ms)
     size = model.subject.size_mib
     return [
         model.name,
         f"{answer.top} ({100 * answer.ranked[0][1]:.0f}%)",
-        f"{sum(agreed)} of {len(agreed)}",
+        f"{sum(agreed.values())} of {len(agreed)}",
         *(f"{ms:.1f}" for ms in stages),
         f"{size:.1f}" if size else "",
         model.precision,
