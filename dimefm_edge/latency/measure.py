@@ -137,7 +137,7 @@ def sample_interleaved(
     """
     if not subjects or min_runs < 1 or not max_seconds > 0:
         raise ValueError("measuring needs a subject, min_runs >= 1 and max_seconds > 0")
-    warmups = {name: _warm_up(call, max_seconds) for name, call in subjects.items()}
+    warmups = {name: warm_up(call, max_seconds) for name, call in subjects.items()}
     times: dict[str, list[float]] = {name: [] for name in subjects}
     deadline = time.perf_counter() + max_seconds * len(subjects)
     with _no_garbage_collection():
@@ -252,7 +252,7 @@ def _summarise(
     )
 
 
-def _warm_up(call: Callable[[], object], max_seconds: float) -> tuple[int, bool]:
+def warm_up(call: Callable[[], object], max_seconds: float) -> tuple[int, bool]:
     """Call until two windows in a row agree: how many calls, and whether they did."""
     deadline = time.perf_counter() + max_seconds
     times: list[float] = []
@@ -286,12 +286,18 @@ def _no_garbage_collection() -> Iterator[None]:
 
 
 def _cpu_model() -> str:
-    """The CPU's name; on boards whose kernel does not tell it, the board's."""
+    """The CPU's name; on boards whose kernel does not tell it, the board's.
+
+    Clouds hide which CPU it is ("AMD EPYC" for any of them): then its family and model are added.
+    """
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model") and value.strip():
-                return value.strip()
+        pairs = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+        told = {key.strip(): value.strip() for key, _, value in reversed(pairs)}
+        name = told.get("model name") or told.get("Model")
+        if name and not any(c.isdigit() for c in name) and "cpu family" in told:
+            return f"{name} (family {told['cpu family']}, model {told.get('model', '?')})"
+        if name:
+            return name
     with contextlib.suppress(OSError):
         return Path("/proc/device-tree/model").read_text().strip("\0\n ")
     return platform.processor() or platform.machine()
