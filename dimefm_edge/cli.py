@@ -100,9 +100,12 @@ COMMANDS: dict[str, Command] = {
         "a bundle to a TensorRT engine, on the device that will run it",
     ),
     "bench": Command(
-        "judging:run_bench",
+        "benching:run_bench",
         "BenchOptions",
-        "latency of several models side by side, with the ratio",
+        "models side by side on this machine: latency, ratios, memory, stages, a report",
+    ),
+    "bench compare": Command(
+        "benching:run_compare", "CompareOptions", "has a model become slower since an earlier bench"
     ),
     "demo": Command(
         "showing:run_demo", "DemoOptions", "a page that shows a student beside its teacher"
@@ -149,7 +152,7 @@ def _main(words: list[str]) -> int:
     except SystemExit as done:  # a command's --help
         return done.code if isinstance(done.code, int) else 1
     except KeyboardInterrupt:
-        command = COMMANDS.get(words[0])
+        command = COMMANDS.get(_split(words)[0])
         return _fail(command.stopped if command else "stopped", None, _STOPPED, is_json)
     except Exception as error:
         known = _as_known(error)
@@ -163,9 +166,16 @@ def _main(words: list[str]) -> int:
     return outcome.exit_code
 
 
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    """The command, of one word or two, and its flags."""
+    size = 2 if " ".join(words[:2]) in COMMANDS else 1
+    return " ".join(words[:size]), words[size:]
+
+
 def _run(words: list[str]) -> Outcome | None:
-    command = lookup(COMMANDS, words[0], kind="command")
-    options = parse_options(words[0], words[1:])
+    name, flags = _split(words)
+    command = lookup(COMMANDS, name, kind="command")
+    options = parse_options(name, flags)
     level = logging.INFO if options.verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s: %(message)s", stream=sys.stderr)
     if not options.verbose and not sys.warnoptions:

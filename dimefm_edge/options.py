@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 from tyro.conf import Positional
 
 from dimefm_edge import config as config_file
+from dimefm_edge.bench_config import BenchConfig
 from dimefm_edge.config import DemoConfig, RunConfig
 
 O = TypeVar("O", bound="CommonOptions")  # noqa: E741
@@ -266,21 +267,24 @@ class BuildOptions(CommonOptions):
 
 
 @dataclass(frozen=True)
-class BenchOptions(CommonOptions):
-    """Measure latency here, models in turn, each in ONNX Runtime where it can be."""
+class BenchOptions(BenchConfig, CommonOptions):
+    """Measure models side by side on this machine, each in a process of its own, in turn."""
 
-    models: Positional[tuple[str, ...]] = ()
-    """Bundles, runs, ONNX files and teachers; the first is what the others are compared to."""
-    batch_size: int = 1
-    """Images per call."""
-    engine: str = "onnxruntime"
-    """What runs bundles: onnxruntime, tensorrt, or an .engine file."""
-    threads: int = 0
-    """CPU threads; 0 takes one per physical core."""
-    seconds: float = 10.0
-    """Time for each model; warming up takes at most as long again."""
-    image_size: int = 224
-    """Side, in pixels, for ONNX files that leave it open."""
+    models: Positional[tuple[str, ...]] = BenchConfig.models
+    """MODEL or MODEL@RUNTIME. Models: bundles, runs, ONNX files, teachers (ViT-B-32:openai),
+    timm:NAME, FILE.py:FUNCTION. Runtimes: onnxruntime[:PROVIDER], plain, dynamic-int8, openvino,
+    eager, compile, tensorrt, aot-inductor, an .engine file. The first is what the others are
+    compared to; the same may come twice."""
+
+
+@dataclass(frozen=True)
+class CompareOptions(CommonOptions):
+    """Tell whether models became slower since an earlier bench; exit code 3 if so."""
+
+    results: Positional[tuple[Path, ...]] = ()
+    """bench.json of the earlier one, then of the later one."""
+    threshold_pct: float = 5.0
+    """How much slower counts."""
 
 
 @dataclass(frozen=True)

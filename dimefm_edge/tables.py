@@ -17,7 +17,7 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     Returns:
         Lines without trailing spaces.
     """
-    texts = [[_text(cell) for cell in row] for row in rows]
+    texts = [[format_cell(cell) for cell in row] for row in rows]
     is_number = [
         any(_is_number(row[i]) for row in rows)
         and all(row[i] is None or _is_number(row[i]) for row in rows)
@@ -39,7 +39,8 @@ def _is_number(cell: Cell) -> bool:
     return isinstance(cell, int | float) and not isinstance(cell, bool)
 
 
-def _text(cell: Cell) -> str:
+def format_cell(cell: Cell) -> str:
+    """A cell as text: three digits of a fraction, whole numbers from 1000 on, a dash for None."""
     if cell is None:
         return "-"
     if isinstance(cell, bool):

@@ -133,7 +133,7 @@ def test_readme_commands_parse():
 
 
 def test_readme_table_has_every_command():
-    rows = re.findall(r"^\| `dimefm-edge (\w+)` \|", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| `dimefm-edge ([\w ]+)` \|", README, flags=re.MULTILINE)
     assert rows == list(COMMANDS)
 
 

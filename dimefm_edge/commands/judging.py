@@ -1,8 +1,7 @@
-"""Commands that judge what is there: eval, bench, doctor."""
+"""Commands that judge what is there: eval, doctor."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,11 +15,7 @@ if TYPE_CHECKING:
     from dimefm_edge.data.images import LabelledSet
     from dimefm_edge.evaluate.zero_shot import ZeroShotReport
     from dimefm_edge.labels import LabelBank
-    from dimefm_edge.options import (
-        BenchOptions,
-        DoctorOptions,
-        EvalOptions,
-    )
+    from dimefm_edge.options import DoctorOptions, EvalOptions
     from dimefm_edge.subjects import EncodeTexts, Subject
 
 
@@ -128,50 +123,6 @@ def _bank_of(
         f"(it carries: {carried})",
         hint="--teacher with the teacher that it was distilled from, or evaluate the run",
     )
-
-
-def run_bench(options: BenchOptions) -> Outcome:
-    """Time models side by side."""
-    from dimefm_edge.bench import bench_models
-    from dimefm_edge.latency.measure import machine_info
-
-    with tempfile.TemporaryDirectory(prefix="dimefm_edge_bench_") as folder:
-        results = bench_models(
-            options.models,
-            Path(folder),
-            batch_size=options.batch_size,
-            engine=options.engine,
-            threads=options.threads,
-            seconds=options.seconds,
-            image_size=options.image_size,
-        )
-    rows = [
-        (
-            row.latency.name,
-            row.runtime,
-            row.latency.p50_ms,
-            row.latency.p90_ms,
-            row.latency.p99_ms,
-            row.latency.images_per_s,
-            row.memory_mib,
-            row.latency.size_mib,
-            row.ratio,
-        )
-        for row in results
-    ]
-    headers = (
-        "model", "runtime", "p50 ms", "p90 ms", "p99 ms", "images/s", "memory MiB", "size MiB",
-        "ratio",
-    )  # fmt: skip
-    machine = machine_info()
-    unsteady = [row.latency.name for row in results if not row.latency.is_steady]
-    text = (
-        f"{format_table(headers, rows)}\n\nbatch {options.batch_size} on {machine['cpu']}, in "
-        "turn; ratio: p50 over the first model's; memory: what the model adds to a bare process"
-    )
-    if unsteady:
-        text += f"\nnot steady after warming up, so doubtful: {', '.join(unsteady)}"
-    return Outcome({"models": [row.to_dict() for row in results], "machine": machine}, text)
 
 
 def run_doctor(options: DoctorOptions) -> Outcome:

@@ -37,8 +37,8 @@ def convert_to_fp16(model: onnx.ModelProto) -> onnx.ModelProto:
         model: fp32, without subgraphs; changed, use what is returned.
     """
     import onnx
-    from onnxruntime.transformers import float16  # type: ignore[import-untyped]
-    from onnxruntime.transformers.onnx_model import OnnxModel  # type: ignore[import-untyped]
+    from onnxruntime.transformers import float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     # Else the converter takes the norms' own weights for tensors that it has made fp16.
     weights = {tensor.name for tensor in model.graph.initializer}

@@ -166,7 +166,7 @@ def cpu_session(model: bytes | str, *, profile: str | None = None) -> Any:
         model: The graph, or its file.
         profile: How a file begins that each kernel's time is written to; None writes none.
     """
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3

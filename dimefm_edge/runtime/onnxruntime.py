@@ -160,7 +160,7 @@ def import_onnxruntime() -> Any:
         MissingExtraError: If it is not installed.
     """
     try:
-        import onnxruntime  # type: ignore[import-untyped]
+        import onnxruntime
     except ImportError as error:
         raise MissingExtraError(
             "ONNX Runtime is not installed", hint="pip install onnxruntime"
@@ -174,9 +174,15 @@ def _available_providers() -> list[str]:
 
 
 def load_session(
-    model_path: Path, threads: int, providers: Sequence[Any] = ("CPUExecutionProvider",)
+    model_path: Path,
+    threads: int,
+    providers: Sequence[Any] = ("CPUExecutionProvider",),
+    *,
+    profile_prefix: str | None = None,
 ) -> Any:
     """An InferenceSession; `providers` are as it takes them.
+
+    With `profile_prefix` it profiles its operators, into a file whose name begins so.
 
     Raises:
         CheckpointError: If ONNX Runtime cannot load the graph.
@@ -191,6 +197,8 @@ def load_session(
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _ERRORS_ONLY
+    if profile_prefix is not None:
+        options.enable_profiling, options.profile_file_prefix = True, profile_prefix
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     if int8_products_saturate():  # a graph made for another CPU answers right here too
         options.add_session_config_entry("session.x64quantprecision", "1")

@@ -1,4 +1,4 @@
-"""`build`, and `eval` and `bench` on what it built; TensorRT is its recorded API: double.py."""
+"""`build`, then `eval` and what `bench` times of it; TensorRT is its recorded API: double.py."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dimefm_edge.bench.prepare import prepare
+from dimefm_edge.bench.runnable import Load, load_runnable, make_feed
+from dimefm_edge.bench.specs import parse_subjects
 from dimefm_edge.cli import main
 from dimefm_edge.commands.building import parse_batch
 from dimefm_edge.errors import ConfigError
@@ -31,6 +34,7 @@ def test_build_then_eval_then_bench(
     labelled_dir: Path,
     fake_tensorrt: Fake,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     fake_tensorrt(version)
     code, built = run(capsys, "build", tiny_bundle_dir, "--batch", "1,2,4", "--profile",
@@ -56,9 +60,9 @@ def test_build_then_eval_then_bench(
         assert code == 0
         assert judged["results"][0]["top1_pct"] == on_engine["top1_pct"]
 
-    code, timed = run(capsys, "bench", tiny_bundle_dir, "--engine", "tensorrt", "--seconds", 0.2)
-    assert code == 0
-    assert [row["runtime"] for row in timed["models"]] == ["tensorrt"]
+    (spec,) = parse_subjects([f"{tiny_bundle_dir}@tensorrt"])
+    runnable = load_runnable(prepare(spec, tmp_path), load := Load())
+    assert runnable.run(make_feed(runnable, load)).shape == (1, 16)
 
 
 def test_build_says_it_in_words(

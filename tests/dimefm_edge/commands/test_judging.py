@@ -1,4 +1,4 @@
-"""eval, bench and doctor, through the command line."""
+"""eval and doctor, through the command line."""
 
 from __future__ import annotations
 
@@ -62,19 +62,6 @@ def test_eval_of_missing_things(tiny_run_dir, tmp_path, capsys):
     assert "gone" in capsys.readouterr().err
     assert cli.main(["eval", "", "--data", "scenes"]) == 2
     assert "no model was named" in capsys.readouterr().err
-
-
-def test_bench(tiny_run_dir, tiny_bundle_dir, capsys):
-    words = ("bench", tiny_bundle_dir, tiny_run_dir, "--seconds", "0.1", "--threads", "1")
-    code, values = _json(capsys, *words)
-    assert code == 0
-    assert [m["name"] for m in values["models"]] == [str(tiny_bundle_dir), str(tiny_run_dir)]
-    assert values["models"][0]["ratio"] == 1
-    assert values["machine"]["cpu"]
-    assert cli.main(["bench", str(tiny_bundle_dir), "--seconds", "0.1"]) == 0
-    said = capsys.readouterr().out
-    assert "images/s" in said
-    assert "batch 1 on" in said
 
 
 def test_doctor(capsys, tmp_path):

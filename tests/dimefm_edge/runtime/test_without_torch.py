@@ -175,7 +175,7 @@ def test_eval_and_bench_of_a_bundle(
     (result,) = values["results"]
     assert (result["num_images"], result["num_classes"], result["num_bad"]) == (12, 3, 0)
     words = ("bench", tiny_bundle_dir, tiny_bundle_dir / "model.onnx", "--seconds", "0.05")
-    models = command(python, *words, cwd=tmp_path)["models"]
+    models = command(python, *words, cwd=tmp_path)["subjects"]
     assert [model["runtime"] for model in models] == ["ONNX Runtime"] * 2
     assert all(model["p50_ms"] > 0 and model["memory_mib"] > 0 for model in models)
 

@@ -1,0 +1,130 @@
+"""From an image file to labels, stage by stage: read, decode, resize, normalise, infer, rank."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dimefm_edge.bench.prepare import Prepared
+from dimefm_edge.bench.runnable import Runnable
+from dimefm_edge.data.decode import decode_image
+from dimefm_edge.errors import InputError
+from dimefm_edge.preprocess import PreprocessSpec, resize_image
+
+STAGES = ("read", "decode", "resize", "normalise", "infer", "rank")
+_RANDOM_LABELS = 1000
+_TOP = 5
+_LOGIT_SCALE = 100.0
+
+
+def time_stages(
+    prepared: Prepared, runnable: Runnable, *, files: list[str], seconds: float, first: int
+) -> dict[str, Any]:
+    """Take files one by one, for some seconds, one at least.
+
+    Args:
+        prepared: What the worker loaded.
+        runnable: The loaded model.
+        files: Image files, taken in turn and round again.
+        seconds: How long.
+        first: Where in `files` to begin.
+
+    Returns:
+        `ms`: one row per image of milliseconds, a column per name in `STAGES`.
+
+    Raises:
+        BadImageError: If a file is no image.
+        InputError: If how the model's images are prepared is not known.
+    """
+    if runnable.of_pixels is None or prepared.preprocess is None:
+        raise InputError(f"how images are prepared for {prepared.path} is not known")
+    spec = PreprocessSpec.from_dict(prepared.preprocess)
+    label_embeds = _label_embeds(runnable)
+    rows: list[list[float]] = []
+    until = time.perf_counter() + seconds
+    while not rows or time.perf_counter() < until:
+        path = Path(files[(first + len(rows)) % len(files)])
+        rows.append(_one(path, spec, runnable, label_embeds))
+    return {"ms": rows}
+
+
+def _one(
+    path: Path,
+    spec: PreprocessSpec,
+    runnable: Runnable,
+    label_embeds: Callable[[int], npt.NDArray[np.float32]],
+) -> list[float]:
+    assert runnable.of_pixels is not None
+    marks = [time.perf_counter_ns()]
+
+    def done(value: Any) -> Any:
+        marks.append(time.perf_counter_ns())
+        return value
+
+    data = done(path.read_bytes())
+    image = done(decode_image(data, path.name))
+    pixels = done(resize_image(image, spec))
+    feed = done(runnable.of_pixels(pixels[None]))
+    embeds = done(np.asarray(runnable.run(feed), np.float32))
+    logits = _LOGIT_SCALE * embeds[0] @ label_embeds(embeds.shape[-1]).T
+    shares = np.exp(logits - logits.max())
+    done(np.argsort(-shares / shares.sum())[:_TOP])
+    return [(end - start) / 1e6 for start, end in itertools.pairwise(marks)]
+
+
+def _label_embeds(runnable: Runnable) -> Callable[[int], npt.NDArray[np.float32]]:
+    """The bundle's first label set; else as many random labels as ImageNet has."""
+    banks = getattr(runnable.owner, "label_banks", None)
+    known = next(iter(banks.values())).embeds if banks else None
+    made: dict[int, npt.NDArray[np.float32]] = {}
+
+    def embeds(dim: int) -> npt.NDArray[np.float32]:
+        if known is not None:
+            return np.asarray(known, np.float32)
+        if dim not in made:
+            values = np.random.default_rng(0).normal(size=(_RANDOM_LABELS, dim))
+            values /= np.linalg.norm(values, axis=1, keepdims=True)
+            made[dim] = values.astype(np.float32)
+        return made[dim]
+
+    return embeds
+
+
+def image_files(sources: Sequence[str], folder: Path, *, most: int = 256) -> list[Path]:
+    """Image files as they are; images from shards and `scenes` are written as JPEG files first.
+
+    Raises:
+        DataError: If a source holds no image.
+        InputError: If none can be read.
+    """
+    from dimefm_edge.data.decode import BadImageError
+    from dimefm_edge.data.image_pools import IMAGE_SUFFIXES, open_images
+    from dimefm_edge.data.sources import walk_files
+
+    files: list[Path] = []
+    others = []
+    for source in sources:
+        path = Path(source).expanduser()
+        inside = [path / name for name, _ in walk_files(path)] if path.is_dir() else []
+        found = [path] if path.is_file() else inside
+        images = [p for p in found if p.suffix.lower() in IMAGE_SUFFIXES]
+        files += images[:most]
+        if not images:
+            others.append(source)
+    if others:
+        folder.mkdir(parents=True, exist_ok=True)
+        pool = open_images(others)
+        for row in range(min(len(pool), most)):
+            with contextlib.suppress(BadImageError):
+                pool.load(row).save(folder / f"{row:05}.jpg", quality=90)
+                files.append(folder / f"{row:05}.jpg")
+    if not files:
+        raise InputError("none of the images can be read", hint="--images FOLDER")
+    return files

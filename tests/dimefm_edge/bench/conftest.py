@@ -1,0 +1,29 @@
+"""A foreign graph, and subjects that behave as a test wants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+SUBJECTS = Path(__file__).with_name("subjects.py")
+
+
+@pytest.fixture(scope="session")
+def foreign_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ONNX file that is not ours: a product and a ReLU of images of any size."""
+    import numpy as np
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    shape = ["n", 3, "h", 32]
+    weight = np.random.default_rng(0).normal(size=(32, 32)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["z"]), helper.make_node("Relu", ["z"], ["y"])],
+        "foreign",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    path = tmp_path_factory.mktemp("foreign") / "foreign.onnx"
+    save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path

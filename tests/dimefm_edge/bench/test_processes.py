@@ -1,0 +1,88 @@
+"""Workers as the parent sees them: stopped between turns, ended when they hang, told when dead."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from dimefm_edge.bench.prepare import prepare
+from dimefm_edge.bench.processes import (
+    SubjectProcess,
+    WorkerError,
+    load_message,
+    prepare_apart,
+    subject_process,
+)
+from dimefm_edge.bench.runnable import Load
+from dimefm_edge.bench.specs import parse_subjects
+from dimefm_edge.errors import CheckpointError, DimeFMError
+from tests.dimefm_edge.bench.conftest import SUBJECTS
+
+
+def message(function, tmp_path):
+    (spec,) = parse_subjects([f"{SUBJECTS}:{function}"])
+    return load_message(prepare(spec, tmp_path), Load(), ())
+
+
+def state(process: SubjectProcess) -> str:
+    """Of Linux's: T is stopped."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_it_is_stopped_between_turns_and_gone_after(tmp_path):
+    with subject_process("quick", threads=1) as process:
+        process.ask("load", limit_s=60, **message("quick", tmp_path))
+        for _ in range(100):
+            if state(process) == "T":
+                break
+            time.sleep(0.02)
+        assert state(process) == "T"
+        assert process.ask("turn", limit_s=60, seconds=0.01)["ms"]
+        pid = process.pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_one_that_hangs_is_ended(tmp_path):
+    with subject_process("hangs", threads=1) as process:
+        with pytest.raises(WorkerError, match="hangs was ended: load took longer than 3 s"):
+            process.ask("load", limit_s=3, **message("hangs", tmp_path))
+        with pytest.raises(ProcessLookupError):
+            os.kill(process.pid, 0)
+
+
+def test_one_that_crashes_says_how(tmp_path):
+    with (
+        subject_process("crashes", threads=1) as process,
+        pytest.raises(WorkerError, match="crashes died by SIGABRT"),
+    ):
+        process.ask("load", limit_s=60, **message("crashes", tmp_path))
+
+
+def test_errors_come_as_what_they_were(tmp_path):
+    with subject_process("raises", threads=1) as process:
+        with pytest.raises(DimeFMError, match="RuntimeError: no such accelerator"):
+            process.ask("load", limit_s=60, **message("raises", tmp_path))
+        # It lives, and can be asked again.
+        process.ask("load", limit_s=60, **message("quick", tmp_path))
+
+
+def test_an_error_ends_the_process_at_once(tmp_path):
+    with pytest.raises(KeyError), subject_process("quick", threads=1) as process:  # noqa: PT012
+        process.ask("load", limit_s=60, **message("quick", tmp_path))
+        raise KeyError
+    with pytest.raises(ProcessLookupError):
+        os.kill(process.pid, 0)
+
+
+def test_prepare_apart(tiny_bundle_dir, tmp_path):
+    (spec,) = parse_subjects([str(tiny_bundle_dir)])
+    assert prepare_apart(spec, tmp_path, seed=0, limit_s=60).kind == "bundle"
+    with pytest.raises(WorkerError, match="took longer than 0 s"):
+        prepare_apart(spec, tmp_path, seed=0, limit_s=0.01)
+    gone = parse_subjects([str(tmp_path / "gone.zip")])[0]
+    with pytest.raises(CheckpointError, match="gone"):
+        prepare_apart(gone, tmp_path, seed=0, limit_s=60)
