@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 CLASSNAMES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 
-_SCENE_SETS = ("scenes", "scenes-relations")
+_SCENE_SETS = ("scenes", "scenes-relations", "scenes-train")
 _LAYOUTS = (
     "one folder per class, tars with one folder per class, or test/*.tar with .cls files and "
     f"{CLASSNAMES_FILE}"
@@ -40,6 +40,20 @@ class LabelledSet:
     classnames: tuple[str, ...]
     templates: tuple[str, ...] = DEFAULT_TEMPLATES
     """Sentences about a class, with `{c}` where its name goes."""
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """What classes are called where a set has no `classnames.txt` of its own."""
+
+    by_number: tuple[str, ...] = ()
+    """For `.cls` files."""
+    by_folder: Mapping[str, str] = field(default_factory=dict)
+    """For class folders; used if it knows all of them."""
+    in_order: bool = False
+    """`by_number` is also for class folders, in natural order, if there are as many."""
+    leaves_out: bool = False
+    """Class folders that `by_folder` does not know are no part of the set."""
 
 
 class SceneTestPool:
@@ -65,14 +79,19 @@ class SceneTestPool:
         return self._set.image(row)
 
 
-def open_labelled(source: str) -> LabelledSet:
+def open_labelled(
+    source: str, *, split: str = "test", fallback: ClassNames | None = None
+) -> LabelledSet:
     """Open a labelled test set.
 
     Args:
         source: A folder with one folder per class, a CLIP-benchmark folder (`test/*.tar` with
             `.cls`, `classnames.txt`, `zeroshot_classification_templates.txt`), tars with one
-            folder per class (a folder of them, a glob), `scenes` or `scenes-relations`. A
-            `classnames.txt` in a folder of class folders renames them, in natural order.
+            folder per class (a folder of them, a glob), `scenes`, `scenes-relations` or
+            `scenes-train`. A `classnames.txt` in a folder of class folders renames them, in
+            natural order.
+        split: Which tars of a CLIP-benchmark folder: `train` reads `train/*.tar`.
+        fallback: Class names, if the set brings none.
 
     Raises:
         DataError: If it is missing, damaged, of another layout, or has images without a class.
@@ -84,12 +103,12 @@ def open_labelled(source: str) -> LabelledSet:
         return LabelledSet(source, pool, labels, test_set.classnames, test_set.templates)
     paths = expand_source(source)
     if len(paths) == 1 and paths[0].is_dir():
-        return _open_folder(paths[0])
+        return _open_folder(paths[0], split, fallback or ClassNames())
     wrong = [path for path in paths if path.suffix.lower() != ".tar"]
     if wrong:
         raise DataError(f"{wrong[0]} is not a labelled test set", hint=_LAYOUTS)
     name = paths[0].stem if len(paths) == 1 else paths[0].resolve().parent.name
-    return _open_tars(paths, paths[0].parent, name=name)
+    return _open_tars(paths, paths[0].parent, fallback or ClassNames(), name=name)
 
 
 def open_classes(source: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
@@ -109,17 +128,24 @@ def open_classes(source: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     if not path.is_file():
         raise DataError(f"no class names at {source}", hint="a file with one name a line")
     name = path.resolve().parent.name if path.name == CLASSNAMES_FILE else path.stem
-    return name, _names_of(path), _read_templates(path.parent)
+    return name, read_classnames(path), read_templates(path.parent)
 
 
-def _open_folder(root: Path) -> LabelledSet:
+def list_tars(folder: Path) -> list[Path]:
+    """The `.tar` files right in a folder, in natural order; none if there is no folder."""
+    if not folder.is_dir():
+        return []
+    tars = [path for path in folder.iterdir() if path.suffix.lower() == ".tar"]
+    return sorted(tars, key=lambda path: natural_key(path.name))
+
+
+def _open_folder(root: Path, split: str, fallback: ClassNames) -> LabelledSet:
     name = root.resolve().name
-    for folder in (root / "test", root):
-        if folder.is_dir():
-            tars = [path for path in folder.iterdir() if path.suffix.lower() == ".tar"]
-            if tars:
-                tars.sort(key=lambda path: natural_key(path.name))
-                return _open_tars(tars, root, name=name)
+    for folder in (root / split, root) if split == "test" else (root / split,):
+        if tars := list_tars(folder):
+            return _open_tars(tars, root, fallback, name=name)
+    if split != "test":
+        raise DataError(f"{root} has no {split}/*.tar", hint=f"ls {root}")
     files = sorted(walk_files(root), key=lambda item: natural_key(item[0]))
     images = [item for item in files if item[0].lower().endswith(IMAGE_SUFFIXES)]
     if not images:
@@ -130,10 +156,17 @@ def _open_folder(root: Path) -> LabelledSet:
             f"{root / loose[0]} is in no class folder ({len(loose)} such images)", hint=_LAYOUTS
         )
     folders = [item[0].partition("/")[0] for item in images]
-    return _from_folder_names(name, FolderPool(root, images), folders, root)
+    if fallback.leaves_out:
+        kept = [i for i, folder in enumerate(folders) if folder in fallback.by_folder]
+        images, folders = [images[i] for i in kept], [folders[i] for i in kept]
+        if not images:
+            raise DataError(f"{root} has none of the class folders that this set is made of")
+    return _from_folder_names(name, FolderPool(root, images), folders, root, fallback)
 
 
-def _open_tars(paths: Sequence[Path], root: Path, *, name: str) -> LabelledSet:
+def _open_tars(
+    paths: Sequence[Path], root: Path, fallback: ClassNames, *, name: str
+) -> LabelledSet:
     """Tars with `.cls` members, else with one folder per class."""
     indices = [scan_tar(path, (*IMAGE_SUFFIXES, ".cls")) for path in paths]
     pools: list[ImagePool] = []
@@ -153,28 +186,34 @@ def _open_tars(paths: Sequence[Path], root: Path, *, name: str) -> LabelledSet:
     if not len(pool):
         raise DataError(f"the tars of {root} hold no image", hint=_LAYOUTS)
     if not has_cls:
-        return _from_folder_names(name, pool, folders, root)
-    classnames = _read_classnames(root)
+        return _from_folder_names(name, pool, folders, root, fallback)
+    has_names = (root / CLASSNAMES_FILE).is_file() or not fallback.by_number
+    classnames = _own_classnames(root) if has_names else fallback.by_number
     labels = np.asarray(classes, np.int64)
     outside = np.flatnonzero((labels < 0) | (labels >= len(classnames)))
     if len(outside):
         row = int(outside[0])
         raise DataError(
-            f"{pool.name(row)} is of class {labels[row]}, and {root / CLASSNAMES_FILE} names "
+            f"{pool.name(row)} is of class {labels[row]}, and "
+            f"{root / CLASSNAMES_FILE if has_names else 'the set'} names "
             f"{len(classnames)} classes (0 to {len(classnames) - 1})"
         )
-    return LabelledSet(name, pool, labels, classnames, _read_templates(root))
+    return LabelledSet(name, pool, labels, classnames, read_templates(root))
 
 
 def _from_folder_names(
-    name: str, pool: ImagePool, folders: Sequence[str], root: Path
+    name: str, pool: ImagePool, folders: Sequence[str], root: Path, fallback: ClassNames
 ) -> LabelledSet:
     known = sorted(set(folders), key=natural_key)
     if len(known) < 2:
         raise DataError(f"{root} has one class folder only, '{known[0]}'", hint=_LAYOUTS)
     classnames = tuple(folder.replace("_", " ") for folder in known)
+    if all(folder in fallback.by_folder for folder in known):
+        classnames = tuple(fallback.by_folder[folder] for folder in known)
+    elif fallback.in_order and len(known) == len(fallback.by_number):
+        classnames = fallback.by_number
     if (root / CLASSNAMES_FILE).is_file():
-        classnames = _read_classnames(root)
+        classnames = _own_classnames(root)
         if len(classnames) != len(known):
             raise DataError(
                 f"{root / CLASSNAMES_FILE} names {len(classnames)} classes, and there are "
@@ -182,18 +221,18 @@ def _from_folder_names(
             )
     number = {folder: label for label, folder in enumerate(known)}
     labels = np.asarray([number[folder] for folder in folders], np.int64)
-    return LabelledSet(name, pool, labels, classnames, _read_templates(root))
+    return LabelledSet(name, pool, labels, classnames, read_templates(root))
 
 
 def _read_classes(index: TarIndex, places: Sequence[int]) -> list[int]:
     """The number in the `.cls` member beside each image."""
-    by_key = {_key(m): i for i, m in enumerate(index.names) if m.endswith(".cls")}
+    by_key = {sample_key(m): i for i, m in enumerate(index.names) if m.endswith(".cls")}
     classes = []
     for place in places:
         member = index.names[place]
-        if _key(member) not in by_key:
+        if sample_key(member) not in by_key:
             raise DataError(f"{index.path}/{member} has no .cls beside it")
-        cls = by_key[_key(member)]
+        cls = by_key[sample_key(member)]
         try:
             classes.append(int(index.read(cls)))
         except (ValueError, OSError) as error:
@@ -203,7 +242,7 @@ def _read_classes(index: TarIndex, places: Sequence[int]) -> list[int]:
     return classes
 
 
-def _key(member: str) -> str:
+def sample_key(member: str) -> str:
     """WebDataset's sample key: the path up to the first dot of the file name."""
     folder, slash, leaf = member.rpartition("/")
     return folder + slash + leaf.partition(".")[0]
@@ -219,13 +258,14 @@ def _parent_folder(index: TarIndex, place: int) -> str:
     return folder
 
 
-def _read_classnames(root: Path) -> tuple[str, ...]:
+def _own_classnames(root: Path) -> tuple[str, ...]:
     if not (root / CLASSNAMES_FILE).is_file():
         raise DataError(f"{root} has .cls files and no {CLASSNAMES_FILE}", hint=_LAYOUTS)
-    return _names_of(root / CLASSNAMES_FILE)
+    return read_classnames(root / CLASSNAMES_FILE)
 
 
-def _names_of(path: Path) -> tuple[str, ...]:
+def read_classnames(path: Path) -> tuple[str, ...]:
+    """One class name a line, of two classes or more."""
     lines = _read_lines(path) or []
     empty = [number for number, line in enumerate(lines, 1) if not line]
     if empty or len(lines) < 2:
@@ -234,7 +274,8 @@ def _names_of(path: Path) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _read_templates(root: Path) -> tuple[str, ...]:
+def read_templates(root: Path) -> tuple[str, ...]:
+    """The templates of a CLIP-benchmark folder, or the default one."""
     lines = [line for line in _read_lines(root / TEMPLATES_FILE) or () if line]
     for line in lines:
         if "{c}" not in line:

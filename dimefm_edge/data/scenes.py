@@ -37,7 +37,9 @@ SIZES = ("small", "large")
 TEMPLATES = ("a {c}.", "a picture of a {c}.", "there is a {c} here.", "a drawing of one {c}.")
 
 # One child stream each, so that no training image or sentence shares randomness with a test.
-_SPLITS = {"images": 0, "sentences": 1, "pairs": 2, "test": 3}
+_SPLITS = {"images": 0, "sentences": 1, "pairs": 2, "test": 3, "captioned": 4}
+# Each test set draws from indices of its own: no two share an image.
+_TEST_OFFSETS = {"scenes": 0, "scenes-relations": 10_000_000, "scenes-train": 20_000_000}
 _NUM_HELD_OUT_OBJECTS = 96
 _NUM_HELD_OUT_RELATIONS = 48
 _SEED = 20230402  # the day of the method's preprint; any constant would do
@@ -185,6 +187,14 @@ def scene_pair(index: int, *, seed: int = 0) -> tuple[Image.Image, Scene]:
     return render(scene, rng), scene
 
 
+def captioned_scene(index: int, *, num_captions: int = 5) -> tuple[Image.Image, tuple[str, ...]]:
+    """Image and sentences `index` of the retrieval test set, which no training pool shares."""
+    rng = _rng("captioned", index, 0)
+    scene = sample_scene(rng)
+    image = render(scene, rng)
+    return image, tuple(describe(scene, rng) for _ in range(num_captions))
+
+
 @dataclass(frozen=True)
 class SceneTestSet:
     """A labelled zero-shot test set of held-out combinations.
@@ -204,8 +214,7 @@ class SceneTestSet:
         return index % len(self.classnames)
 
     def image(self, index: int) -> Image.Image:
-        # The relation set draws from its own indices: the two sets share no image.
-        rng = _rng("test", index + (10_000_000 if self.name == "scenes-relations" else 0), 0)
+        rng = _rng("test", index + _TEST_OFFSETS[self.name], 0)
         background = _pick(rng, BACKGROUNDS)
         label = self.label(index)
         if self.name == "scenes-relations":
@@ -227,7 +236,10 @@ def _with_shape(rng: np.random.Generator, shape: str) -> Combo:
 
 
 def scene_test_set(name: str = "scenes", *, num_per_class: int = 20) -> SceneTestSet:
-    """A test set by name: `scenes` (96 objects) or `scenes-relations` (48 relations)."""
+    """A test set by name: `scenes` (96 objects) or `scenes-relations` (48 relations).
+
+    `scenes-train` has other images of the classes of `scenes`, for a linear probe to learn from.
+    """
     if name == "scenes-relations":
         names = tuple(f"{a} {r} a {b}" for a, r, b in held_out_relations())
     else:

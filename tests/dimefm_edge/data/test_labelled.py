@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from dimefm_edge.data.images import decode_image, open_labelled
-from dimefm_edge.data.labelled import open_classes
+from dimefm_edge.data.labelled import ClassNames, open_classes
 from dimefm_edge.data.scenes import scene_test_set
 from dimefm_edge.errors import DataError
 
@@ -156,3 +156,42 @@ def test_what_is_no_test_set(tmp_path, encoded, write_files):
     ):
         with pytest.raises(DataError, match=message):
             open_labelled(f"{tmp_path}/{source}")
+
+
+def test_the_training_split_of_a_benchmark_folder(benchmark_dir, encoded, write_tar):
+    with pytest.raises(DataError, match=r"has no train/\*\.tar"):
+        open_labelled(str(benchmark_dir), split="train")
+    write_tar(benchmark_dir / "train" / "0.tar", {"a.cls": b"2", "a.jpg": encoded(9)})
+    train = open_labelled(str(benchmark_dir), split="train")
+    assert train.labels.tolist() == [2]
+    assert train.classnames == open_labelled(str(benchmark_dir)).classnames
+
+
+def test_class_names_that_the_set_lacks(benchmark_dir, tmp_path, encoded, write_files):
+    names = ClassNames(by_number=("one", "two", "three"))
+    # Its own come first.
+    assert open_labelled(str(benchmark_dir), fallback=names).classnames[0] == "red star"
+    (benchmark_dir / "classnames.txt").unlink()
+    assert open_labelled(str(benchmark_dir), fallback=names).classnames == names.by_number
+    with pytest.raises(DataError, match="the set names 2 classes"):
+        open_labelled(str(benchmark_dir), fallback=ClassNames(by_number=("one", "two")))
+    files = {f"n{i}/a.jpg": encoded(i) for i in (1, 2, 10)}
+    root = str(write_files(tmp_path / "synsets", files))
+    by_folder = {"n1": "tench", "n2": "goldfish", "n10": "cock"}
+    found = open_labelled(root, fallback=ClassNames(by_folder=by_folder))
+    assert found.classnames == ("tench", "goldfish", "cock")
+    del by_folder["n2"]  # one that is not known: the folders' own names
+    assert open_labelled(root, fallback=ClassNames(by_folder=by_folder)).classnames[1] == "n2"
+    kept = open_labelled(root, fallback=ClassNames(by_folder=by_folder, leaves_out=True))
+    assert (kept.classnames, kept.labels.tolist()) == (("tench", "cock"), [0, 1])
+    in_order = ClassNames(by_number=("a", "b", "c"), in_order=True)
+    assert open_labelled(root, fallback=in_order).classnames == ("a", "b", "c")
+    with pytest.raises(DataError, match="none of the class folders"):
+        open_labelled(root, fallback=ClassNames(leaves_out=True))
+
+
+def test_scenes_train_has_the_classes_of_scenes_and_other_images():
+    train, test = open_labelled("scenes-train"), open_labelled("scenes")
+    assert train.classnames == test.classnames
+    assert np.array_equal(train.labels, test.labels)
+    assert train.pool.load(0).tobytes() != test.pool.load(0).tobytes()
