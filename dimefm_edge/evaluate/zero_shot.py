@@ -6,16 +6,19 @@ exported graph. No torch here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from dimefm_edge.data.images import LabelledSet, decode_batches, row_batches
+from dimefm_edge.data.images import LabelledSet
 from dimefm_edge.errors import DataError
+from dimefm_edge.evaluate.features import EncodePixels, Features, embed_pool
+from dimefm_edge.evaluate.metrics import label_ranks
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.preprocess import PreprocessSpec
+
+_ROWS_PER_PRODUCT = 4096
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class ZeroShotReport:
 
 
 def evaluate_zero_shot(
-    encode_pixels: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float32]],
+    encode_pixels: EncodePixels,
     preprocess: PreprocessSpec,
     labelled: LabelledSet,
     bank: LabelBank,
@@ -56,40 +59,52 @@ def evaluate_zero_shot(
     Raises:
         DataError: If the bank's classes are not the set's, or no image can be read.
     """
-    if bank.classnames != labelled.classnames:
-        raise DataError(
-            f"the label set '{bank.name}' ({len(bank.classnames)} classes) is not the test set "
-            f"'{labelled.name}' ({len(labelled.classnames)} classes)",
-            hint="build the labels from the test set's own class names",
-        )
-    batches = row_batches([range(len(labelled.pool))], batch_size)
-    top1 = top5 = read = bad = 0
-    for batch in decode_batches(labelled.pool, batches, preprocess, workers=workers):
-        bad += len(batch.bad_rows)
-        if not len(batch.rows):
-            continue
-        scores = encode_pixels(batch.pixels) @ bank.embeds.T
-        labels = labelled.labels[batch.rows]
-        ranks = _ranks(scores, labels)
-        read += len(labels)
+    check_classes(bank, labelled.name, labelled.classnames)
+    features = embed_pool(
+        encode_pixels, preprocess, labelled.pool, name=labelled.name,
+        batch_size=batch_size, workers=workers,
+    )  # fmt: skip
+    return score_zero_shot(features, labelled, bank)
+
+
+def score_zero_shot(
+    features: Features, labelled: LabelledSet, bank: LabelBank
+) -> ZeroShotReport:
+    """The report for images that are embedded already; see `evaluate_zero_shot`."""
+    check_classes(bank, labelled.name, labelled.classnames)
+    labels = labelled.labels[features.rows]
+    top1 = top5 = 0
+    for start in range(0, len(labels), _ROWS_PER_PRODUCT):
+        part = slice(start, start + _ROWS_PER_PRODUCT)
+        ranks = label_ranks(features.embeds[part] @ bank.embeds.T, labels[part])
         top1 += int((ranks < 1).sum())
         top5 += int((ranks < 5).sum())
-    if not read:
-        raise DataError(f"no image of the test set '{labelled.name}' could be read")
     return ZeroShotReport(
         name=labelled.name,
-        top1_pct=100 * top1 / read,
-        top5_pct=100 * top5 / read,
+        top1_pct=100 * top1 / len(labels),
+        top5_pct=100 * top5 / len(labels),
         chance_pct=100 / len(labelled.classnames),
-        num_images=read,
+        num_images=len(labels),
         num_classes=len(labelled.classnames),
-        num_bad=bad,
+        num_bad=features.num_bad,
     )
 
 
-def _ranks(scores: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """(B, C) scores, (B,) classes -> (B,) how many classes come before the true one."""
-    own = scores[np.arange(len(labels)), labels][:, None]
-    is_earlier = np.arange(scores.shape[1]) < labels[:, None]
-    ranks = ((scores > own) | ((scores == own) & is_earlier)).sum(1)
-    return np.where(np.isfinite(scores).all(1), ranks, np.iinfo(np.int64).max)
+def cosine_scores(features: Features, bank: LabelBank) -> npt.NDArray[np.float32]:
+    """(N, C) cosines of images and classes."""
+    scores: npt.NDArray[np.float32] = features.embeds @ bank.embeds.T
+    return scores
+
+
+def check_classes(bank: LabelBank, name: str, classnames: tuple[str, ...]) -> None:
+    """Refuse a label bank of other classes than the test set's.
+
+    Raises:
+        DataError: If the names or their order differ.
+    """
+    if bank.classnames != classnames:
+        raise DataError(
+            f"the label set '{bank.name}' ({len(bank.classnames)} classes) is not the test set "
+            f"'{name}' ({len(classnames)} classes)",
+            hint="build the labels from the test set's own class names",
+        )
