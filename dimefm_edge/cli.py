@@ -87,7 +87,9 @@ COMMANDS: dict[str, Command] = {
         "stopped; run the same command with --resume to go on",
     ),
     "eval": Command(
-        "judging:run_eval", "EvalOptions", "zero-shot top-1 and top-5 of a teacher, run or bundle"
+        "evaluating:run_eval",
+        "EvalOptions",
+        "accuracy of models: zero-shot, linear probe, retrieval, robustness, calibration",
     ),
     "export": Command(
         "exporting:run_export",

@@ -154,15 +154,42 @@ class DistillOptions(CommonOptions):
 
 @dataclass(frozen=True)
 class EvalOptions(CommonOptions):
-    """Zero-shot top-1 and top-5 of a teacher, run, bundle or exported model."""
+    """Zero-shot accuracy of teachers, runs, bundles and exported models, and what else is asked."""
 
     from_config: ClassVar[dict[str, str]] = {"data": "data.eval_sets"}
 
-    subject: Positional[str] = ""
-    """A run, a bundle (folder or .zip), a model.onnx of ours, or a teacher."""
+    subjects: Positional[tuple[str, ...]] = ()
+    """Runs, bundles (folder or .zip), model.onnx files of ours, teachers; of several, the first is
+    what the others are compared to."""
     data: tuple[str, ...] = ()
     """Labelled sets: class folders, CLIP-benchmark folders, `scenes`, `scenes-relations`.
     Default: those of the run."""
+    suite: str | None = None
+    """elevater, imagenet, imagenet-shifts, or a .toml file of that form; sets that are not in
+    --data-root are named and left out."""
+    data_root: Path = Path("data")
+    """Folder that holds the suite's sets."""
+    linear_probe: str | None = None
+    """Labelled set to fit a linear probe on, for the test sets of the same classes; `own`: each
+    test set's own training split."""
+    retrieval: tuple[str, ...] = ()
+    """Captioned sets: CLIP-benchmark folders, folders with captions.csv, .jsonl or .json,
+    `scenes[:COUNT]`."""
+    ece: bool = False
+    """Expected calibration error of zero-shot, at the teacher's logit scale."""
+    corruptions: bool = False
+    """ImageNet-C's 15 corruptions at five severities: embeds each image 76 times."""
+    corruption_images: int = 0
+    """Images of each set that are corrupted; 0: all."""
+    shift: bool = False
+    """Natural shift from the first test set to each other, on the classes that both have."""
+    latency: Literal["auto", "measured", "reported", "none"] = "auto"
+    """Of one image: measured here in turn, or what the runs' reports say. auto: for --plot,
+    reported where all models have one of the same machine, else measured."""
+    plot: bool = False
+    """Draw accuracy against latency and parameters, as PNG and SVG in --out."""
+    out: Path | None = None
+    """Folder for scores.json, scores.csv and the plots. Default: none, or `scores` for --plot."""
     teacher: str | None = None
     """Whose text side embeds class names that a bundle does not carry."""
     engine: str = "onnxruntime"
@@ -171,6 +198,8 @@ class EvalOptions(CommonOptions):
     """Images per call."""
     workers: int = 0
     """Decoding workers; 0 chooses."""
+    seed: int = 0
+    """Of the probe's validation split and of corruptions."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import CheckpointError, InputError, lookup
-from dimefm_edge.labels import LabelBank
+from dimefm_edge.labels import LabelBank, build_label_bank
 from dimefm_edge.manifest import IMAGE_INPUTS, MANIFEST_FILE
 from dimefm_edge.preprocess import PreprocessSpec
 
@@ -51,6 +51,8 @@ class Subject:
     """Sentences -> (B, E) float32, L2-normalised; None where there is no text side."""
     size_mib: float | None = None
     """Of the model's file; None for teachers."""
+    params_m: float | None = None
+    """Of the image tower, in millions; None for bundles and graphs, whose file says it."""
     owner: object = None
     """Kept alive with it: the files of a zipped bundle last as long as the bundle."""
 
@@ -226,6 +228,7 @@ def _load_run(name: str, device: str | None) -> Subject:
         run_logit_scale(loaded.metadata, name),
         encode_texts=_TextSide(loaded.metadata, name, device),
         size_mib=file.stat().st_size / 2**20,
+        params_m=sum(p.numel() for p in loaded.student.parameters()) / 1e6,
     )
 
 
@@ -241,6 +244,39 @@ def _load_teacher(name: str, device: str | None) -> Subject:
         teacher.encode_images,
         teacher.logit_scale,
         encode_texts=teacher.encode_texts,
+        params_m=sum(p.numel() for p in teacher.image_tower.parameters()) / 1e6,
+    )
+
+
+def label_bank_of(
+    subject: Subject,
+    name: str,
+    classnames: tuple[str, ...],
+    templates: tuple[str, ...],
+    encode_texts: EncodeTexts | None = None,
+) -> LabelBank:
+    """A test set's class names as embeddings: embedded now, else those that the bundle carries.
+
+    Args:
+        subject: Whose they are.
+        name: Of the set.
+        classnames: Its classes.
+        templates: Sentences with `{c}`.
+        encode_texts: The text side, where there is one.
+
+    Raises:
+        CheckpointError: If there is neither a text side nor a label set of those classes.
+    """
+    if encode_texts is not None:
+        return build_label_bank(name, classnames, templates, encode_texts)
+    for bank in subject.label_banks.values():
+        if bank.classnames == classnames:
+            return bank
+    carried = ", ".join(subject.label_banks) or "none"
+    raise CheckpointError(
+        f"{subject.name} has no text side and does not carry the class names of '{name}' "
+        f"(it carries: {carried})",
+        hint="--teacher with the teacher that it was distilled from, or evaluate the run",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,9 @@ def open_torchvision(
             hint="pip install 'dimefm_edge[train]'",
         ) from error
     build = lookup(vars(datasets), kind, kind="torchvision data set")
+    never = {"download": False} if "download" in inspect.signature(build).parameters else {}
     try:
-        dataset = build(root=str(root), download=False, **arguments)
+        dataset = build(root=str(root), **never, **arguments)
     except ImportError as error:
         package = error.name or "h5py"
         raise MissingExtraError(f"{kind} needs {package}", hint=f"pip install {package}") from error

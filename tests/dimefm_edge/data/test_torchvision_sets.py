@@ -1,4 +1,4 @@
-"""torchvision's data sets where they lie: MNIST's files and RenderedSST2's folders, written here."""
+"""torchvision's data sets where they lie: files of MNIST, folders of RenderedSST2."""
 
 from __future__ import annotations
 

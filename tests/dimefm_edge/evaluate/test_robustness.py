@@ -118,7 +118,8 @@ def test_a_model_that_brightness_misleads(tmp_path):
     for name, value in (("bright", 200), ("dark", 90)):
         (tmp_path / name).mkdir()
         for number in range(3):
-            Image.new("RGB", (40, 40), (value + number,) * 3).save(tmp_path / name / f"{number}.png")
+            grey = Image.new("RGB", (40, 40), (value + number,) * 3)
+            grey.save(tmp_path / name / f"{number}.png")
     (tmp_path / "classnames.txt").write_text("bright\ndark\n")
     labelled = open_labelled(str(tmp_path))
     bank = LabelBank("x", labelled.classnames, ("{c}",), np.eye(2, dtype=np.float32)[::-1].copy())

@@ -1,0 +1,205 @@
+"""eval through the command line: one model and several, suites, files and bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from dimefm_edge import cli
+
+
+def _json(capsys, *words):
+    code = cli.main([*map(str, words), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+def test_eval_of_teacher_run_and_bundle(
+    tiny_teacher_dir, tiny_run_dir, tiny_bundle_dir, labelled_dir, capsys
+):
+    results = {}
+    for kind, path in (
+        ("teacher", tiny_teacher_dir), ("run", tiny_run_dir), ("bundle", tiny_bundle_dir),
+    ):  # fmt: skip
+        code, values = _json(capsys, "eval", path, "--data", labelled_dir)
+        assert (code, values["kind"]) == (0, kind)
+        (results[kind],) = values["results"]
+        assert results[kind]["num_images"] == 12
+        assert results[kind]["num_classes"] == 3
+        assert results[kind]["chance_pct"] == pytest.approx(100 / 3)
+        assert results[kind]["top5_pct"] == 100
+    # The bundle's baked class names and its graph answer as the run does.
+    assert results["bundle"]["top1_pct"] == results["run"]["top1_pct"]
+
+
+def test_eval_prints_a_table(tiny_run_dir, labelled_dir, capsys):
+    assert cli.main(["eval", str(tiny_run_dir), "--data", str(labelled_dir)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"run {tiny_run_dir}\n\nzero-shot")
+    assert "top-1 %" in said
+    assert cli.main(["eval", str(tiny_run_dir)]) == 0  # the sets of the run's config.toml
+    assert capsys.readouterr().out == said
+
+
+def test_a_bundle_without_the_class_names_needs_a_teacher(
+    tiny_bundle_dir, tiny_teacher_dir, labelled_dir, tmp_path, capsys
+):
+    for name in ("fox", "gnu"):
+        shutil.copytree(labelled_dir / "cat", tmp_path / name)
+    words = ["eval", str(tiny_bundle_dir), "--data", str(tmp_path)]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert "does not carry the class names" in said
+    assert "(it carries: pets)" in said
+    assert "try: --teacher" in said
+    code, values = _json(capsys, *words, "--teacher", tiny_teacher_dir)
+    assert code == 0
+    assert values["results"][0]["num_classes"] == 2
+
+
+def test_several_models_with_every_measure(
+    tiny_teacher_dir, tiny_run_dir, tiny_bundle_dir, labelled_dir, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("dimefm_edge.commands.sizing._SECONDS", 0.1)
+    other = tmp_path / "other"
+    shutil.copytree(labelled_dir, other)
+    names = [str(path) for path in (tiny_bundle_dir, tiny_run_dir)]
+    out = tmp_path / "scores"
+    code, values = _json(
+        capsys, "eval", *names, "--data", labelled_dir, other, "--linear-probe", labelled_dir,
+        "--retrieval", "scenes:8", "--ece", "--shift", "--plot", "--out", out, "--teacher", tiny_teacher_dir,
+    )  # fmt: skip
+    assert code == 0
+    assert [entry["name"] for entry in values["subjects"]] == names
+    bundle, run = values["subjects"]
+    assert [entry["name"] for entry in bundle["sets"]] == [labelled_dir.name, "other"]
+    assert all(f["retention_pct"] in (None, 100) for f in bundle["figures"])
+    for left, right in zip(run["figures"], bundle["figures"], strict=True):
+        assert left["measure"] == right["measure"]
+    measures = {figure["measure"] for figure in run["figures"]}
+    assert {
+        "zero-shot top-1", "linear probe top-1", "ECE",
+        "image to text recall@1", f"drop from {labelled_dir.name}, points", "zero-shot",
+    } <= measures  # fmt: skip
+    assert run["params_m"] == pytest.approx(bundle["params_m"], rel=0.1)
+    assert all(entry["latency_p50_ms"] > 0 for entry in values["subjects"])
+    assert {p.name for p in out.iterdir()} == {
+        "scores.json", "scores.csv", "accuracy.png", "accuracy.svg", "reliability.png",
+        "reliability.svg",
+    }  # fmt: skip
+    assert json.loads((out / "scores.json").read_text())["subjects"][1]["name"] == names[1]
+    with (out / "scores.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {row["subject"] for row in rows} == set(names)
+    top1 = next(r for r in rows if r["subject"] == names[1] and r["measure"] == "zero-shot top-1")
+    assert float(top1["value"]) == pytest.approx(run["sets"][0]["value_pct"], rel=1e-4)
+    with Image.open(out / "accuracy.png") as image:
+        assert image.size[0] > 1000
+
+
+def test_corruptions_of_two_models(tiny_run_dir, tiny_bundle_dir, labelled_dir, capsys):
+    code, values = _json(
+        capsys, "eval", tiny_run_dir, tiny_bundle_dir, "--data", labelled_dir, "--corruptions",
+        "--corruption-images", "1",
+    )  # fmt: skip
+    assert code == 0
+    for entry in values["subjects"]:
+        report = entry["sets"][0]["corruptions"]
+        assert report["num_images"] == 1
+        assert len(report["top1_pct"]) == 15
+        measures = [figure["measure"] for figure in entry["figures"]]
+        assert {"corrupted top-1", "mCE, first model 100"} <= set(measures)
+
+
+def test_the_table_of_several_models(tiny_teacher_dir, tiny_run_dir, labelled_dir, capsys):
+    words = ["eval", str(tiny_teacher_dir), str(tiny_run_dir), "--data", str(labelled_dir)]
+    assert cli.main([*words, "--ece"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"A: teacher {tiny_teacher_dir}\nB: run {tiny_run_dir}\n")
+    assert "B / A %" in said
+    assert "parameters M" in said
+
+
+def test_a_suite_names_what_is_missing(tiny_run_dir, labelled_dir, tmp_path, capsys):
+    shutil.copytree(labelled_dir, tmp_path / "data" / "pets")
+    (tmp_path / "mine.toml").write_text(
+        "[[sets]]\nname = 'pets'\nplaces = ['pets']\nmetric = 'mean_per_class'\n"
+        "[[sets]]\nname = 'cars'\nplaces = ['wds_cars']\n"
+    )
+    words = ["eval", str(tiny_run_dir), "--suite", str(tmp_path / "mine.toml"),
+             "--data-root", str(tmp_path / "data")]  # fmt: skip
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    assert "zero-shot mean per class" in said
+    assert "cars: none of wds_cars in" in said
+    code, values = _json(capsys, *words)
+    assert code == 0
+    assert [item["name"] for item in values["missing"]] == ["cars"]
+    code, values = _json(capsys, *words[:-1], tmp_path)
+    assert code == 2
+    assert "none of the 2 sets of 'mine'" in values["error"]
+
+
+def test_a_linear_probe_on_a_folders_own_training_split(tiny_run_dir, tmp_path, capsys):
+    import io
+    import tarfile
+
+    from dimefm_edge.data.scenes import scene_image
+
+    root = tmp_path / "pets"
+    for split, count in (("train", 12), ("test", 6)):
+        (root / split).mkdir(parents=True)
+        with tarfile.open(root / split / "0.tar", "w") as archive:
+            for i in range(count):
+                stream = io.BytesIO()
+                scene_image(i).save(stream, "PNG")
+                for name, data in ((f"{i}.png", stream.getvalue()), (f"{i}.cls", b"%d" % (i % 2))):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    archive.addfile(info, io.BytesIO(data))
+    (root / "classnames.txt").write_text("cat\ndog\n")
+    code, values = _json(capsys, "eval", tiny_run_dir, "--data", root, "--linear-probe", "own")
+    assert code == 0
+    probe = values["sets"][0]["linear_probe"]
+    assert (probe["num_train"], probe["num_images"], probe["train_name"]) == (12, 6, "pets")
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint", "hint"),
+    [
+        (["--linear-probe", "scenes"], "'scenes' has not the classes of any test set", "--linear"),
+        (["--linear-probe", "own"], "own training splits have not the classes", "--linear-probe"),
+        (["--linear-probe", "/gone"], "/gone does not exist", "ls /"),
+        (["--retrieval", "/gone"], "/gone does not exist", "ls /"),
+        (["--shift"], "a shift is between two test sets", "--data REFERENCE SHIFTED"),
+        (["--suite", "elevator"], "unknown suite 'elevator'", None),
+    ],
+)
+def test_bad_input(words, complaint, hint, tiny_run_dir, labelled_dir, capsys):
+    assert cli.main(["eval", str(tiny_run_dir), "--data", str(labelled_dir), *words]) == 2
+    said = capsys.readouterr().err
+    assert complaint in said
+    assert hint is None or f"try: {hint}" in said
+
+
+def test_names_that_clash(tiny_run_dir, labelled_dir, tmp_path, capsys):
+    assert cli.main(["eval", str(tiny_run_dir), str(tiny_run_dir)]) == 2
+    assert "a model is named twice" in capsys.readouterr().err
+    shutil.copytree(labelled_dir, tmp_path / labelled_dir.name)
+    words = ["eval", str(tiny_run_dir), "--data", str(labelled_dir)]
+    assert cli.main([*words, str(tmp_path / labelled_dir.name)]) == 2
+    assert "two test sets are called" in capsys.readouterr().err
+
+
+def test_eval_of_missing_things(tiny_run_dir, tmp_path, capsys):
+    assert cli.main(["eval", str(tiny_run_dir), "--data", str(tmp_path / "gone")]) == 2
+    assert "gone" in capsys.readouterr().err
+    assert cli.main(["eval", "", "--data", "scenes"]) == 2
+    assert "no model was named" in capsys.readouterr().err
+    assert cli.main(["eval"]) == 2
+    assert "no model was named" in capsys.readouterr().err
+    assert cli.main(["eval", "sample"]) == 2
+    assert "eval needs a labelled set" in capsys.readouterr().err
