@@ -24,9 +24,11 @@ _MIN_PYTHON = (3, 10)
 _MIN_DISK_GIB = 5.0
 _MIN_MEMORY_GIB = 2.0
 _INSTALL_TRAIN = "pip install 'dimefm_edge[train]'"
+_INSTALL_EVAL = "pip install 'dimefm_edge[eval]'"
 _TEXT = ("tokenizers", "ftfy")
 _TRAIN = ("torchvision", "timm", "open_clip_torch", "onnx", "onnxscript", "safetensors", "torchao")
 _SOURCES = ("braceexpand", "pyarrow")
+_EVAL = ("scikit-learn", "imagecorruptions-imaug", "matplotlib")
 _CPUINFO = Path("/proc/cpuinfo")
 _CPU_FEATURES = {
     "AVX2": ("avx2",),
@@ -66,6 +68,7 @@ def examine(folder: Path = Path()) -> list[Check]:
         *(_installed(name, f"pip install {name}", is_required=True) for name in _TEXT),
         *_torch(),
         *(_installed(name, _INSTALL_TRAIN) for name in (*_TRAIN, *_SOURCES)),
+        *(_installed(name, _INSTALL_EVAL) for name in _EVAL),
         *_tensorrt(),
         *_cpu(),
         _memory(),

@@ -57,6 +57,8 @@ def plot_scores(
             axes.text(0.5, 0.5, "not known", ha="center", transform=axes.transAxes)
         elif max(shown) > 5 * min(shown) > 0:
             axes.set_xscale("log")
+            axes.xaxis.set_major_formatter("{x:g}")  # not 3 x 10^0
+            axes.xaxis.set_minor_formatter("{x:g}")
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     left.set_ylabel(accuracy)

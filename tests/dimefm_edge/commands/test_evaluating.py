@@ -70,7 +70,8 @@ def test_several_models_with_every_measure(
     out = tmp_path / "scores"
     code, values = _json(
         capsys, "eval", *names, "--data", labelled_dir, other, "--linear-probe", labelled_dir,
-        "--retrieval", "scenes:8", "--ece", "--shift", "--plot", "--out", out, "--teacher", tiny_teacher_dir,
+        "--retrieval", "scenes:8", "--ece", "--shift", "--plot", "--out", out,
+        "--teacher", tiny_teacher_dir,
     )  # fmt: skip
     assert code == 0
     assert [entry["name"] for entry in values["subjects"]] == names
