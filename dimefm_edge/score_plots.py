@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dimefm_edge.errors import MissingExtraError
 from dimefm_edge.evaluate.calibration import CalibrationReport
@@ -94,7 +94,12 @@ def plot_reliability(reports: Sequence[tuple[str, CalibrationReport]], stem: Pat
     return _save(figure, stem)
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def import_matplotlib() -> tuple[Any, Any]:
+    """matplotlib's canvas and figure, which need no display.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -102,8 +107,13 @@ def _new_figure(width: float, height: float) -> Figure:
         raise MissingExtraError(
             "plots need matplotlib, which is not installed", hint="pip install 'dimefm_edge[eval]'"
         ) from error
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    return FigureCanvasAgg, Figure
+
+
+def _new_figure(width: float, height: float) -> Figure:
+    canvas, kind = import_matplotlib()
+    figure: Figure = kind(figsize=(width, height), layout="constrained")
+    canvas(figure)
     return figure
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from dimefm_edge.data.captioned import CaptionedSet
 from dimefm_edge.data.images import LabelledSet
@@ -162,9 +163,7 @@ class _Walk:
 
     def score(self, eval_set: EvalSet) -> SetScore:
         test = eval_set.test
-        bank = label_bank_of(
-            self.subject, test.name, test.classnames, test.templates, self.encode_texts
-        )
+        bank = self.bank(test)
         features = self.embed(test)
         scores = cosine_scores(features, bank)
         truth = test.labels if isinstance(test, LabelledSet) else test.targets
@@ -187,6 +186,22 @@ class _Walk:
             corruptions=self.corrupt(test, bank) if self.plan.with_corruptions else None,
             shift=self.shift(ScoredSet(test.name, test.classnames, scores, labels)),
         )
+
+    def bank(self, test: LabelledSet | MultiLabelSet) -> LabelBank:
+        encode = self.encode_texts
+        total = len(test.classnames) * len(test.templates) if encode is not None else 0
+        with counting(f"{self.subject.name}: prompts of {test.name}", total) as advance:
+
+            def told(sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+                assert encode is not None
+                embeds = encode(sentences)
+                advance(len(sentences))
+                return embeds
+
+            return label_bank_of(
+                self.subject, test.name, test.classnames, test.templates,
+                told if encode is not None else None,
+            )  # fmt: skip
 
     def embed(self, labelled: LabelledSet | MultiLabelSet | CaptionedSet) -> Features:
         title = f"{self.subject.name}: {labelled.name}"
@@ -256,6 +271,15 @@ class _Walk:
             captioned.name, features.embeds, np.concatenate(texts),
             [own[row] for row in features.rows], num_bad=features.num_bad,
         )  # fmt: skip
+
+
+def is_zero_shot_only(score: SubjectScore) -> bool:
+    """Whether there is nothing to tell but top-1 and top-5."""
+    return not score.retrieval and all(
+        entry.metric == "accuracy"
+        and (entry.linear_probe, entry.calibration, entry.corruptions, entry.shift) == (None,) * 4
+        for entry in score.sets
+    )
 
 
 def figures_of(score: SubjectScore, first: SubjectScore | None = None) -> list[Figure]:

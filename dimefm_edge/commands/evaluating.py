@@ -33,23 +33,48 @@ def run_eval(options: EvalOptions) -> Outcome:
     from dimefm_edge.scorecard import score_subject
     from dimefm_edge.subjects import load_subject
 
+    _check_libraries(options)
     plan, missing = _make_plan(options)
-    scores, params = [], {}
-    for name in names:
-        subject = load_subject(name, engine=options.engine)
-        encode_texts = subject.encode_texts
-        if options.teacher is not None:
-            encode_texts = _text_side(options.teacher, subject)
-        scores.append(score_subject(subject, plan, encode_texts))
-        if len(names) > 1 or options.plot:
-            from dimefm_edge.commands.sizing import count_params
-
-            params[name] = count_params(subject)
+    # All are loaded and timed before any is scored: what is wrong shows in seconds, not hours.
+    subjects = [load_subject(name, engine=options.engine) for name in names]
+    texts = [
+        s.encode_texts if options.teacher is None else _text_side(options.teacher, s)
+        for s in subjects
+    ]
     where, latencies = _latencies(options)
+    params = {}
+    if len(names) > 1 or options.plot:
+        from dimefm_edge.commands.sizing import count_params
+
+        params = {subject.name: count_params(subject) for subject in subjects}
+    scores = [
+        score_subject(subject, plan, encode_texts)
+        for subject, encode_texts in zip(subjects, texts, strict=True)
+    ]
     return _tell(options, scores, missing, params, where, latencies)
 
 
 # ---------------------------------------------------------------------- what is measured
+
+
+def _check_libraries(options: EvalOptions) -> None:
+    """What the measures need is there, or the run ends before it has begun.
+
+    Raises:
+        MissingExtraError: If it is not.
+    """
+    if options.linear_probe is not None:
+        from dimefm_edge.evaluate.metrics import import_sklearn
+
+        import_sklearn("linear_model")
+    if options.corruptions:
+        from dimefm_edge.evaluate.robustness import import_imagecorruptions
+
+        import_imagecorruptions()
+    if options.plot:
+        from dimefm_edge.score_plots import import_matplotlib
+
+        import_matplotlib()
 
 
 def _make_plan(options: EvalOptions) -> tuple[EvalPlan, list[MissingSet]]:
@@ -184,7 +209,7 @@ def _tell(
     latencies: dict[str, float],
 ) -> Outcome:
     """One subject with nothing asked beyond zero-shot keeps its short table."""
-    from dimefm_edge.scorecard import figures_of
+    from dimefm_edge.scorecard import figures_of, is_zero_shot_only
 
     first = scores[0] if len(scores) > 1 else None
     figures = [figures_of(score, first) for score in scores]
@@ -209,7 +234,7 @@ def _tell(
     values["missing"] = [asdict(item) for item in missing]
     files = _write_files(options, scores, figures, values)
     values["files"] = [str(path) for path in files]
-    is_short = len(scores) == 1 and not missing and len(figures[0]) == 2 * len(scores[0].sets)
+    is_short = len(scores) == 1 and not missing and is_zero_shot_only(scores[0])
     text = _short_text(scores[0]) if is_short else _long_text(scores, figures, values)
     return Outcome(values, text + "".join(f"\n{path}" for path in files))
 

@@ -20,7 +20,8 @@ from PIL import Image
 from dimefm_edge.data.images import ImagePool, LabelledSet
 from dimefm_edge.errors import DataError, MissingExtraError
 from dimefm_edge.evaluate.features import EncodePixels, embed_pool
-from dimefm_edge.evaluate.zero_shot import check_classes, score_zero_shot
+from dimefm_edge.evaluate.metrics import label_ranks
+from dimefm_edge.evaluate.zero_shot import check_classes, cosine_scores
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.preprocess import PreprocessSpec, resize_image
 
@@ -121,15 +122,42 @@ class CorruptedPool:
         return f"{self._pool.name(row)} ({self._corruption} {self._severity})"
 
     def load(self, row: int) -> Image.Image:
-        image = self._pool.load(row)
-        side = max(_MIN_SIDE, min(MAX_SIDE, *image.size))
-        pixels = resize_image(image, PreprocessSpec(image_size=side))
+        pixels = _square(self._pool.load(row))
         if self._corruption is not None:
             number = CORRUPTIONS.index(self._corruption)
             # One draw an image: severities of one corruption share it, as far as they draw alike.
             seed = int(np.random.SeedSequence([self._seed, number, row]).generate_state(1)[0])
             pixels = corrupt(pixels, self._corruption, self._severity, seed=seed)
         return Image.fromarray(pixels)
+
+
+class _Squares:
+    """The images of a pool, resized, cropped and kept: as much as is asked for."""
+
+    def __init__(self, pool: ImagePool) -> None:
+        self._pool = pool
+        self._kept: dict[int, Image.Image] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        return self._pool.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._pool)
+
+    def name(self, row: int) -> str:
+        return self._pool.name(row)
+
+    def load(self, row: int) -> Image.Image:
+        if row not in self._kept:
+            self._kept[row] = Image.fromarray(_square(self._pool.load(row)))
+        return self._kept[row]
+
+
+def _square(image: Image.Image) -> Pixels:
+    """(S, S, 3): the short side brought to at most 224 pixels and at least 32, the middle kept."""
+    side = max(_MIN_SIDE, min(MAX_SIDE, *image.size))
+    return resize_image(image, PreprocessSpec(image_size=side))
 
 
 def corrupt(pixels: Pixels, corruption: str, severity: int, *, seed: int) -> Pixels:
@@ -144,7 +172,7 @@ def corrupt(pixels: Pixels, corruption: str, severity: int, *, seed: int) -> Pix
     Raises:
         MissingExtraError: If imagecorruptions-imaug is not installed.
     """
-    library = _import_imagecorruptions()
+    library = import_imagecorruptions()
     options = {"seed": seed} if corruption in _SEEDED else {}
     with _GENERATOR:
         state = np.random.get_state()
@@ -188,29 +216,34 @@ def evaluate_corruptions(
         MissingExtraError: If imagecorruptions-imaug is not installed.
     """
     check_classes(bank, labelled.name, labelled.classnames)
-    _import_imagecorruptions()
-    rows = chosen_rows(len(labelled.pool), num_images, seed)
+    import_imagecorruptions()
 
-    def top1(pool: ImagePool) -> tuple[float, int]:
+    def right(pool: ImagePool, rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], int]:
+        """Rows that could be read, and how many of them are told right."""
         features = embed_pool(
             encode_pixels, preprocess, pool, name=labelled.name, rows=rows,
             batch_size=batch_size, workers=workers, advance=advance,
         )  # fmt: skip
-        report = score_zero_shot(features, labelled, bank)
-        return report.top1_pct, report.num_images
+        ranks = label_ranks(cosine_scores(features, bank), labelled.labels[features.rows])
+        return features.rows, int((ranks < 1).sum())
 
-    clean, count = top1(CorruptedPool(labelled.pool, None))
+    rows = chosen_rows(len(labelled.pool), num_images, seed)
+    rows, clean = right(CorruptedPool(labelled.pool, None), rows)
+    hits = np.zeros((len(CORRUPTIONS), len(SEVERITIES)), np.int64)
+    for start in range(0, len(rows), batch_size):
+        squares = _Squares(labelled.pool)  # a batch is decoded once for all of its corruptions
+        for i, corruption in enumerate(CORRUPTIONS):
+            for j, severity in enumerate(SEVERITIES):
+                pool = CorruptedPool(squares, corruption, severity, seed=seed)
+                hits[i, j] += right(pool, rows[start : start + batch_size])[1]
     return CorruptionReport(
         name=labelled.name,
-        clean_top1_pct=clean,
+        clean_top1_pct=100 * clean / len(rows),
         top1_pct={
-            corruption: tuple(
-                top1(CorruptedPool(labelled.pool, corruption, severity, seed=seed))[0]
-                for severity in SEVERITIES
-            )
-            for corruption in CORRUPTIONS
+            corruption: tuple(float(100 * count / len(rows)) for count in hits[i])
+            for i, corruption in enumerate(CORRUPTIONS)
         },
-        num_images=count,
+        num_images=len(rows),
     )
 
 
@@ -304,7 +337,12 @@ def _top1_among(scored: ScoredSet, shared: Sequence[str]) -> float:
     return float(100 * is_right.mean())
 
 
-def _import_imagecorruptions() -> Any:
+def import_imagecorruptions() -> Any:
+    """The library of corruptions.
+
+    Raises:
+        MissingExtraError: If it is not installed.
+    """
     try:
         import imagecorruptions
     except ImportError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import sys
 
 import pytest
 from PIL import Image
@@ -35,13 +36,17 @@ def test_eval_of_teacher_run_and_bundle(
     assert results["bundle"]["top1_pct"] == results["run"]["top1_pct"]
 
 
-def test_eval_prints_a_table(tiny_run_dir, labelled_dir, capsys):
+def test_eval_prints_a_table(tiny_run_dir, labelled_dir, tmp_path, capsys):
     assert cli.main(["eval", str(tiny_run_dir), "--data", str(labelled_dir)]) == 0
     said = capsys.readouterr().out
     assert said.startswith(f"run {tiny_run_dir}\n\nzero-shot")
     assert "top-1 %" in said
     assert cli.main(["eval", str(tiny_run_dir)]) == 0  # the sets of the run's config.toml
     assert capsys.readouterr().out == said
+    shutil.copytree(labelled_dir, tmp_path / "other")
+    words = ["eval", str(tiny_run_dir), "--data", str(labelled_dir), str(tmp_path / "other")]
+    assert cli.main(words) == 0  # two sets are a table of two lines, as ever
+    assert capsys.readouterr().out.splitlines()[2:4] == said.splitlines()[2:4]
 
 
 def test_a_bundle_without_the_class_names_needs_a_teacher(
@@ -184,6 +189,23 @@ def test_bad_input(words, complaint, hint, tiny_run_dir, labelled_dir, capsys):
     said = capsys.readouterr().err
     assert complaint in said
     assert hint is None or f"try: {hint}" in said
+
+
+def test_missing_libraries_are_told_before_anything_is_embedded(tiny_run_dir, capsys, monkeypatch):
+    for flag, module in (
+        (["--linear-probe", "scenes-train"], "sklearn.linear_model"),
+        (["--corruptions"], "imagecorruptions"),
+        (["--plot"], "matplotlib.figure"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            patch.setattr("dimefm_edge.subjects.load_subject", _never)
+            assert cli.main(["eval", str(tiny_run_dir), "--data", "scenes", *flag]) == 1
+        assert "try: pip install 'dimefm_edge[eval]'" in capsys.readouterr().err
+
+
+def _never(*args, **options):
+    raise AssertionError("loaded before the check")
 
 
 def test_names_that_clash(tiny_run_dir, labelled_dir, tmp_path, capsys):
