@@ -212,7 +212,7 @@ def _open_split(entry: SuiteSet, root: Path, split: str) -> LabelledSet | MultiL
         try:
             return _open_torchvision(entry, [root, *homes], split)
         except DataError as error:
-            reason += f"; {error.args[0]}"
+            reason += f"; {str(error.args[0]).partition('. ')[0]}"
     for home in homes if split == "test" else ():
         places = (home / "images", home / "objectnet-1.0" / "images", home)
         images = next(place for place in places if place.is_dir())
