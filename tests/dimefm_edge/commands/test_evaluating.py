@@ -66,12 +66,16 @@ def test_a_bundle_without_the_class_names_needs_a_teacher(
 
 
 def test_several_models_with_every_measure(
-    tiny_teacher_dir, tiny_run_dir, tiny_bundle_dir, labelled_dir, tmp_path, capsys, monkeypatch
+    tiny_teacher_dir, tiny_run_dir, tiny_bundle_dir, labelled_dir, tmp_path, capsys
 ):
-    monkeypatch.setattr("dimefm_edge.commands.sizing._SECONDS", 0.1)
     other = tmp_path / "other"
     shutil.copytree(labelled_dir, other)
-    names = [str(path) for path in (tiny_bundle_dir, tiny_run_dir)]
+    shutil.copytree(tiny_run_dir, tmp_path / "run")
+    shutil.copytree(tiny_bundle_dir, tmp_path / "run" / "bundle")
+    report = {side: {"name": side, "here_p50_ms": 2.5} for side in ("teacher", "student")}
+    report |= {"machine": {"cpu": "Some CPU"}, "bundle": "run/bundle"}
+    (tmp_path / "run" / "report.json").write_text(json.dumps(report))
+    names = [str(tmp_path / "run" / "bundle"), str(tmp_path / "run")]
     out = tmp_path / "scores"
     code, values = _json(
         capsys, "eval", *names, "--data", labelled_dir, other, "--linear-probe", labelled_dir,
@@ -91,7 +95,8 @@ def test_several_models_with_every_measure(
         "image to text recall@1", f"drop from {labelled_dir.name}, points", "zero-shot",
     } <= measures  # fmt: skip
     assert run["params_m"] == pytest.approx(bundle["params_m"], rel=0.1)
-    assert all(entry["latency_p50_ms"] > 0 for entry in values["subjects"])
+    assert [entry["latency_p50_ms"] for entry in values["subjects"]] == [2.5, 2.5]
+    assert values["latency_on"] == "Some CPU"  # the run's report said so: nothing was timed
     assert {p.name for p in out.iterdir()} == {
         "scores.json", "scores.csv", "accuracy.png", "accuracy.svg", "reliability.png",
         "reliability.svg",
