@@ -183,9 +183,9 @@ class EvalOptions(CommonOptions):
     """Images of each set that are corrupted; 0: all."""
     shift: bool = False
     """Natural shift from the first test set to each other, on the classes that both have."""
-    latency: Literal["auto", "measured", "reported", "none"] = "auto"
-    """Of one image: measured here in turn, or what the runs' reports say. auto: for --plot,
-    reported where all models have one of the same machine, else measured."""
+    latency: Literal["auto", "measured", "reported", "estimated", "none"] = "auto"
+    """Of one image: measured here in turn; as the runs' reports have it, or estimate it for their
+    target. auto: for --plot, reported where all models are of the same machine, else measured."""
     plot: bool = False
     """Draw accuracy against latency and parameters, as PNG and SVG in --out."""
     out: Path | None = None

@@ -41,21 +41,24 @@ def count_params(subject: Subject) -> float | None:
         return None
 
 
-def reported_latencies(names: Sequence[str]) -> tuple[str, dict[str, float]]:
+def reported_latencies(
+    names: Sequence[str], *, estimated: bool = False
+) -> tuple[str, dict[str, float]]:
     """What the runs' reports say of runs, their bundles, and the teacher that they name.
 
     Args:
         names: Subjects as the user typed them.
+        estimated: The estimate for the run's target, rather than what was measured.
 
     Returns:
-        The machine that the times were taken on, and p50 in ms by name.
+        The machine that the times were taken on, or the target, and ms of one image by name.
 
     Raises:
-        InputError: If a model has no report, or two were timed on different machines.
+        InputError: If a model has no report, or two are of different machines or targets.
     """
     reports = [report for name in names if (report := _report_beside(name)) is not None]
     found: dict[str, float] = {}
-    machines = set()
+    machines: set[str] = set()
     for name in names:
         own = _report_beside(name)
         side, report = ("student", own) if own else ("teacher", _report_of_teacher(name, reports))
@@ -63,11 +66,11 @@ def reported_latencies(names: Sequence[str]) -> tuple[str, dict[str, float]]:
             raise InputError(
                 f"no report says how quick {name} is", hint="--latency measured times it here"
             )
-        found[name] = float(report[side]["here_p50_ms"])
-        machines.add(str(report["machine"]["cpu"]))
+        found[name] = float(report[side]["target_ms" if estimated else "here_p50_ms"])
+        machines.add(f"{report['target']}, estimated" if estimated else report["machine"]["cpu"])
     if len(machines) != 1:
         raise InputError(
-            f"the reports are of different machines ({', '.join(sorted(machines))})",
+            f"the reports are of different places ({', '.join(sorted(machines))})",
             hint="--latency measured times all models here",
         )
     return machines.pop(), found
@@ -99,9 +102,11 @@ def measure_latencies(names: Sequence[str], *, engine: str) -> tuple[str, dict[s
 def find_latencies(
     names: Sequence[str], choice: str, *, engine: str
 ) -> tuple[str, dict[str, float]]:
-    """Latencies as `--latency` asks: measured, reported, or (auto) reported where they can be."""
+    """Latencies as `--latency` asks; auto: as reported, else measured."""
     if choice == "none":
         return "", {}
+    if choice == "estimated":
+        return reported_latencies(names, estimated=True)
     if choice in ("auto", "reported"):
         try:
             return reported_latencies(names)
@@ -132,8 +137,9 @@ def _read(path: Path) -> Mapping[str, Any] | None:
     """A run's report, if it is one."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        float(values["teacher"]["here_p50_ms"]), float(values["student"]["here_p50_ms"])
-        str(values["machine"]["cpu"])
+        is_report = isinstance(values["machine"]["cpu"], str) and isinstance(values["target"], str)
+        for side in ("teacher", "student"):
+            float(values[side]["here_p50_ms"]), float(values[side]["target_ms"])
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return values if isinstance(values, dict) else None
+    return values if is_report else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -72,8 +73,9 @@ def test_several_models_with_every_measure(
     shutil.copytree(labelled_dir, other)
     shutil.copytree(tiny_run_dir, tmp_path / "run")
     shutil.copytree(tiny_bundle_dir, tmp_path / "run" / "bundle")
-    report = {side: {"name": side, "here_p50_ms": 2.5} for side in ("teacher", "student")}
-    report |= {"machine": {"cpu": "Some CPU"}, "bundle": "run/bundle"}
+    times = {"here_p50_ms": 2.5, "target_ms": 0.5}
+    report = {side: {"name": side, **times} for side in ("teacher", "student")}
+    report |= {"machine": {"cpu": "Some CPU"}, "target": "rk3588", "bundle": "run/bundle"}
     (tmp_path / "run" / "report.json").write_text(json.dumps(report))
     names = [str(tmp_path / "run" / "bundle"), str(tmp_path / "run")]
     out = tmp_path / "scores"
@@ -109,6 +111,33 @@ def test_several_models_with_every_measure(
     assert float(top1["value"]) == pytest.approx(run["sets"][0]["value_pct"], rel=1e-4)
     with Image.open(out / "accuracy.png") as image:
         assert image.size[0] > 1000
+
+
+WITHOUT = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torchvision", "timm", "open_clip", "sklearn", "onnx"):
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Blocked())
+from dimefm_edge import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_a_bundle_is_judged_without_torch(tiny_open_bundle_dir, labelled_dir):
+    """As on a device: zero-shot with free labels, retrieval and calibration."""
+    words = ["eval", tiny_open_bundle_dir, "--data", labelled_dir, "--retrieval", "scenes:4", "--ece"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, *map(str, words), "--json"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert values["sets"][0]["calibration"]["num_images"] == 12
+    assert values["retrieval"][0]["num_captions"] == 20
 
 
 def test_corruptions_of_two_models(tiny_run_dir, tiny_bundle_dir, labelled_dir, capsys):

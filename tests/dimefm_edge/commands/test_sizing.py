@@ -14,9 +14,10 @@ from dimefm_edge.subjects import load_subject
 
 def write_report(folder, teacher: str, bundle: str, *, cpu: str = "Some CPU"):
     values = {
-        "teacher": {"name": teacher, "here_p50_ms": 12.5},
-        "student": {"name": "vit", "here_p50_ms": 3.25},
+        "teacher": {"name": teacher, "here_p50_ms": 12.5, "target_ms": 1.5},
+        "student": {"name": "vit", "here_p50_ms": 3.25, "target_ms": 0.75},
         "machine": {"cpu": cpu},
+        "target": "jetson-agx-orin@30w",
         "bundle": bundle,
     }
     (folder / "report.json").write_text(json.dumps(values))
@@ -53,6 +54,9 @@ def test_reports_tell_of_runs_bundles_and_their_teacher(run_dir):
     assert cpu == "Some CPU"
     assert found == {"sample": 12.5, str(run_dir): 3.25, str(bundle): 3.25}
     assert find_latencies(["sample", str(run_dir)], "auto", engine="onnxruntime")[0] == "Some CPU"
+    where, found = find_latencies(["sample", str(bundle)], "estimated", engine="onnxruntime")
+    assert where == "jetson-agx-orin@30w, estimated"
+    assert found == {"sample": 1.5, str(bundle): 0.75}
     assert find_latencies(["sample"], "none", engine="onnxruntime") == ("", {})
 
 
@@ -65,7 +69,7 @@ def test_reports_do_not_tell_of_others(run_dir, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     write_report(other, "sample", "bundle", cpu="Another CPU")
-    with pytest.raises(InputError, match=r"different machines \(Another CPU, Some CPU\)"):
+    with pytest.raises(InputError, match=r"different places \(Another CPU, Some CPU\)"):
         reported_latencies([str(run_dir), str(other)])
     (other / "report.json").write_text('{"teacher": 3}')
     with pytest.raises(InputError, match="no report says how quick"):
