@@ -97,11 +97,19 @@ class SubjectScore:
     kind: str
     sets: tuple[SetScore, ...]
     retrieval: tuple[RetrievalReport, ...] = ()
+    reference: str | None = None
+    """Set that natural shift was measured from."""
+
+    @property
+    def averaged(self) -> tuple[SetScore, ...]:
+        """The sets that the mean is over: without the reference, where others were shifted."""
+        others = tuple(entry for entry in self.sets if entry.name != self.reference)
+        return others or self.sets
 
     @property
     def mean_pct(self) -> float | None:
-        """Of the sets' own metrics; None without a labelled set."""
-        return float(np.mean([s.value_pct for s in self.sets])) if self.sets else None
+        """Of the sets' own metrics, zero-shot; None without a labelled set."""
+        return float(np.mean([s.value_pct for s in self.averaged])) if self.sets else None
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, with the derived figures, ready for JSON."""
@@ -148,7 +156,7 @@ def score_subject(
     walk = _Walk(subject, plan, encode_texts)
     sets = tuple(walk.score(eval_set) for eval_set in plan.sets)
     retrieval = tuple(walk.retrieve(captioned) for captioned in plan.captioned)
-    return SubjectScore(subject.name, subject.kind, sets, retrieval)
+    return SubjectScore(subject.name, subject.kind, sets, retrieval, plan.reference)
 
 
 @dataclass
@@ -306,8 +314,17 @@ def figures_of(score: SubjectScore, first: SubjectScore | None = None) -> list[F
             ("image to text", report.image_to_text_pct), ("text to image", report.text_to_image_pct)
         ):  # fmt: skip
             found += [Figure(report.name, f"{way} recall@{k}", v) for k, v in recalls.items()]
-    if score.mean_pct is not None and len(score.sets) > 1:
-        found.append(Figure(f"mean of {len(score.sets)} sets", "zero-shot", score.mean_pct))
+    return found + _means(score)
+
+
+def _means(score: SubjectScore) -> list[Figure]:
+    """As the field reports a suite: the mean over its sets, each by its own metric."""
+    found = []
+    if score.mean_pct is not None and len(score.averaged) > 1:
+        found.append(Figure(f"mean of {len(score.averaged)} sets", "zero-shot", score.mean_pct))
+    probes = [s.linear_probe.value_pct for s in score.averaged if s.linear_probe is not None]
+    if len(probes) > 1:
+        found.append(Figure(f"mean of {len(probes)} sets", "linear probe", float(np.mean(probes))))
     return found
 
 

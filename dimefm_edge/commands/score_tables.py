@@ -225,8 +225,8 @@ def _plot(
         if (accuracy := _accuracy(score)) is not None
     ]
     if scores[0].sets:
-        first = scores[0].sets
-        what = first[0].name if len(first) == 1 else f"mean of {len(first)} sets"
+        averaged = scores[0].averaged
+        what = averaged[0].name if len(averaged) == 1 else f"mean of {len(averaged)} sets"
         title = f"zero-shot, {what} (%)"
     else:
         title = "mean recall of retrieval (%)"

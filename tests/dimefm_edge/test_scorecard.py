@@ -147,6 +147,11 @@ def test_means_and_retention_by_hand():
     teacher, student = score(80, 40), score(60, 40)
     assert student.mean_pct == 50
     assert SubjectScore("x", "run", ()).mean_pct is None
+    # Where sets are shifted from a reference, the mean is over the shifted ones.
+    shifted = dataclasses.replace(score(80, 40, 20), reference="set 0")
+    assert shifted.mean_pct == 30
+    assert Figure("mean of 2 sets", "zero-shot", 30) in figures_of(shifted)
+    assert dataclasses.replace(score(80), reference="set 0").mean_pct == 80
     figures = figures_of(student)
     assert figures[-1] == Figure("mean of 2 sets", "zero-shot", 50)
     shares = [retention_pct(figure, figures_of(teacher)) for figure in figures]
