@@ -174,12 +174,12 @@ class _Walk:
         bank = self.bank(test)
         features = self.embed(test)
         scores = cosine_scores(features, bank)
-        truth = test.labels if isinstance(test, LabelledSet) else test.targets
         score = SetScore(
             test.name, eval_set.metric,
-            score_metric(eval_set.metric, scores, truth[features.rows]),
+            score_metric(eval_set.metric, scores, _truth(test)[features.rows]),
             len(features.rows), len(test.classnames), features.num_bad,
         )  # fmt: skip
+        score = dataclasses.replace(score, linear_probe=self.probe(eval_set, features))
         if isinstance(test, MultiLabelSet):
             return score
         labels = test.labels[features.rows]
@@ -187,7 +187,6 @@ class _Walk:
         return dataclasses.replace(
             score,
             zero_shot=score_zero_shot(features, test, bank),
-            linear_probe=self.probe(eval_set, features),
             calibration=measure_calibration(test.name, scores, labels, scale)
             if self.plan.with_ece
             else None,
@@ -222,20 +221,20 @@ class _Walk:
 
     def probe(self, eval_set: EvalSet, features: Features) -> LinearProbeReport | None:
         train, test = eval_set.train, eval_set.test
-        if train is None or not isinstance(test, LabelledSet):
+        if train is None:
             return None
         if id(train) not in self.probes:
             learned = self.embed(train)
             title = f"{self.subject.name}: probe on {train.name}"
             with counting(title, MAX_TRIED) as advance:
                 probe = fit_linear_probe(
-                    learned.embeds, train.labels[learned.rows], len(train.classnames),
+                    learned.embeds, _truth(train)[learned.rows], len(train.classnames),
                     name=train.name, seed=self.plan.seed, advance=advance,
                 )  # fmt: skip
                 advance(MAX_TRIED - len(probe.tried))
             self.probes[id(train)] = probe
         return evaluate_linear_probe(
-            self.probes[id(train)], features.embeds, test.labels[features.rows],
+            self.probes[id(train)], features.embeds, _truth(test)[features.rows],
             name=test.name, train_name=train.name, metric=eval_set.metric,
         )  # fmt: skip
 
@@ -279,6 +278,13 @@ class _Walk:
             captioned.name, features.embeds, np.concatenate(texts),
             [own[row] for row in features.rows], num_bad=features.num_bad,
         )  # fmt: skip
+
+
+def _truth(
+    labelled: LabelledSet | MultiLabelSet,
+) -> npt.NDArray[np.int64] | npt.NDArray[np.bool_]:
+    """(N,) classes, or (N, C) whether image n shows class c."""
+    return labelled.labels if isinstance(labelled, LabelledSet) else labelled.targets
 
 
 def is_zero_shot_only(score: SubjectScore) -> bool:

@@ -3,7 +3,8 @@
 scikit-learn's L-BFGS. The strength of regularisation is swept on a validation split, 97 values
 from 1e-6 to 1e6 of which CLIP's search tries fifteen (arXiv 2103.00020, appendix A.3: every 16th,
 then half the step around the best until it is one); then the probe is fitted again on training
-and validation images together (ELEVATER, arXiv 2204.08790).
+and validation images together (ELEVATER, arXiv 2204.08790). Where images show several classes,
+each class has a regression of its own, and the sweep goes by 11-point mAP.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import DataError
-from dimefm_edge.evaluate.metrics import Metric, import_sklearn, label_ranks, score_metric
+from dimefm_edge.evaluate.metrics import Metric, import_sklearn, score_metric
 
 STRENGTHS = np.logspace(-6, 6, 97)
 """scikit-learn's C: one over the weight of the penalty; 8 a decade."""
@@ -28,7 +29,8 @@ MAX_TRIED = 15
 """Strengths that the search tries at most; fewer when the best is the first or the last."""
 
 Embeds = npt.NDArray[np.float32]
-Labels = npt.NDArray[np.int64]
+Labels = npt.NDArray[np.int64] | npt.NDArray[np.bool_]
+"""(N,) classes, or (N, C) whether image n shows class c."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,12 +38,13 @@ class LinearProbe:
     """A probe that is fitted."""
 
     model: Any
-    """scikit-learn's LogisticRegression."""
+    """scikit-learn's LogisticRegression, or one of them a class."""
     num_classes: int
     c: float
-    val_top1_pct: float
+    val_pct: float
+    """Top-1 on the validation split, or 11-point mAP."""
     tried: tuple[tuple[float, float], ...]
-    """(C, top-1 on the validation split in percent), in order of C."""
+    """(C, that figure), in order of C."""
     num_train: int
     has_converged: bool
     """Whether the last fit ended before its limit of iterations."""
@@ -49,6 +52,8 @@ class LinearProbe:
     def scores(self, embeds: Embeds) -> npt.NDArray[np.float64]:
         """(N, E) -> (N, C) logits; classes without training images score least of all."""
         logits = np.asarray(self.model.decision_function(embeds), np.float64)
+        if not hasattr(self.model, "n_iter_"):  # a regression for each class
+            return logits
         if logits.ndim == 1:  # two classes: the margin of the second
             logits = np.stack([-logits, logits], axis=1) / 2
         full = np.full((len(embeds), self.num_classes), logits.min(initial=0.0) - 1)
@@ -64,9 +69,8 @@ class LinearProbeReport:
     train_name: str
     metric: Metric
     value_pct: float
-    top1_pct: float
     c: float
-    val_top1_pct: float
+    val_pct: float
     num_train: int
     num_images: int
     num_classes: int
@@ -86,7 +90,7 @@ def fit_linear_probe(
 
     Args:
         embeds: (N, E) of the training set.
-        labels: (N,) its classes.
+        labels: (N,) its classes, or (N, C) bool.
         num_classes: C; classes without a training image are never predicted.
         name: Of the training set, for errors.
         seed: Of the split: one image in five of every class.
@@ -97,16 +101,16 @@ def fit_linear_probe(
             not finite.
         MissingExtraError: If scikit-learn is not installed.
     """
-    if len(np.unique(labels)) < 2:
+    num_seen = int(labels.any(0).sum()) if labels.ndim == 2 else len(np.unique(labels))
+    if num_seen < 2:
         raise DataError(
-            f"a linear probe needs images of two classes or more; '{name}' has "
-            f"{len(np.unique(labels))}",
+            f"a linear probe needs images of two classes or more; '{name}' has {num_seen}",
             hint="--linear-probe with a training set of the same classes",
         )
     if not np.isfinite(embeds).all():
         raise DataError(f"the embeddings of '{name}' are not all finite")
     is_val = validation_split(labels, seed=seed)
-    if not is_val.any() or len(np.unique(labels[~is_val])) < 2:
+    if not is_val.any() or (labels.ndim == 2 and not labels[is_val].any()):
         raise DataError(
             f"'{name}' is too small for a validation split: a class needs two images or more"
         )
@@ -115,7 +119,7 @@ def fit_linear_probe(
     def accuracy(index: int) -> float:
         if index not in found:
             model = _fit(embeds[~is_val], labels[~is_val], float(STRENGTHS[index]))
-            found[index] = float(100 * (model.predict(embeds[is_val]) == labels[is_val]).mean())
+            found[index] = _score(model, embeds[is_val], labels[is_val])
             if advance is not None:
                 advance(1)
         return found[index]
@@ -126,10 +130,10 @@ def fit_linear_probe(
         model=model,
         num_classes=num_classes,
         c=float(STRENGTHS[best]),
-        val_top1_pct=found[best],
+        val_pct=found[best],
         tried=tuple((float(STRENGTHS[i]), found[i]) for i in sorted(found)),
         num_train=len(labels),
-        has_converged=int(np.max(model.n_iter_)) < _MAX_ITERATIONS,
+        has_converged=_most_iterations(model) < _MAX_ITERATIONS,
     )
 
 
@@ -142,16 +146,14 @@ def evaluate_linear_probe(
     train_name: str,
     metric: Metric = "accuracy",
 ) -> LinearProbeReport:
-    """Score a probe on (N, E) embeddings and (N,) classes of a test set."""
-    scores = probe.scores(embeds)
+    """Score a probe on (N, E) embeddings and (N,) classes, or (N, C) bool, of a test set."""
     return LinearProbeReport(
         name=name,
         train_name=train_name,
         metric=metric,
-        value_pct=score_metric(metric, scores, labels),
-        top1_pct=float(100 * (label_ranks(scores, labels) < 1).mean()),
+        value_pct=score_metric(metric, probe.scores(embeds), labels),
         c=probe.c,
-        val_top1_pct=probe.val_top1_pct,
+        val_pct=probe.val_pct,
         num_train=probe.num_train,
         num_images=len(labels),
         num_classes=probe.num_classes,
@@ -176,8 +178,10 @@ def search_strength(accuracy: Callable[[int], float]) -> int:
 
 
 def validation_split(labels: Labels, *, seed: int) -> npt.NDArray[np.bool_]:
-    """(N,) True for one image in five of every class, at least one of classes that have two."""
+    """(N,) True for one image in five: of every class, at least one of those that have two."""
     rng = np.random.default_rng(seed)
+    if labels.ndim == 2:
+        return np.asarray(rng.permutation(len(labels)) < max(1, len(labels) // 5))
     is_val = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
@@ -187,8 +191,23 @@ def validation_split(labels: Labels, *, seed: int) -> npt.NDArray[np.bool_]:
 
 
 def _fit(embeds: Embeds, labels: Labels, c: float) -> Any:
-    linear_model = import_sklearn("linear_model")
+    model = import_sklearn("linear_model").LogisticRegression(C=c, max_iter=_MAX_ITERATIONS)
+    if labels.ndim == 2:
+        model = import_sklearn("multiclass").OneVsRestClassifier(model)
     with warnings.catch_warnings():
         # Told in the report; a weak penalty often needs more steps than anyone waits for.
         warnings.simplefilter("ignore", import_sklearn("exceptions").ConvergenceWarning)
-        return linear_model.LogisticRegression(C=c, max_iter=_MAX_ITERATIONS).fit(embeds, labels)
+        warnings.filterwarnings("ignore", message="Label .* is present in all|Label not")
+        return model.fit(embeds, labels.astype(np.int64))
+
+
+def _score(model: Any, embeds: Embeds, labels: Labels) -> float:
+    if labels.ndim == 2:
+        return score_metric("map_11_point", model.decision_function(embeds), labels)
+    return float(100 * (model.predict(embeds) == labels).mean())
+
+
+def _most_iterations(model: Any) -> int:
+    """Of its regressions; a class that all images show, or none, has none."""
+    parts = getattr(model, "estimators_", [model])
+    return max((int(np.max(part.n_iter_)) for part in parts if hasattr(part, "n_iter_")), default=0)

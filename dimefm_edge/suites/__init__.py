@@ -57,7 +57,7 @@ class EvalSet:
 
     test: LabelledSet | MultiLabelSet
     metric: Metric = "accuracy"
-    train: LabelledSet | None = None
+    train: LabelledSet | MultiLabelSet | None = None
 
     @property
     def name(self) -> str:
@@ -197,7 +197,7 @@ def _open_set(entry: SuiteSet, root: Path, *, with_train: bool) -> EvalSet:
             opened = _open_split(entry, root, "train")
         except DimeFMError:  # told where the probe would have been
             opened = None
-        if isinstance(opened, LabelledSet) and opened.classnames == test.classnames:
+        if type(opened) is type(test) and opened.classnames == test.classnames:
             train = opened
     return EvalSet(test, entry.metric, train)
 

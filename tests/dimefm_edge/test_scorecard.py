@@ -116,10 +116,16 @@ def test_several_classes_an_image(subject, labelled_dir):
     test = open_labelled(str(labelled_dir))
     targets = np.eye(3, dtype=bool)[test.labels]
     multi = MultiLabelSet("voc", test.pool, targets, test.classnames, test.templates)
-    plan = EvalPlan(sets=(EvalSet(multi, "map_11_point"),), with_ece=True)
-    (entry,) = score_subject(subject, plan, subject.encode_texts).sets
+    plan = EvalPlan(sets=(EvalSet(multi, "map_11_point", train=multi),), with_ece=True)
+    score = score_subject(subject, plan, subject.encode_texts)
+    (entry,) = score.sets
     assert 0 < entry.value_pct <= 100
     assert (entry.zero_shot, entry.calibration) == (None, None)
+    assert entry.linear_probe is not None
+    assert entry.linear_probe.metric == "map_11_point"
+    assert [f.measure for f in figures_of(score)] == [
+        "zero-shot 11-point mAP", "linear probe 11-point mAP",
+    ]  # fmt: skip
     assert entry.num_classes == 3
 
 
