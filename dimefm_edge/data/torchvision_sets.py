@@ -78,7 +78,10 @@ def open_torchvision(
         raise MissingExtraError(f"{kind} needs {package}", hint=f"pip install {package}") from error
     except (RuntimeError, OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(f"torchvision finds no {kind} in {root}: {error}") from error
-    labels = _labels_of(dataset)
+    try:
+        labels = _labels_of(dataset)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{kind} in {root} has images without a label") from error
     own = tuple(str(c).replace("_", " ") for c in getattr(dataset, "classes", ()))
     names = classnames or own
     if not len(labels) or labels.max() >= len(names) or labels.min() < 0:

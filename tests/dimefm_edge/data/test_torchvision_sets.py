@@ -71,6 +71,17 @@ def test_a_damaged_image_is_counted_not_fatal(sst2_root):
         labelled.pool.load(0)
 
 
+def test_a_split_without_labels(tmp_path, monkeypatch):
+    """FER2013's test.csv has pixels only; the checksum would want the real file."""
+    monkeypatch.setattr("torchvision.datasets.fer2013.check_integrity", lambda *a, **k: True)
+    folder = tmp_path / "fer2013"
+    folder.mkdir()
+    text = "pixels\n" + " ".join(["7"] * 48 * 48) + "\n"
+    (folder / "test.csv").write_text(text)
+    with pytest.raises(DataError, match="FER2013 in .* has images without a label"):
+        open_torchvision("FER2013", tmp_path, {"split": "test"}, name="fer2013")
+
+
 def test_what_is_not_there(tmp_path, mnist_root):
     with pytest.raises(DataError, match="torchvision finds no CIFAR10 in"):
         open_torchvision("CIFAR10", tmp_path, {"train": False}, name="cifar10")
