@@ -78,7 +78,7 @@ def test_a_split_without_labels(tmp_path, monkeypatch):
     folder.mkdir()
     text = "pixels\n" + " ".join(["7"] * 48 * 48) + "\n"
     (folder / "test.csv").write_text(text)
-    with pytest.raises(DataError, match="FER2013 in .* has images without a label"):
+    with pytest.raises(DataError, match=r"FER2013 in .* has images without a label"):
         open_torchvision("FER2013", tmp_path, {"split": "test"}, name="fer2013")
 
 
