@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dimefm_edge.errors import DimeFMError, InputError, lookup
 from dimefm_edge.latency.operators import Operator, convolution
 from dimefm_edge.students import StudentSpec, build_student, student_spec
+from dimefm_edge.students.hybrid import build_hybrid, reparameterise
 
 _KINDS = {
     "elementwise": (
@@ -59,9 +61,7 @@ def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[Operat
     Returns:
         Operators in order.
     """
-    if any(hasattr(m, "reparameterize") for m in module.modules()):
-        from dimefm_edge.students.hybrid import reparameterise
-
+    if _has_branches(module):
         with next(module.parameters()).device:
             module = reparameterise(module)
     return _trace(module, image_size, batch)
@@ -70,17 +70,12 @@ def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[Operat
 @functools.lru_cache(maxsize=4096)
 def trace_student(spec: StudentSpec, batch: int = 1) -> tuple[Operator, ...]:
     """`trace_ops` of a student as it is deployed, its branches merged. Cached by spec."""
-    with torch.device("meta"):
-        student = _build_deployed(spec)
-    return tuple(_trace(student, spec.image_size, batch))
-
-
-def _build_deployed(spec: StudentSpec) -> nn.Module:
     if spec.family == "hybrid":
-        from dimefm_edge.students.hybrid import build_hybrid
-
-        return build_hybrid(spec, is_merged=True)
-    return build_student(spec)
+        with torch.device("meta"):
+            student: nn.Module = build_hybrid(spec, is_merged=True)
+    else:
+        student = _deployed(lambda: build_student(spec))
+    return tuple(_trace(student, spec.image_size, batch))
 
 
 def trace_timm(name: str, image_size: int, batch: int = 1) -> tuple[Operator, ...]:
@@ -111,7 +106,8 @@ def trace_classifier(name: str, image_size: int | None = None, batch: int = 1) -
     if size is None:
         raise InputError(f"timm names no image size for {name}", hint="give one")
     try:
-        module = _build_timm(architecture, {"img_size": size} if size != own else {})
+        kwargs = {"img_size": size} if size != own else {}
+        module = _deployed(lambda: _build_timm(architecture, kwargs))
         return _trace(module, size, batch)
     except DimeFMError:
         raise
@@ -121,22 +117,24 @@ def trace_classifier(name: str, image_size: int | None = None, batch: int = 1) -
 
 
 def _build_timm(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
-    """On the meta device, but where branches must be merged, which takes weights."""
     import timm
 
-    from dimefm_edge.students.hybrid import reparameterise
+    try:
+        return timm.create_model(architecture, **kwargs)
+    except TypeError:  # only some take img_size; the others take any image
+        return timm.create_model(architecture)
 
-    def build(arguments: dict[str, Any]) -> nn.Module:
-        try:
-            return timm.create_model(architecture, **arguments)
-        except TypeError:  # only some take img_size; the others take any image
-            return timm.create_model(architecture)
 
+def _deployed(build: Callable[[], nn.Module]) -> nn.Module:
+    """Built on the meta device, but where branches must be merged, which takes weights."""
     with torch.device("meta"):
-        module = build(kwargs)
-    if any(hasattr(m, "reparameterize") or hasattr(m, "fuse") for m in module.modules()):
-        module = reparameterise(build(kwargs))
-    return module
+        module = build()
+    return reparameterise(build()) if _has_branches(module) else module
+
+
+def _has_branches(module: nn.Module) -> bool:
+    """Whether it is trained in another form than it is deployed in; timm names it two ways."""
+    return any(hasattr(m, "reparameterize") or hasattr(m, "fuse") for m in module.modules())
 
 
 def _trace(module: nn.Module, image_size: int, batch: int) -> list[Operator]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import timm
 import torch
@@ -89,6 +91,18 @@ def test_branches_are_merged_before_tracing():
     ops = trace_ops(student, 32)
     assert [(o.macs, o.read) for o in ops] == [(o.macs, o.read) for o in trace_student(HYBRID)]
     assert set(student.state_dict()) == keys
+
+
+@pytest.mark.parametrize("name", ["repvit_m0_9", "fastvit_t8", "levit_128s"])
+def test_a_student_of_timm_is_traced_with_its_branches_merged(name):
+    """As its classifier is, whose merged form the published latencies were fitted with."""
+    image_size = 224
+    student, classifier = (
+        Counter(op.kind for op in ops)
+        for ops in (trace_timm(name, image_size), trace_classifier(name, image_size))
+    )
+    assert student["conv"] + student["depthwise"] == classifier["conv"] + classifier["depthwise"]
+    assert student["batch_norm"] <= classifier["batch_norm"]
 
 
 def test_arithmetic_grows_with_the_batch():
