@@ -39,15 +39,15 @@ TEACHER_GMACS_SHARE = 0.4
 INHERITANCE_BONUS = 2.0
 """A student that starts from the teacher's weights counts as one of twice the arithmetic."""
 
-_VIT_WIDTHS = (64, 96, 128, 192, 256, 320, 384, 512, 640, 768)
-_VIT_DEPTHS = (2, 3, 4, 6, 8, 10, 12)
+_VIT_WIDTHS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 576, 640, 704, 768, 1024)
+_VIT_DEPTHS = tuple(range(2, 13))
 _MAX_WIDTH_PER_LAYER = 96
 """Wide and shallow ViTs fill a budget with arithmetic that they cannot use; ViT-B has 64."""
 _MIN_DEPTH = 2
-_MAX_MEASURED = 6
+_MAX_MEASURED = 10
 _MARGIN = 0.97
 """Of the budget, what a student that was not measured may take by its corrected estimate."""
-_HYBRID_WIDTHS = (16, 24, 32, 48, 64, 80, 96)
+_HYBRID_WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96)
 _HYBRID_DEPTHS = ((1, 1, 1, 1), (1, 1, 2, 1), (2, 2, 4, 2), (2, 2, 6, 2), (3, 3, 9, 3))
 
 Measure = Callable[[StudentSpec, str], float]
@@ -194,19 +194,28 @@ def _measure_best(
 ) -> dict[StudentSpec, FitCandidate]:
     """Measure the best that should fit, and again, until the best was measured and fits.
 
-    Each time corrects the estimates of the rest by the median of measured over estimated.
+    What measuring said corrects the estimates of the others: of the nearest in latency, of the
+    same family where there is one.
     """
     measured: dict[StudentSpec, FitCandidate] = {}
 
-    def fits(candidate: FitCandidate, correction: float) -> bool:
+    def correction(candidate: FitCandidate) -> float:
+        def distance(other: FitCandidate) -> tuple[bool, float]:
+            is_other = other.spec.family != candidate.spec.family
+            return is_other, abs(math.log(other.latency_ms / candidate.latency_ms))
+
+        if not measured:
+            return 1.0
+        nearest = min(measured.values(), key=distance)
+        return (nearest.measured_ms or 0.0) / nearest.latency_ms
+
+    def fits(candidate: FitCandidate) -> bool:
         if candidate.spec in measured:
             return measured[candidate.spec].fits
-        return candidate.latency_ms * correction <= _MARGIN * budget_ms
+        return candidate.latency_ms * correction(candidate) <= _MARGIN * budget_ms
 
     for _ in range(_MAX_MEASURED):
-        ratios = [(c.measured_ms or 0.0) / c.latency_ms for c in measured.values()]
-        correction = sorted(ratios)[len(ratios) // 2] if ratios else 1.0
-        able = [c for c in candidates if fits(c, correction)] or [candidates[0]]
+        able = [c for c in candidates if fits(c)] or [candidates[0]]
         best = max(able, key=lambda c: (c.score, -c.latency_ms))
         if best.spec in measured:
             break
