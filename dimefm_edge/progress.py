@@ -11,8 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextlib.contextmanager
-def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr with rate and remaining time; silent when nothing is to do."""
+def counting(
+    title: str, total: int, *, is_transient: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr with rate and remaining time; silent when nothing is to do.
+
+    A transient one leaves nothing behind, and is not shown but on terminals.
+    """
     columns = (
         TextColumn(title),
         BarColumn(),
@@ -21,7 +26,11 @@ def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )
     begun, done = time.perf_counter(), 0
-    with Progress(*columns, console=Console(stderr=True), disable=not total) as bar:
+    console = Console(stderr=True)
+    is_silent = not total or (is_transient and not console.is_terminal)
+    with Progress(
+        *columns, console=console, disable=is_silent, transient=is_transient
+    ) as bar:
         task = bar.add_task(title, total=total, rate=0.0)
 
         def advance(count: int) -> None:

@@ -170,7 +170,7 @@ class _Bench:
     # -------------------------------------------------------------------------- steps
 
     def _prepare(self) -> None:
-        with counting("making ready", len(self.subjects)) as advance:
+        with counting("making ready", len(self.subjects), is_transient=True) as advance:
             for place, subject in enumerate(self.subjects):
                 made = self.folder / str(place)
                 made.mkdir(parents=True)
