@@ -131,6 +131,8 @@ class _Bench:
     def run(self, stack: ExitStack) -> None:
         """Every step, in order."""
         self._prepare()
+        if not self._alive():
+            return
         yardstick = self._measure_machine(stack)
         self._recorder = Recorder(self.sensors)
         rounds = max(_MIN_ROUNDS, round(self.config.seconds / TURN_S))
