@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from dimefm_edge.data.decode import BadImageError, ImagePool, decode_image
+from dimefm_edge.data.decode import ImagePool, decode_image
 from dimefm_edge.data.scenes import DEFAULT_NUM_IMAGES, scene_image
 from dimefm_edge.data.sources import (
     digest_lines,
@@ -24,6 +24,7 @@ from dimefm_edge.data.sources import (
 )
 from dimefm_edge.data.tar_index import TarIndex, scan_tar
 from dimefm_edge.errors import DataError, MissingExtraError
+from dimefm_edge.image_files import BadImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 

@@ -74,7 +74,8 @@ def test_a_graph_that_resizes_gets_images_as_they_are(
     loaded = LoadedStudent(student, spec, preprocess, {})
     out = export_student(loaded, tmp_path / "b", graph=graph, label_banks=[bank],
                          parity_images=prepared, logit_scale=100.0)  # fmt: skip
-    monkeypatch.setattr("dimefm_edge.runtime.classifier.resize_image", None)
+    for name in ("load_inputs", "load_pixels"):
+        monkeypatch.setattr(f"dimefm_edge.runtime.classifier.{name}", None)
     classifier = ZeroShotClassifier(out, threads=1)
     np.testing.assert_allclose(classifier._embed(pictures), embeds, atol=2e-2)
     ranked = classifier.classify(pictures, top_k=1)
