@@ -20,6 +20,9 @@ Weights = npt.NDArray[np.float64]
 
 _OUTPUTS_PER_BLOCK = 8
 """More waste products on zeros, fewer waste time between products: 8 to 16 are the fastest."""
+_LINES_PER_PRODUCT = 512
+"""Keeps a product below 2**18 multiplications, from where on OpenBLAS takes several threads (its
+interface/gemm.c): to wake them takes longer than the product, on a busy machine 100 times so."""
 
 
 def _triangle(x: Weights) -> Weights:
@@ -100,13 +103,19 @@ def resample(planes: Floats, rows: Bands, columns: Bands) -> Floats:
         (C, rows.size, columns.size) float32 in [0, 255].
     """
     channels, height, width = planes.shape
-    narrow = np.empty((channels * height, columns.size), np.float32)
     lines = planes.reshape(channels * height, width)
-    for out, taken, weights in columns.blocks:
-        np.matmul(lines[:, taken], weights.T, out=narrow[:, out])
+    narrow = np.empty((channels * height, columns.size), np.float32)
+    for some in _pieces(channels * height):
+        for out, taken, weights in columns.blocks:
+            np.matmul(lines[some, taken], weights.T, out=narrow[some, out])
     np.clip(narrow, 0, 255, out=narrow)  # a cubic overshoots at edges; Pillow clips here too
     narrow = narrow.reshape(channels, height, columns.size)
     answer = np.empty((channels, rows.size, columns.size), np.float32)
-    for out, taken, weights in rows.blocks:
-        np.matmul(weights, narrow[:, taken], out=answer[:, out])
+    for some in _pieces(columns.size):
+        for out, taken, weights in rows.blocks:
+            np.matmul(weights, narrow[:, taken, some], out=answer[:, out, some])
     return np.clip(answer, 0, 255, out=answer)
+
+
+def _pieces(size: int) -> list[slice]:
+    return [slice(at, at + _LINES_PER_PRODUCT) for at in range(0, size, _LINES_PER_PRODUCT)]
