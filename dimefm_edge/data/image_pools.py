@@ -167,7 +167,9 @@ class ParquetPool:
                 f"column '{column}' of {path} holds {kind}, not encoded images",
                 hint=f"--image-column with another of: {', '.join(schema.names)}",
             )
-        groups = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        if min(groups, default=0) < 0:
+            raise DataError(f"{path} is damaged: it says that it has {min(groups)} rows")
         self._starts: list[int] = [0, *itertools.accumulate(groups)]
         self._groups: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()
