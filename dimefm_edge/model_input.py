@@ -67,7 +67,8 @@ def load_inputs(
     scale, shift = (values[:, None, None] for values in spec.scale_and_shift())
     inputs = np.empty((len(sources), 3, spec.image_size, spec.image_size), np.float32)
     for values, source in zip(inputs, sources, strict=True):
-        np.multiply(_levels(source, spec), scale, out=values)
+        _write_levels(source, spec, values)
+        values *= scale
         values -= shift
     return inputs
 
@@ -83,12 +84,14 @@ def load_pixels(
     Raises:
         BadImageError: If one cannot be read.
     """
-    pixels = np.empty((len(sources), spec.image_size, spec.image_size, 3), np.uint8)
+    side = spec.image_size
+    pixels = np.empty((len(sources), side, side, 3), np.uint8)
+    levels = np.empty((3, side, side), np.float32)
     for values, source in zip(pixels, sources, strict=True):
         if exact or spec.interpolation not in FILTERS:
             values[...] = resize_image(load_image(source), spec)
         else:
-            levels = _levels(source, spec)
+            _write_levels(source, spec, levels)
             values[...] = np.rint(levels, out=levels).transpose(1, 2, 0)
     return pixels
 
@@ -102,8 +105,8 @@ def load_image(source: ImageSource) -> Image.Image:
     return as_seen(source) if isinstance(source, Image.Image) else read_picture(source).image
 
 
-def _levels(source: ImageSource, spec: PreprocessSpec) -> Levels:
-    """(3, S, S) float32 in [0, 255]."""
+def _write_levels(source: ImageSource, spec: PreprocessSpec, out: Levels) -> None:
+    """Read, resize and crop an image into (3, S, S), in [0, 255]."""
     if isinstance(source, Image.Image):
         image = as_seen(source)
         picture = Picture(image, image.size, 1)
@@ -111,24 +114,24 @@ def _levels(source: ImageSource, spec: PreprocessSpec) -> Levels:
         picture = read_picture(source, least_side=_HEADROOM * spec.image_size)
     side = spec.image_size
     size = resized_size(picture.size, spec)
-    if spec.resize_mode != "longest":
-        return _resampled(picture, size, crop_corner(size, side), (side, side), spec)
-    padded = np.full((3, side, side), spec.fill_color, np.float32)
-    left, top = margins(size, side)
-    padded[:, top : top + size[1], left : left + size[0]] = _resampled(
-        picture, size, (0, 0), size, spec
-    )
-    return padded
+    if spec.resize_mode == "longest":
+        out[...] = spec.fill_color
+        left, top = margins(size, side)
+        inner = out[:, top : top + size[1], left : left + size[0]]
+        _resample_part(picture, size, (0, 0), spec, inner)
+    else:
+        _resample_part(picture, size, crop_corner(size, side), spec, out)
 
 
-def _resampled(
+def _resample_part(
     picture: Picture,
     size: tuple[int, int],
     corner: tuple[int, int],
-    kept: tuple[int, int],
     spec: PreprocessSpec,
-) -> Levels:
-    """Part of a picture resized to `size`: (3, height, width) of what is kept from a corner on."""
+    out: Levels,
+) -> None:
+    """Of a picture resized to `size`: what lies from a corner on, as much as `out` holds."""
+    kept = out.shape[:0:-1]
     image = picture.image
     factors, bands = [], []
     for axis in (0, 1):
@@ -141,11 +144,8 @@ def _resampled(
         bands.append(fit_bands(length, box, kept[axis], spec.interpolation))
         factors.append(factor)
     columns, rows = bands
-    planes = np.empty((3, rows.stop - rows.start, columns.stop - columns.start), np.float32)
     part = _part(image, columns, rows, (factors[0], factors[1]))
-    for plane, band in zip(planes, part.split(), strict=True):
-        plane[...] = np.asarray(band)
-    return resample(planes, rows, columns)
+    resample([np.asarray(band) for band in part.split()], rows, columns, out=out)
 
 
 def _part(image: Image.Image, columns: Bands, rows: Bands, factor: tuple[int, int]) -> Image.Image:

@@ -1,7 +1,7 @@
 """Resampling with antialiasing as products of small matrices: Pillow's filters on BLAS.
 
-Each output row is a weighted sum of a few input rows. Eight neighbouring ones share nearly all
-of theirs, so that they are one dense product, which BLAS does several times faster than Pillow's
+Each output row is a weighted sum of a few input rows. Sixteen neighbouring ones share most of
+theirs, so that they are one dense product, which BLAS does several times faster than Pillow's
 loop over taps (benchmarks/bench_preprocess.py). Weights are those of Pillow's `Image.resize`
 (its src/libImaging/Resample.c); answers are not rounded to 8 bits in between.
 """
@@ -9,7 +9,9 @@ loop over taps (benchmarks/bench_preprocess.py). Weights are those of Pillow's `
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +20,11 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Weights = npt.NDArray[np.float64]
 
-_OUTPUTS_PER_BLOCK = 8
+_OUTPUTS_PER_BLOCK = 16
 """More waste products on zeros, fewer waste time between products: 8 to 16 are the fastest."""
-_LINES_PER_PRODUCT = 512
-"""Keeps a product below 2**18 multiplications, from where on OpenBLAS takes several threads (its
-interface/gemm.c): to wake them takes longer than the product, on a busy machine 100 times so."""
+_MAX_PRODUCT = 2**18
+"""Multiplications from which on OpenBLAS takes several threads (its interface/gemm.c): to wake
+them takes longer than the product, on a busy machine 100 times so."""
 
 
 def _triangle(x: Weights) -> Weights:
@@ -91,31 +93,56 @@ def fit_bands(length: int, box: tuple[float, float], size: int, filter_name: str
     return Bands(size, start, int(last[-1]), tuple(blocks))
 
 
-def resample(planes: Floats, rows: Bands, columns: Bands) -> Floats:
+def resample(
+    planes: Sequence[npt.NDArray[np.uint8]], rows: Bands, columns: Bands, *, out: Floats
+) -> None:
     """Resample planes along both axes, columns first as Pillow does.
 
     Args:
-        planes: (C, rows.stop - rows.start, columns.stop - columns.start) float32 in [0, 255].
+        planes: C of (rows.stop - rows.start, columns.stop - columns.start) uint8.
         rows: How the height is resampled.
         columns: How the width is.
-
-    Returns:
-        (C, rows.size, columns.size) float32 in [0, 255].
+        out: (C, rows.size, columns.size) float32 that becomes the answer, in [0, 255].
     """
-    channels, height, width = planes.shape
-    lines = planes.reshape(channels * height, width)
-    narrow = np.empty((channels * height, columns.size), np.float32)
-    for some in _pieces(channels * height):
-        for out, taken, weights in columns.blocks:
-            np.matmul(lines[some, taken], weights.T, out=narrow[some, out])
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    lines = _scratch.take("lines", (height, width))
+    narrow = _scratch.take("narrow", (len(planes), height, columns.size))
+    for plane, answer in zip(planes, narrow, strict=True):
+        lines[...] = plane
+        for some in _pieces(height, columns):
+            for outs, taken, weights in columns.blocks:
+                np.matmul(lines[some, taken], weights.T, out=answer[some, outs])
     np.clip(narrow, 0, 255, out=narrow)  # a cubic overshoots at edges; Pillow clips here too
-    narrow = narrow.reshape(channels, height, columns.size)
-    answer = np.empty((channels, rows.size, columns.size), np.float32)
-    for some in _pieces(columns.size):
-        for out, taken, weights in rows.blocks:
-            np.matmul(weights, narrow[:, taken, some], out=answer[:, out, some])
-    return np.clip(answer, 0, 255, out=answer)
+    for some in _pieces(columns.size, rows):
+        for outs, taken, weights in rows.blocks:
+            np.matmul(weights, narrow[:, taken, some], out=out[:, outs, some])
+    np.clip(out, 0, 255, out=out)
 
 
-def _pieces(size: int) -> list[slice]:
-    return [slice(at, at + _LINES_PER_PRODUCT) for at in range(0, size, _LINES_PER_PRODUCT)]
+def _pieces(lines: int, bands: Bands) -> list[slice]:
+    """Lines in as few equal pieces as keep each product small."""
+    largest = max(weights.size for _, _, weights in bands.blocks)
+    count = -(-lines * largest // (_MAX_PRODUCT - 1))
+    length = -(-lines // count)
+    return [slice(at, at + length) for at in range(0, lines, length)]
+
+
+class _Scratch(threading.local):
+    """Memory that each thread keeps for its next picture.
+
+    Fresh memory of this size comes from the operating system page by page, again for each
+    picture: that took longer than the products.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Floats] = {}
+
+    def take(self, name: str, shape: tuple[int, ...]) -> Floats:
+        """An array of the shape, of what the last one of the name left."""
+        size = math.prod(shape)
+        if name not in self._kept or self._kept[name].size < size:
+            self._kept[name] = np.empty(size, np.float32)
+        return self._kept[name][:size].reshape(shape)
+
+
+_scratch = _Scratch()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,8 +20,9 @@ def ours(pixels, box, size, name):
     rows = fit_bands(pixels.shape[0], (top, bottom), height, name)
     columns = fit_bands(pixels.shape[1], (left, right), width, name)
     part = pixels[rows.start : rows.stop, columns.start : columns.stop]
-    planes = np.ascontiguousarray(part.transpose(2, 0, 1), dtype=np.float32)
-    return resample(planes, rows, columns).transpose(1, 2, 0)
+    out = np.full((3, height, width), np.nan, np.float32)
+    resample(list(part.transpose(2, 0, 1)), rows, columns, out=out)
+    return out.transpose(1, 2, 0)
 
 
 def noise(width, height, seed=0):
@@ -62,12 +65,26 @@ def test_the_same_size_is_the_same_picture():
     np.testing.assert_allclose(found, pixels, atol=1e-4)
 
 
+def test_threads_do_not_share_their_memory():
+    jobs = [(noise(200 + 9 * i, 150 - 7 * i, i), (40 + i, 30 + 3 * i)) for i in range(12)] * 4
+
+    def run(job):
+        pixels, size = job
+        box = (0.0, 0.0, float(pixels.shape[1]), float(pixels.shape[0]))
+        return ours(pixels, box, size, "bicubic")
+
+    wanted = [run(job) for job in jobs]
+    with ThreadPoolExecutor(4) as executor:
+        for found, one in zip(executor.map(run, jobs), wanted, strict=True):
+            assert np.array_equal(found, one)
+
+
 def test_only_what_a_box_needs_is_read():
     bands = fit_bands(1000, (400.0, 500.0), 50, "bicubic")
     assert (bands.start, bands.stop) == (397, 503)  # two output samples' reach beyond the box
     assert bands.blocks[0][1].start == 0
     assert bands.blocks[-1][1].stop == bands.stop - bands.start
-    assert [out.stop - out.start for out, _, _ in bands.blocks] == [8] * 6 + [2]
+    assert [out.stop - out.start for out, _, _ in bands.blocks] == [16] * 3 + [2]
 
 
 def test_products_stay_below_what_openblas_takes_threads_for(monkeypatch):
