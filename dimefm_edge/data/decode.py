@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dimefm_edge.image_files import BadImageError, read_image
+from dimefm_edge.image_files import BadImageError as BadImageError
+from dimefm_edge.image_files import read_image
 from dimefm_edge.preprocess import PreprocessSpec, resize_image
 
 Rows = npt.NDArray[np.int64]
