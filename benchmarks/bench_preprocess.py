@@ -150,7 +150,6 @@ def bench_size(
         "name": f"{width}x{height}",
         "work": counted_work(data, spec),
         "p50_ms": {name: float(np.median(times)) for name, times in samples.items()},
-        "images_per_s": {name: 1e3 / float(np.median(times)) for name, times in samples.items()},
         "ratio": {
             name: float(np.median(times / samples["ours"]))
             for name, times in samples.items()
@@ -159,7 +158,7 @@ def bench_size(
         "difference": {
             name: {"mean_levels": float(found.mean()), "max_levels": float(found.max())}
             for name, found in apart.items()
-            if name != "exact"
+            if name in ("ours", "opencv")  # the others are exact to a rounding of floats
         },
         "rounds": len(samples["ours"]),
     }
