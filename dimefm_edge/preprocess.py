@@ -16,6 +16,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from dimefm_edge.errors import ConfigError
+from dimefm_edge.image_files import as_seen
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -62,6 +63,12 @@ class PreprocessSpec:
         text = json.dumps(self.to_dict(), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def scale_and_shift(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """(3,) each: levels in [0, 255] times the first less the second are the model's input."""
+        scale = np.asarray([1 / (255 * s) for s in self.std], np.float32)
+        shift = np.asarray([m / s for m, s in zip(self.mean, self.std, strict=True)], np.float32)
+        return scale, shift
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -75,10 +82,10 @@ class PreprocessSpec:
 
 
 def resize_image(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uint8]:
-    """Resize and crop (or pad) an image to the model's square.
+    """Resize and crop (or pad) an image to the model's square: bit for bit as in training.
 
     Args:
-        image: Any size and mode; converted to RGB.
+        image: Any size and mode; seen as `image_files.as_seen` does.
         spec: The model's preprocessing.
 
     Returns:
@@ -86,36 +93,53 @@ def resize_image(image: Image.Image, spec: PreprocessSpec) -> npt.NDArray[np.uin
     """
     side = spec.image_size
     resample = _INTERPOLATIONS[spec.interpolation]
-    image = image.convert("RGB")
-    width, height = image.size
-    if spec.resize_mode == "squash":
-        return np.asarray(image.resize((side, side), resample))
-    # As torchvision's Resize (which truncates) and open_clip's ResizeKeepRatio (which rounds):
-    # the other way would shift the crop by a pixel.
-    if spec.resize_mode == "shortest":
-        edge = min(width, height)
-        size = (int(side * width / edge), int(side * height / edge))
-    else:
-        ratio = max(width, height) / side
-        size = (max(1, round(width / ratio)), max(1, round(height / ratio)))
+    image = as_seen(image)
+    size = resized_size(image.size, spec)
     if size != image.size:
         image = image.resize(size, resample)
     if spec.resize_mode == "longest":
         canvas = Image.new("RGB", (side, side), (spec.fill_color,) * 3)
-        canvas.paste(image, ((side - size[0]) // 2, (side - size[1]) // 2))
+        canvas.paste(image, margins(size, side))
         return np.asarray(canvas)
-    left, top = round((size[0] - side) / 2), round((size[1] - side) / 2)
+    left, top = crop_corner(size, side)
     return np.asarray(image.crop((left, top, left + side, top + side)))
+
+
+def resized_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:
+    """(width, height) of a whole picture of that size once resized, before it is cropped."""
+    (width, height), side = size, spec.image_size
+    if spec.resize_mode == "squash":
+        return side, side
+    # As torchvision's Resize (which truncates) and open_clip's ResizeKeepRatio (which rounds):
+    # the other way would shift the crop by a pixel.
+    if spec.resize_mode == "shortest":
+        edge = min(width, height)
+        return int(side * width / edge), int(side * height / edge)
+    ratio = max(width, height) / side
+    return max(1, round(width / ratio)), max(1, round(height / ratio))
+
+
+def crop_corner(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(left, top) of the middle square of a picture of that size."""
+    return round((size[0] - side) / 2), round((size[1] - side) / 2)
+
+
+def margins(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """(left, top) of a picture of that size in the middle of the padded square."""
+    return (side - size[0]) // 2, (side - size[1]) // 2
 
 
 def normalise_pixels(
     pixels: npt.NDArray[np.uint8], spec: PreprocessSpec
 ) -> npt.NDArray[np.float32]:
     """Turn (B, H, W, 3) uint8 pixels into the (B, 3, H, W) float32 model input."""
-    scale = np.asarray([1 / (255 * s) for s in spec.std], np.float32)
-    shift = np.asarray([m / s for m, s in zip(spec.mean, spec.std, strict=True)], np.float32)
-    values = pixels.astype(np.float32) * scale - shift
-    return np.ascontiguousarray(values.transpose(0, 3, 1, 2))
+    scale, shift = spec.scale_and_shift()
+    batch, height, width, _ = pixels.shape
+    values = np.empty((batch, 3, height, width), np.float32)
+    for channel in range(3):
+        np.multiply(pixels[..., channel], scale[channel], out=values[:, channel])
+        values[:, channel] -= shift[channel]
+    return values
 
 
 def preprocess_images(images: list[Image.Image], spec: PreprocessSpec) -> npt.NDArray[np.float32]:

@@ -14,7 +14,7 @@ from PIL import Image
 from dimefm_demo.models import Model, Models
 from dimefm_demo.presets import PRESETS
 from dimefm_edge.errors import InputError
-from dimefm_edge.preprocess import resize_image
+from dimefm_edge.model_input import load_pixels
 from dimefm_edge.runtime.text import DEFAULT_TEMPLATES
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def classify(models: Models, model: Model, image: Image.Image, question: Questio
         DataError: If a template lacks `{c}`.
     """
     rows, labels_ms = _timed(lambda: label_rows(models, model, question))
-    pixels, prepare_ms = _timed(lambda: resize_image(image, model.subject.preprocess)[None])
+    pixels, prepare_ms = _timed(lambda: load_pixels([image], model.subject.preprocess))
     embeds, image_ms = _timed(lambda: model.subject.encode_pixels(pixels))
     ranked, rank_ms = _timed(lambda: _rank(embeds[0], rows, model, question))
     return Answer(model.name, ranked, labels_ms, prepare_ms, image_ms, rank_ms)

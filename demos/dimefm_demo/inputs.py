@@ -7,7 +7,6 @@ to disk under a name that a visitor chose.
 from __future__ import annotations
 
 import functools
-import io
 import re
 import unicodedata
 import zipfile
@@ -15,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from dimefm_edge.data.images import BadImageError
+from dimefm_edge import image_files
 from dimefm_edge.errors import DataError, InputError
+from dimefm_edge.image_files import BadImageError
 from dimefm_edge.manifest import ARCHIVE_ERRORS
 
 MAX_MEGAPIXELS = 64
@@ -57,19 +56,14 @@ def read_image(source: Path | bytes, name: str) -> Image.Image:
         BadImageError: If it is no picture, damaged, too large or too thin.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source,
-                        formats=_FORMATS) as image:  # fmt: skip
-            _check_size(image, name)
-            return _as_seen(image)
-    except BadImageError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise BadImageError(name, f"it has more than {MAX_MEGAPIXELS} megapixels") from error
-    except UnidentifiedImageError as error:
-        raise BadImageError(name, "it is no JPEG, PNG, WebP, GIF, BMP or TIFF picture") from error
-    # Pillow's plugins raise nearly anything on damaged bytes: SyntaxError, struct.error, ...
-    except Exception as error:
-        raise BadImageError(name, str(error) or type(error).__name__) from error
+        return image_files.read_image(source, name, formats=_FORMATS, check=_check_size)
+    except BadImageError as error:
+        reason = error.reason
+        if isinstance(error.__cause__, Image.DecompressionBombError):
+            reason = f"it has more than {MAX_MEGAPIXELS} megapixels"
+        elif isinstance(error.__cause__, UnidentifiedImageError):
+            reason = "it is no JPEG, PNG, WebP, GIF, BMP or TIFF picture"
+        raise BadImageError(name, reason) from error
 
 
 def _check_size(image: Image.Image, name: str) -> None:
@@ -81,24 +75,6 @@ def _check_size(image: Image.Image, name: str) -> None:
         )
     if long > _MAX_ASPECT * short:
         raise BadImageError(name, f"{image.width} x {image.height} pixels are too thin")
-
-
-def _as_seen(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _grey(image)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    """More than 8 bits, which Pillow would clip to white: 16 bits scaled, others stretched."""
-    values = np.asarray(image).astype(np.float64)
-    low, high = (0.0, 65535.0) if image.mode != "F" else (values.min(), values.max())
-    scaled = 255 * (values - low) / ((high - low) or 1)
-    return Image.fromarray(scaled.clip(0, 255).round().astype(np.uint8)).convert("RGB")
 
 
 # ------------------------------------------------------------------------------- words

@@ -104,9 +104,9 @@ def image_files(sources: Sequence[str], folder: Path, *, most: int = 256) -> lis
         DataError: If a source holds no image.
         InputError: If none can be read.
     """
-    from dimefm_edge.data.decode import BadImageError
     from dimefm_edge.data.image_pools import IMAGE_SUFFIXES, open_images
     from dimefm_edge.data.sources import walk_files
+    from dimefm_edge.image_files import BadImageError
 
     files: list[Path] = []
     others = []

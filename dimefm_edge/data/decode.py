@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -12,9 +11,10 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from dimefm_edge.errors import DataError
+from dimefm_edge.image_files import BadImageError as BadImageError
+from dimefm_edge.image_files import read_image
 from dimefm_edge.preprocess import PreprocessSpec, resize_image
 
 Rows = npt.NDArray[np.int64]
@@ -23,14 +23,6 @@ Pixels = npt.NDArray[np.uint8]
 _CHUNK_IMAGES = 16  # per task of a thread
 _BATCHES_AHEAD = 2
 _MAX_THREADS = 16
-
-
-class BadImageError(DataError):
-    """One image cannot be read; `reason` says why without naming the image."""
-
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"image {name} cannot be read: {reason}")
-        self.reason = reason
 
 
 class ImagePool(Protocol):
@@ -66,28 +58,12 @@ class DecodedBatch:
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode an image file's bytes to RGB.
+    """Decode an image file's bytes to RGB, as a person sees it: see `image_files`.
 
     Raises:
         BadImageError: If it is truncated, no image, or a decompression bomb.
     """
-    if not data:
-        raise BadImageError(name, "the file is empty")
-    limit = Image.MAX_IMAGE_PIXELS
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if limit is not None and image.width * image.height > limit:
-                raise BadImageError(
-                    name, f"{image.width} x {image.height} pixels exceed the limit of {limit}"
-                )
-            return image.convert("RGB")
-    except BadImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise BadImageError(name, "not an image file that Pillow knows") from error
-    # Pillow's plugins raise nearly anything on damaged bytes: SyntaxError, struct.error, ...
-    except Exception as error:
-        raise BadImageError(name, str(error) or type(error).__name__) from error
+    return read_image(data, name)
 
 
 def row_batches(ranges: Iterable[range], batch_size: int) -> Iterator[Rows]:

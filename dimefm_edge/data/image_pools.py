@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from dimefm_edge.data.decode import BadImageError, ImagePool, decode_image
+from dimefm_edge.data.decode import ImagePool, decode_image
 from dimefm_edge.data.scenes import DEFAULT_NUM_IMAGES, scene_image
 from dimefm_edge.data.sources import (
     digest_lines,
@@ -24,6 +24,7 @@ from dimefm_edge.data.sources import (
 )
 from dimefm_edge.data.tar_index import TarIndex, scan_tar
 from dimefm_edge.errors import DataError, MissingExtraError
+from dimefm_edge.image_files import BadImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
@@ -166,7 +167,9 @@ class ParquetPool:
                 f"column '{column}' of {path} holds {kind}, not encoded images",
                 hint=f"--image-column with another of: {', '.join(schema.names)}",
             )
-        groups = (metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+        groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        if min(groups, default=0) < 0:
+            raise DataError(f"{path} is damaged: it says that it has {min(groups)} rows")
         self._starts: list[int] = [0, *itertools.accumulate(groups)]
         self._groups: OrderedDict[int, Any] = OrderedDict()
         self._lock = threading.Lock()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dimefm_edge.data.decode import (
-    BadImageError,
     DecodedBatch,
     ImagePool,
     decode_batches,
@@ -13,6 +12,7 @@ from dimefm_edge.data.decode import (
 from dimefm_edge.data.image_pools import open_images
 from dimefm_edge.data.labelled import LabelledSet, open_labelled
 from dimefm_edge.data.pixel_cache import PixelCache
+from dimefm_edge.image_files import BadImageError
 
 __all__ = [
     "BadImageError",

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dimefm_edge.data.decode import BadImageError
 from dimefm_edge.data.labelled import LabelledSet
 from dimefm_edge.data.sources import digest_lines
 from dimefm_edge.errors import DataError, MissingExtraError, lookup
+from dimefm_edge.image_files import BadImageError, as_seen
 
 
 class TorchvisionPool:
@@ -34,7 +34,7 @@ class TorchvisionPool:
 
     def load(self, row: int) -> Image.Image:
         try:
-            image: Image.Image = self._dataset[row][0].convert("RGB")
+            image = as_seen(self._dataset[row][0])
         except Exception as error:  # whatever its reader and Pillow raise on damaged files
             raise BadImageError(self.name(row), str(error) or type(error).__name__) from error
         return image

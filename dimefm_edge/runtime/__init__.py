@@ -1,7 +1,7 @@
 """What runs on the device: bundles, engines and a zero-shot classifier, without torch.
 
     classifier = ZeroShotClassifier("runs/distill/bundle")
-    classifier.classify([Image.open("photo.jpg")])
+    classifier.classify(["photo.jpg"])
 
 With a text side in the bundle, the labels can be any:
 

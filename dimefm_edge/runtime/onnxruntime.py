@@ -114,21 +114,23 @@ class OnnxRuntimeEngine:
 
     def _run(self, batch: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Any number of images; a graph of a fixed batch gets full ones, the last repeated."""
-        if not len(batch):
+        count = len(batch)
+        if not count:
             return np.empty((0, self.embed_dim), np.float32)
-        size = self._batch_size or len(batch)
-        rows = np.minimum(np.arange(-(-len(batch) // size) * size), len(batch) - 1)
+        size = self._batch_size or count
+        if missing := -count % size:
+            batch = np.concatenate([batch, np.repeat(batch[-1:], missing, axis=0)])
         try:
             pieces = [
-                self._session.run([OUTPUT_NAME], {INPUT_NAME: batch[rows[i : i + size]]})[0]
-                for i in range(0, len(rows), size)
+                self._session.run([OUTPUT_NAME], {INPUT_NAME: batch[i : i + size]})[0]
+                for i in range(0, len(batch), size)
             ]
         except Exception as error:  # no public base but Exception
             raise DimeFMError(
-                f"ONNX Runtime cannot run the model on {len(batch)} images: {first_line(error)}",
+                f"ONNX Runtime cannot run the model on {count} images: {first_line(error)}",
                 hint="fewer images at once, or close something: memory may have run out",
             ) from error
-        return np.asarray(np.concatenate(pieces)[: len(batch)], np.float32)
+        return np.asarray(np.concatenate(pieces)[:count], np.float32)
 
     def _check_signature(self, model_path: Path) -> None:
         side = self._preprocess.image_size

@@ -58,7 +58,7 @@ def test_what_is_transparent_is_white():
     ("data", "why"),
     [
         (b"these are words", "it is no JPEG, PNG, WebP, GIF, BMP or TIFF picture"),
-        (b"", "it is no JPEG, PNG"),
+        (b"", "the file is empty"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "it is no JPEG, PNG"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is no JPEG, PNG"),
         (JPEG[: len(JPEG) // 2], "truncated"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -47,6 +49,22 @@ def test_every_mode_becomes_rgb(mode):
     pixels = resize_image(_image(40, 50, mode), PreprocessSpec(32))
     assert pixels.shape == (32, 32, 3)
     assert pixels.dtype == np.uint8
+
+
+def test_pictures_are_seen_as_a_person_sees_them():
+    """A picture opened from a file is what `image_files` makes of the file."""
+    spec, upright = PreprocessSpec(32), _image(40, 50)
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    turned.save(stream, "PNG", exif=exif)
+    assert np.array_equal(resize_image(Image.open(stream), spec), resize_image(upright, spec))
+    hidden = upright.copy()
+    hidden.putalpha(0)
+    assert (resize_image(hidden, spec) == 255).all()
+    deep = Image.fromarray(np.full((40, 50), 100 * 257, np.uint16))
+    assert (resize_image(deep, spec) == 100).all()
 
 
 @settings(max_examples=40, deadline=None)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dimefm_edge.data.decode import BadImageError, decode_batches
+from dimefm_edge.data.decode import decode_batches
 from dimefm_edge.data.images import open_images
+from dimefm_edge.image_files import BadImageError
 from dimefm_edge.preprocess import PreprocessSpec, resize_image
 
 SPEC = PreprocessSpec(image_size=8)
@@ -62,6 +63,22 @@ def test_pixels_are_those_of_resize_image(tmp_path, encoded, write_files):
     (batch,) = decode_batches(pool, [np.arange(3)], SPEC)
     for row in range(3):
         assert np.array_equal(batch.pixels[row], resize_image(pool.load(row), SPEC))
+
+
+def test_pictures_are_seen_as_a_person_sees_them(tmp_path):
+    """Training sees what the device will: upright, on white, 16 bits scaled."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    left_red = Image.new("RGB", (16, 16), "blue")
+    left_red.paste("red", (0, 0, 8, 16))
+    left_red.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "0.png", exif=exif)
+    Image.new("RGBA", (16, 16), (9, 9, 9, 0)).save(tmp_path / "1.png")
+    Image.fromarray(np.full((16, 16), 100 * 257, np.uint16)).save(tmp_path / "2.png")
+    (batch,) = decode_batches(open_images([str(tmp_path)]), [np.arange(3)], SPEC)
+    assert batch.pixels[0, 3].tolist()[:2] == [[255, 0, 0]] * 2
+    assert batch.pixels[0, 3].tolist()[-2:] == [[0, 0, 255]] * 2
+    assert (batch.pixels[1] == 255).all()
+    assert (batch.pixels[2] == 100).all()
 
 
 def test_bad_rows_are_left_out_and_listed():

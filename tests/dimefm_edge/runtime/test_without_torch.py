@@ -37,10 +37,9 @@ print(json.dumps({"found": found, "path": sys.path, "prefix": sys.prefix}))
 """
 CLASSIFY = """
 import json, sys
-from PIL import Image
 from dimefm_edge.runtime import ZeroShotClassifier
 classifier = ZeroShotClassifier(sys.argv[1], threads=1)
-(ranked,) = classifier.classify([Image.open(sys.argv[2])], top_k=2)
+(ranked,) = classifier.classify([sys.argv[2]], top_k=2)
 print(json.dumps(ranked))
 """
 OPEN_VOCABULARY = """
