@@ -22,6 +22,7 @@ from torch import Tensor
 from dimefm_edge.config import DEFAULT_MIN_CROP, TrainConfig
 from dimefm_edge.data.augment import random_crops, seeded_generator
 from dimefm_edge.data.images import ImagePool, PixelCache, decode_batches
+from dimefm_edge.data.pairs import Pairs
 from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.distributed import Ranks
 from dimefm_edge.errors import DataError
@@ -31,7 +32,8 @@ Rows = npt.NDArray[np.int64]
 PixelSource = Callable[[Iterable[Rows]], Iterator[npt.NDArray[np.uint8]]]
 """Turns batches of rows into their (B, S, S, 3) uint8 pixels, in order."""
 
-_IMAGES, _TEXTS, _CROPS = range(3)  # one stream of random numbers each
+# One stream of random numbers each; distill.py has 3.
+_IMAGES, _TEXTS, _CROPS, _PAIRS = 0, 1, 2, 4
 _PREFETCH_BATCHES = 3
 
 
@@ -44,11 +46,17 @@ class DistillData:
     pixels: PixelSource
     preprocess: PreprocessSpec
     logit_scale: float
+    pairs: Pairs | None = None
+    """Sentences that belong to the images, for the contrastive term only."""
+
+    def extras(self) -> dict[str, str]:
+        """Fingerprints of what not every run has, by name."""
+        return {} if self.pairs is None else {"pairs": self.pairs.fingerprint}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's data on this rank; embeddings are of the global batch."""
+    """One step's data on this rank; embeddings and labels are of the global batch."""
 
     pixels: npt.NDArray[np.uint8]
     crops: Tensor
@@ -56,6 +64,27 @@ class Batch:
     text_rows: Rows
     image_embeds: Tensor
     text_embeds: Tensor
+    paired_text_embeds: Tensor | None = None
+    labels: Tensor | None = None
+
+    def targets(self, piece: slice, num_ranks: int, device: torch.device) -> dict[str, Tensor]:
+        """What the losses compare a micro-batch's images with, by the name that they give it.
+
+        Args:
+            piece: Of each rank's images.
+            num_ranks: Ranks that the batch is split over.
+            device: Where it is wanted.
+        """
+        sides = {
+            "teacher_image_embeds": self.image_embeds,
+            "paired_text_embeds": self.paired_text_embeds,
+            "labels": self.labels,
+        }
+        return {
+            name: rows.to(device).view(num_ranks, -1, *rows.shape[1:])[:, piece].flatten(0, 1)
+            for name, rows in sides.items()
+            if rows is not None
+        }
 
     def save(self, path: Path) -> None:
         """Write everything as safetensors, to look at."""
@@ -66,8 +95,10 @@ class Batch:
             "text_rows": torch.from_numpy(self.text_rows),
             "image_embeds": self.image_embeds,
             "text_embeds": self.text_embeds,
+            "paired_text_embeds": self.paired_text_embeds,
+            "labels": self.labels,
         }
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path)
 
 
 class BatchPlan:
@@ -105,7 +136,14 @@ class BatchPlan:
             flip=train.flip is not False,
             generator=seeded_generator(train.seed, _CROPS, step),
         )
+        paired, labels = None, None
+        if data.pairs is not None:
+            rng = np.random.default_rng([train.seed, _PAIRS, step])
+            paired = torch.from_numpy(data.pairs.sentence_embeds(image_rows, rng))
+            labels = torch.from_numpy(data.pairs.labels[image_rows])
         return Batch(
+            paired_text_embeds=paired,
+            labels=labels,
             pixels=pixels,
             crops=crops[self._ranks.slice(train.batch_size)],
             image_rows=image_rows,

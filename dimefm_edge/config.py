@@ -39,6 +39,9 @@ class DataConfig:
     texts: tuple[str, ...] = ("scenes",)
     """Sentences: .txt, .jsonl, .csv or .parquet files, each also .gz, globs, or
     `scenes[:COUNT]`."""
+    labelled: str | None = None
+    """Labelled images for `contrastive_weight`, in the layouts of test sets: the student is
+    trained on these instead of `images`."""
     eval_sets: tuple[str, ...] = ()
     """Labelled test sets: class folders or CLIP-benchmark folders, `scenes`,
     `scenes-relations`. Default: `scenes` when the images are scenes, else none."""
@@ -94,14 +97,21 @@ class LossConfig:
     udist_weight: float = 0.0
     """Uni-modal distance term: student image against student image."""
     feature_weight: float = 0.0
-    """Plain feature regression, the baseline of other tools."""
-    feature_kind: Literal["mse", "cosine"] = "mse"
+    """Regression of the teacher's image embedding, the loss of other tools."""
+    contrastive_weight: float = 0.0
+    """CLIP's loss on (image, sentence of its class) pairs of `labelled`; no distillation."""
+    contrastive_positives: Literal["pair", "label"] = "pair"
+    """Sentences that an image is matched with: its own only, or those of all images of the
+    batch that have its label (UniCL, arXiv 2204.03610)."""
     vl_temperature: float = 1.0
     pvl_temperature: float = 3.0
     udist_temperature: float = 7.0
 
     def __post_init__(self) -> None:
-        weights = (self.vl_weight, self.pvl_weight, self.udist_weight, self.feature_weight)
+        weights = (
+            self.vl_weight, self.pvl_weight, self.udist_weight, self.feature_weight,
+            self.contrastive_weight,
+        )  # fmt: skip
         if min(weights) < 0 or max(weights) == 0:
             raise ConfigError("loss weights must not be negative, and one must be positive")
         if min(self.vl_temperature, self.pvl_temperature, self.udist_temperature) <= 0:
@@ -222,6 +232,10 @@ class RunConfig:
     quant: QuantConfig = field(default_factory=QuantConfig)
 
     def __post_init__(self) -> None:
+        if self.loss.contrastive_weight and not self.data.labelled:
+            raise ConfigError(
+                "contrastive_weight needs labelled images", hint="--labelled FOLDER_OF_CLASSES"
+            )
         if self.quant.is_int8 and self.precision != "fp32":
             raise ConfigError(
                 f"the graph cannot be both int8 and {self.precision}", hint="drop --precision"

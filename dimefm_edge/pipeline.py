@@ -34,6 +34,7 @@ from dimefm_edge.data.images import (
     open_images,
     open_labelled,
 )
+from dimefm_edge.data.pairs import class_pairs
 from dimefm_edge.data.sentences import open_sentences
 from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.distill import distill
@@ -93,7 +94,10 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     config = resolve(config)
     target = load_target(config.target)
     teacher = load_teacher(config.teacher)
-    pool = open_images(config.data.images, column=config.data.image_column)
+    labelled = open_labelled(config.data.labelled) if config.data.labelled else None
+    pool = labelled.pool if labelled else open_images(
+        config.data.images, column=config.data.image_column
+    )  # fmt: skip
     sentences = open_sentences(config.data.texts, column=config.data.text_column)
     eval_sets = [open_labelled(source) for source in config.data.eval_sets]
     with clock("fit"):
@@ -108,6 +112,9 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             _embed(config, teacher, pool, sentences, preprocess, store_dir)
         ranks.barrier()
         data = _open_data(config, teacher, pool, preprocess, store_dir)
+        if labelled and config.loss.contrastive_weight:
+            pairs = class_pairs(labelled, teacher.encode_texts)
+            data = dataclasses.replace(data, pairs=pairs)
         banks = [
             build_label_bank(s.name, s.classnames, s.templates, teacher.encode_texts)
             for s in eval_sets
@@ -203,7 +210,8 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
 
 def resolve(config: RunConfig) -> RunConfig:
     """Fill in the defaults that depend on the data, so that the saved config says them."""
-    is_scenes = all(source.partition(":")[0] == _SCENES for source in config.data.images)
+    sources = (config.data.labelled,) if config.data.labelled else config.data.images
+    is_scenes = all(source.partition(":")[0] == _SCENES for source in sources)
     defaults: dict[str, Any] = _SCENES_TRAIN if is_scenes else _TRAIN
     unset = {k: v for k, v in defaults.items() if getattr(config.train, k) is None}
     eval_sets = config.data.eval_sets or ((_SCENES,) if is_scenes else ())

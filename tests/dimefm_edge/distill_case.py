@@ -19,6 +19,7 @@ from torch import nn
 
 from dimefm_edge.batches import DistillData
 from dimefm_edge.config import LossConfig, TrainConfig
+from dimefm_edge.data.pairs import Pairs
 from dimefm_edge.data.store import EmbeddingStore, StoreManifest, StoreWriter
 from dimefm_edge.distill import DistillReport, distill
 from dimefm_edge.distributed import join_ranks, leave_ranks
@@ -76,6 +77,13 @@ def make_data(folder: Path) -> DistillData:
         preprocess=PreprocessSpec(image_size=SIDE),
         logit_scale=20.0,
     )
+
+
+def make_pairs(seed: int = 3) -> Pairs:
+    """Every image has one of 5 labels, every label 2 sentences."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(5, 2, EMBED_DIM)).astype(np.float32)
+    return Pairs(np.arange(NUM_IMAGES) % 5, rows / np.linalg.norm(rows, axis=2, keepdims=True))
 
 
 def save_module(path: Path, module: nn.Module) -> None:
