@@ -54,7 +54,7 @@ SIDE = 64
 CONFIG: dict[str, Any] = {
     "embed_dim": 256,
     "vision_cfg": {"image_size": SIDE, "timm_model_name": "resnet18d", "timm_pool": "avg"},
-    "text_cfg": {"context_length": 48, "width": 256, "heads": 4, "layers": 3},
+    "text_cfg": {"context_length": 20, "width": 256, "heads": 4, "layers": 3},
 }
 SETS = ("cifar10", "tiny-imagenet")
 SIZES = ((0.7, 32), (0.9, 48), (1.0, 64))
@@ -197,8 +197,6 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     model, tokenizer, config = build_model(
         iter(open_sentences([str(args.data / "text/*.gz")])), args.vocab
     )
-    saved_tokenizer = Tokenizer.from_str(tokenizer.to_str())
-    tokenizer.enable_truncation(20)  # in training only: glosses are long, names are not
     images, labels = training_images(args.data, classes)
     one_hot = F.one_hot(labels, len(classes.folders)).float()
     decay = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
@@ -221,7 +219,8 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     begun = time.process_time()
     for step in range(first, args.steps):
         progress = step / args.steps
-        rate = args.lr * min(1.0, (step + 1) / 200) * (0.5 * (1 + np.cos(np.pi * progress)) + 0.005)
+        warm = min(1.0, 12 * (step + 1) / args.steps)
+        rate = args.lr * warm * (0.5 * (1 + np.cos(np.pi * progress)) + 0.005)
         for group in optimizer.param_groups:
             group["lr"] = float(rate)
         rng = np.random.default_rng([0, step])
@@ -261,7 +260,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
     with torch.no_grad():
         final.logit_scale.clamp_(max=float(np.log(100)))
     scores = scores_of(final, tokenizer, args.data)
-    save_teacher(final, saved_tokenizer, config, model_card(args, scores), args.out)
+    save_teacher(final, tokenizer, config, model_card(args, scores), args.out)
     return scores
 
 

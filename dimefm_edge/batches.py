@@ -7,6 +7,7 @@ agree on the global batch without talking. Used by distill.py.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -48,10 +49,24 @@ class DistillData:
     logit_scale: float
     pairs: Pairs | None = None
     """Sentences that belong to the images, for the contrastive term only."""
+    image_rows: Rows | None = None
+    """Rows of `images` that are trained on, ascending; None: all that could be read."""
+    text_rows: Rows | None = None
+    """Rows of `texts` that are drawn from, ascending (corpus.py chooses); None: all."""
+
+    def usable_images(self) -> Rows:
+        """Rows to train on: asked for, and readable."""
+        rows = self.images.valid_rows()
+        return rows if self.image_rows is None else np.intersect1d(rows, self.image_rows)
 
     def extras(self) -> dict[str, str]:
         """Fingerprints of what not every run has, by name."""
-        return {} if self.pairs is None else {"pairs": self.pairs.fingerprint}
+        found = {} if self.pairs is None else {"pairs": self.pairs.fingerprint}
+        for name in ("image_rows", "text_rows"):
+            rows = getattr(self, name)
+            if rows is not None:
+                found[name] = hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()[:16]
+        return found
 
 
 @dataclass(frozen=True)
@@ -106,7 +121,7 @@ class BatchPlan:
 
     def __init__(self, data: DistillData, train: TrainConfig, ranks: Ranks) -> None:
         self._data, self._train, self._ranks = data, train, ranks
-        self._valid_rows = data.images.valid_rows()
+        self._valid_rows = data.usable_images()
         self._epochs: dict[int, Rows] = {}
 
     def image_rows(self, step: int) -> Rows:
@@ -128,8 +143,7 @@ class BatchPlan:
         """Complete a step's batch, given this rank's pixels."""
         train, data = self._train, self._data
         image_rows = self.image_rows(step)
-        rng = np.random.default_rng([train.seed, _TEXTS, step])
-        text_rows = np.sort(rng.integers(0, len(data.texts), train.text_batch_size))
+        text_rows = self._text_rows(step)
         crops = random_crops(
             train.batch_size,
             min_crop=DEFAULT_MIN_CROP if train.min_crop is None else train.min_crop,
@@ -151,6 +165,15 @@ class BatchPlan:
             image_embeds=torch.from_numpy(data.images.gather(image_rows)).float(),
             text_embeds=torch.from_numpy(data.texts.gather(text_rows)).float(),
         )
+
+    def _text_rows(self, step: int) -> Rows:
+        """(text_batch_size,) rows of sentences, ascending, drawn with replacement."""
+        rng = np.random.default_rng([self._train.seed, _TEXTS, step])
+        of = self._data.text_rows
+        drawn = rng.integers(
+            0, len(self._data.texts) if of is None else len(of), self._train.text_batch_size
+        )
+        return np.sort(drawn if of is None else of[drawn])
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps [start, stop), in order."""

@@ -154,7 +154,7 @@ class _Loop:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.amp_dtype is torch.float16
         )
-        self.num_images = len(data.images.valid_rows())
+        self.num_images = len(data.usable_images())
         self.total = count_steps(train, self.num_images)
         self.eval_every = train.eval_every or max(1, math.ceil(self.total / 3))
         self.save_every = train.save_every or max(1, math.ceil(self.total / 10))

@@ -286,3 +286,33 @@ class TestPrefetch:
         assert any(t.name.startswith("decode") for t in threading.enumerate())
         ready.close()
         assert not any(t.name.startswith("decode") for t in threading.enumerate())
+
+
+class TestChosenRows:
+    def test_only_chosen_rows_that_can_be_read_are_used(self, data):
+        chosen = dataclasses.replace(
+            data, image_rows=np.asarray([0, 3, 5, 11, 20]), text_rows=np.asarray([2, 7, 22])
+        )
+        plan = BatchPlan(chosen, TRAIN, Ranks())
+        batches = [plan.batch(step, np.zeros(0)) for step in range(30)]
+        assert {int(r) for b in batches for r in b.image_rows} == {3, 5, 20}
+        assert {int(r) for b in batches for r in b.text_rows} == {2, 7, 22}
+        for batch in batches:
+            assert np.array_equal(batch.text_embeds[:, 0].numpy(), numbers(batch.text_rows))
+
+    def test_choosing_all_is_choosing_nothing(self, data):
+        every = dataclasses.replace(
+            data, image_rows=np.arange(NUM_IMAGES), text_rows=np.arange(NUM_TEXTS)
+        )
+        for step in range(5):
+            pixels = np.zeros(0)
+            assert_same(
+                BatchPlan(data, TRAIN, Ranks()).batch(step, pixels),
+                BatchPlan(every, TRAIN, Ranks()).batch(step, pixels),
+            )
+
+    def test_other_rows_are_another_run(self, data):
+        assert data.extras() == {}
+        some = [dataclasses.replace(data, text_rows=np.asarray(r)).extras() for r in ([1], [2])]
+        assert set(some[0]) == {"text_rows"}
+        assert some[0] != some[1]
