@@ -23,6 +23,7 @@ from torch import Tensor
 from dimefm_edge.config import DEFAULT_MIN_CROP, TrainConfig
 from dimefm_edge.data.augment import random_crops, seeded_generator
 from dimefm_edge.data.images import ImagePool, PixelCache, decode_batches
+from dimefm_edge.data.neighbours import NeighbourTable
 from dimefm_edge.data.pairs import Pairs
 from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.distributed import Ranks
@@ -53,6 +54,8 @@ class DistillData:
     """Rows of `images` that are trained on, ascending; None: all that could be read."""
     text_rows: Rows | None = None
     """Rows of `texts` that are drawn from, ascending (corpus.py chooses); None: all."""
+    neighbours: NeighbourTable | None = None
+    """Sentences near to each image, for `hard_negatives`."""
 
     def usable_images(self) -> Rows:
         """Rows to train on: asked for, and readable."""
@@ -61,7 +64,8 @@ class DistillData:
 
     def extras(self) -> dict[str, str]:
         """Fingerprints of what not every run has, by name."""
-        found = {} if self.pairs is None else {"pairs": self.pairs.fingerprint}
+        parts = {"pairs": self.pairs, "neighbours": self.neighbours}
+        found = {name: part.fingerprint for name, part in parts.items() if part is not None}
         for name in ("image_rows", "text_rows"):
             rows = getattr(self, name)
             if rows is not None:
@@ -120,6 +124,8 @@ class BatchPlan:
     """Which rows and crops belong to a step: pure functions of (seed, step)."""
 
     def __init__(self, data: DistillData, train: TrainConfig, ranks: Ranks) -> None:
+        if train.hard_negatives and data.neighbours is None:
+            raise ValueError("hard_negatives needs a table of neighbours")
         self._data, self._train, self._ranks = data, train, ranks
         self._valid_rows = data.usable_images()
         self._epochs: dict[int, Rows] = {}
@@ -143,7 +149,7 @@ class BatchPlan:
         """Complete a step's batch, given this rank's pixels."""
         train, data = self._train, self._data
         image_rows = self.image_rows(step)
-        text_rows = self._text_rows(step)
+        text_rows = self._text_rows(step, image_rows)
         crops = random_crops(
             train.batch_size,
             min_crop=DEFAULT_MIN_CROP if train.min_crop is None else train.min_crop,
@@ -166,14 +172,22 @@ class BatchPlan:
             text_embeds=torch.from_numpy(data.texts.gather(text_rows)).float(),
         )
 
-    def _text_rows(self, step: int) -> Rows:
-        """(text_batch_size,) rows of sentences, ascending, drawn with replacement."""
-        rng = np.random.default_rng([self._train.seed, _TEXTS, step])
-        of = self._data.text_rows
+    def _text_rows(self, step: int, image_rows: Rows) -> Rows:
+        """(text_batch_size,) rows of sentences, ascending: a share of them near to the images,
+        each once, the rest drawn with replacement."""
+        train, data = self._train, self._data
+        rng = np.random.default_rng([train.seed, _TEXTS, step])
+        near: Rows = np.empty(0, np.int64)
+        if train.hard_negatives:
+            assert data.neighbours is not None
+            near = data.neighbours.of(image_rows)
+            count = min(len(near), round(train.hard_negatives * train.text_batch_size))
+            near = rng.choice(near, count, replace=False)
+        of = data.text_rows
         drawn = rng.integers(
-            0, len(self._data.texts) if of is None else len(of), self._train.text_batch_size
+            0, len(data.texts) if of is None else len(of), train.text_batch_size - len(near)
         )
-        return np.sort(drawn if of is None else of[drawn])
+        return np.sort(np.concatenate([near, drawn if of is None else of[drawn]]))
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps [start, stop), in order."""

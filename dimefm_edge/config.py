@@ -49,6 +49,8 @@ class DataConfig:
     """Column of images in Parquet files and Hugging Face data sets."""
     text_column: str = "text"
     """Column or key of sentences in .jsonl, .csv and .parquet files."""
+    text_rows: str | None = None
+    """kept_rows.npz that `dimefm-edge corpus` made of these sentences: only those are used."""
     max_bad: float = 0.1
     """Stop when more images than this cannot be read: a share below 1, else a count."""
     workers: int = 0
@@ -130,6 +132,8 @@ class TrainConfig:
     """Images per step, over all ranks."""
     text_batch_size: int = 512
     """Sentences per step, over all ranks."""
+    hard_negatives: float = 0.0
+    """Share of a step's sentences that are near neighbours of its images, in [0, 1]."""
     accumulate: int = 1
     """Micro-batches per step; each has batch_size / accumulate images and its own loss."""
     lr: float = 1e-3
@@ -172,6 +176,8 @@ class TrainConfig:
             raise ConfigError(
                 f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})"
             )
+        if not 0 <= self.hard_negatives <= 1:
+            raise ConfigError(f"hard_negatives must be in [0, 1], got {self.hard_negatives}")
         if self.min_crop is not None and not 0 < self.min_crop <= 1:
             raise ConfigError(f"min_crop must be in (0, 1], got {self.min_crop}")
         if not 0 <= self.ema_decay < 1:

@@ -19,6 +19,7 @@ from torch import nn
 
 from dimefm_edge.batches import DistillData
 from dimefm_edge.config import LossConfig, TrainConfig
+from dimefm_edge.data.neighbours import NeighbourTable
 from dimefm_edge.data.pairs import Pairs
 from dimefm_edge.data.store import EmbeddingStore, StoreManifest, StoreWriter
 from dimefm_edge.distill import DistillReport, distill
@@ -84,6 +85,12 @@ def make_pairs(seed: int = 3) -> Pairs:
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(5, 2, EMBED_DIM)).astype(np.float32)
     return Pairs(np.arange(NUM_IMAGES) % 5, rows / np.linalg.norm(rows, axis=2, keepdims=True))
+
+
+def make_neighbours() -> NeighbourTable:
+    """Four sentences of every image."""
+    rows = (np.arange(NUM_IMAGES)[:, None] * 3 + np.arange(4)) % NUM_TEXTS
+    return NeighbourTable(rows.astype(np.int32), "fixed")
 
 
 def save_module(path: Path, module: nn.Module) -> None:

@@ -23,6 +23,7 @@ from dimefm_edge.batches import (
 )
 from dimefm_edge.config import TrainConfig
 from dimefm_edge.data.images import PixelCache, open_images
+from dimefm_edge.data.neighbours import NeighbourTable
 from dimefm_edge.data.store import EmbeddingStore, StoreManifest, StoreWriter
 from dimefm_edge.distributed import Ranks
 from dimefm_edge.errors import DataError
@@ -316,3 +317,46 @@ class TestChosenRows:
         some = [dataclasses.replace(data, text_rows=np.asarray(r)).extras() for r in ([1], [2])]
         assert set(some[0]) == {"text_rows"}
         assert some[0] != some[1]
+
+
+class TestHardNegatives:
+    @pytest.fixture
+    def table(self) -> NeighbourTable:
+        """Image i is near to sentences i % 11 and 11 + i % 11; sentence 22 is near to none."""
+        first = np.arange(NUM_IMAGES) % 11
+        return NeighbourTable(np.stack([first, 11 + first], 1).astype(np.int32), "t")
+
+    @pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
+    def test_that_share_is_near_to_the_batch_and_the_rest_anything(self, data, table, share):
+        near_data = dataclasses.replace(data, neighbours=table)
+        train = dataclasses.replace(TRAIN, hard_negatives=share)
+        plan, far = BatchPlan(near_data, train, Ranks()), []
+        for step in range(60):
+            batch = plan.batch(step, np.zeros(0))
+            near = set(table.of(batch.image_rows).tolist())
+            rows = batch.text_rows.tolist()
+            assert len(rows) == TRAIN.text_batch_size
+            assert rows == sorted(rows)
+            assert len(near.intersection(rows)) >= round(share * 5)
+            far += [row for row in rows if row not in near]
+        assert (22 in far) == (share < 1)
+
+    def test_an_image_with_few_neighbours_leaves_room_for_others(self, data):
+        table = NeighbourTable(np.full((NUM_IMAGES, 2), 7, np.int32), "t")
+        train = dataclasses.replace(TRAIN, hard_negatives=1.0)
+        plan = BatchPlan(dataclasses.replace(data, neighbours=table), train, Ranks())
+        rows = [plan.batch(step, np.zeros(0)).text_rows for step in range(20)]
+        assert all(7 in part and len(part) == 5 for part in rows)
+        assert len({int(r) for part in rows for r in part}) > 10
+
+    def test_a_share_of_zero_is_the_plain_sampler(self, data, table):
+        with_table = BatchPlan(dataclasses.replace(data, neighbours=table), TRAIN, Ranks())
+        for step in range(4):
+            pixels = np.zeros(0)
+            assert_same(
+                with_table.batch(step, pixels), BatchPlan(data, TRAIN, Ranks()).batch(step, pixels)
+            )
+
+    def test_without_a_table_it_is_an_error(self, data):
+        with pytest.raises(ValueError, match="needs a table"):
+            BatchPlan(data, dataclasses.replace(TRAIN, hard_negatives=0.1), Ranks())

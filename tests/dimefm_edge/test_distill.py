@@ -144,6 +144,11 @@ EXTRAS = {
         {},
         LossConfig(vl_weight=0, pvl_weight=0, contrastive_weight=1, contrastive_positives="label"),
     ),
+    "hard negatives": (
+        {"neighbours": lambda: case.make_neighbours()},
+        {"hard_negatives": 0.5},
+        LossConfig(),
+    ),
 }
 """What a run may be given: parts of its data, of TrainConfig, and its losses."""
 
