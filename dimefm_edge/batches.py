@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from dimefm_edge.data.images import ImagePool, PixelCache, decode_batches
 from dimefm_edge.data.neighbours import NeighbourTable
 from dimefm_edge.data.pairs import Pairs
 from dimefm_edge.data.store import EmbeddingStore
+from dimefm_edge.data.views import Views
 from dimefm_edge.distributed import Ranks
 from dimefm_edge.errors import DataError
 from dimefm_edge.preprocess import PreprocessSpec
@@ -35,7 +37,7 @@ PixelSource = Callable[[Iterable[Rows]], Iterator[npt.NDArray[np.uint8]]]
 """Turns batches of rows into their (B, S, S, 3) uint8 pixels, in order."""
 
 # One stream of random numbers each; distill.py has 3.
-_IMAGES, _TEXTS, _CROPS, _PAIRS = 0, 1, 2, 4
+_IMAGES, _TEXTS, _CROPS, _PAIRS, _VIEWS, _MIXES = 0, 1, 2, 4, 5, 6
 _PREFETCH_BATCHES = 3
 
 
@@ -56,6 +58,8 @@ class DistillData:
     """Rows of `texts` that are drawn from, ascending (corpus.py chooses); None: all."""
     neighbours: NeighbourTable | None = None
     """Sentences near to each image, for `hard_negatives`."""
+    views: Views | None = None
+    """Augmentations that the teacher saw too: the student then sees no other crops."""
 
     def usable_images(self) -> Rows:
         """Rows to train on: asked for, and readable."""
@@ -64,7 +68,7 @@ class DistillData:
 
     def extras(self) -> dict[str, str]:
         """Fingerprints of what not every run has, by name."""
-        parts = {"pairs": self.pairs, "neighbours": self.neighbours}
+        parts = {"pairs": self.pairs, "neighbours": self.neighbours, "views": self.views}
         found = {name: part.fingerprint for name, part in parts.items() if part is not None}
         for name in ("image_rows", "text_rows"):
             rows = getattr(self, name)
@@ -83,6 +87,7 @@ class Batch:
     text_rows: Rows
     image_embeds: Tensor
     text_embeds: Tensor
+    """Of `text_rows`, then pseudo-texts where they were asked for."""
     paired_text_embeds: Tensor | None = None
     labels: Tensor | None = None
 
@@ -150,12 +155,11 @@ class BatchPlan:
         train, data = self._train, self._data
         image_rows = self.image_rows(step)
         text_rows = self._text_rows(step, image_rows)
-        crops = random_crops(
-            train.batch_size,
-            min_crop=DEFAULT_MIN_CROP if train.min_crop is None else train.min_crop,
-            flip=train.flip is not False,
-            generator=seeded_generator(train.seed, _CROPS, step),
-        )
+        image_embeds, crops = self._image_side(step, image_rows)
+        text_embeds = torch.from_numpy(data.texts.gather(text_rows)).float()
+        if train.pseudo_texts:
+            rng = np.random.default_rng([train.seed, _MIXES, step])
+            text_embeds = torch.cat([text_embeds, mixed(image_embeds, train.pseudo_texts, rng)])
         paired, labels = None, None
         if data.pairs is not None:
             rng = np.random.default_rng([train.seed, _PAIRS, step])
@@ -168,9 +172,24 @@ class BatchPlan:
             crops=crops[self._ranks.slice(train.batch_size)],
             image_rows=image_rows,
             text_rows=text_rows,
-            image_embeds=torch.from_numpy(data.images.gather(image_rows)).float(),
-            text_embeds=torch.from_numpy(data.texts.gather(text_rows)).float(),
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
         )
+
+    def _image_side(self, step: int, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The teacher's embeddings (B, E) float32 of the images, and the student's crops."""
+        train, data = self._train, self._data
+        if data.views is not None:
+            rng = np.random.default_rng([train.seed, _VIEWS, step])
+            embeds, crops = data.views.gather(rows, rng)
+            return torch.from_numpy(embeds).float(), crops
+        crops = random_crops(
+            train.batch_size,
+            min_crop=DEFAULT_MIN_CROP if train.min_crop is None else train.min_crop,
+            flip=train.flip is not False,
+            generator=seeded_generator(train.seed, _CROPS, step),
+        )
+        return torch.from_numpy(data.images.gather(rows)).float(), crops
 
     def _text_rows(self, step: int, image_rows: Rows) -> Rows:
         """(text_batch_size,) rows of sentences, ascending: a share of them near to the images,
@@ -202,6 +221,16 @@ class BatchPlan:
             self._epochs = {e: rows for e, rows in self._epochs.items() if e == epoch - 1}
             self._epochs[epoch] = rng.permutation(self._valid_rows)
         return self._epochs[epoch]
+
+
+def mixed(image_embeds: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+    """Points between the embeddings of two images, which stand in for sentences about both
+    (mixup, arXiv 1710.09412): (B, E) L2-normalised -> (count, E) L2-normalised."""
+    first, second = (
+        image_embeds[torch.from_numpy(rng.integers(0, len(image_embeds), count))] for _ in range(2)
+    )
+    share = torch.from_numpy(rng.random((count, 1))).float()
+    return F.normalize(share * first + (1 - share) * second, dim=1)
 
 
 @dataclass(frozen=True)

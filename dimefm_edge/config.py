@@ -134,6 +134,11 @@ class TrainConfig:
     """Sentences per step, over all ranks."""
     hard_negatives: float = 0.0
     """Share of a step's sentences that are near neighbours of its images, in [0, 1]."""
+    pseudo_texts: int = 0
+    """Points between the embeddings of two images of the batch that `vl` takes for sentences."""
+    views: int = 0
+    """Augmentations of each image that the teacher embeds once and the student then sees; 0: the
+    teacher sees whole images, the student new crops in every epoch."""
     accumulate: int = 1
     """Micro-batches per step; each has batch_size / accumulate images and its own loss."""
     lr: float = 1e-3
@@ -178,6 +183,8 @@ class TrainConfig:
             )
         if not 0 <= self.hard_negatives <= 1:
             raise ConfigError(f"hard_negatives must be in [0, 1], got {self.hard_negatives}")
+        if self.pseudo_texts < 0 or self.views < 0:
+            raise ConfigError("pseudo_texts and views must not be negative")
         if self.min_crop is not None and not 0 < self.min_crop <= 1:
             raise ConfigError(f"min_crop must be in (0, 1], got {self.min_crop}")
         if not 0 <= self.ema_decay < 1:

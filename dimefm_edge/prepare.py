@@ -8,13 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from dimefm_edge.batches import CachedPixels, DecodedPixels, DistillData, PixelSource
-from dimefm_edge.config import RunConfig
+from dimefm_edge.config import DEFAULT_MIN_CROP, RunConfig, TrainConfig
 from dimefm_edge.corpus import load_kept_rows
 from dimefm_edge.data.images import ImagePool, LabelledSet, PixelCache
 from dimefm_edge.data.neighbours import NeighbourTable, open_neighbours
 from dimefm_edge.data.pairs import class_pairs
 from dimefm_edge.data.sentences import SentencePool
 from dimefm_edge.data.store import EmbeddingStore
+from dimefm_edge.data.views import Views, ViewSpec
 from dimefm_edge.embed import embed_images, embed_texts
 from dimefm_edge.errors import DataError
 from dimefm_edge.preprocess import PreprocessSpec
@@ -52,6 +53,21 @@ def embed_pools(
     )
     texts = embed_texts(teacher, sentences, store_dir / "texts")
     _neighbours(config, images, texts, store_dir)
+    for spec in view_specs(config.train):
+        embed_images(
+            teacher,
+            pool,
+            _view_dir(store_dir, spec),
+            max_bad=config.data.max_bad,
+            workers=config.data.workers,
+            view=spec,
+        )
+
+
+def view_specs(train: TrainConfig) -> tuple[ViewSpec, ...]:
+    """The views that a run asks for, each with the run's crops and mirroring."""
+    min_crop = DEFAULT_MIN_CROP if train.min_crop is None else train.min_crop
+    return tuple(ViewSpec(view, min_crop, train.flip is not False) for view in range(train.views))
 
 
 def open_data(
@@ -79,6 +95,8 @@ def open_data(
         pixels = CachedPixels(cache)
     else:
         pixels = DecodedPixels(pool, preprocess, config.data.workers)
+    specs = view_specs(config.train)
+    stores = tuple(EmbeddingStore.open(_view_dir(store_dir, spec)) for spec in specs)
     is_paired = labelled is not None and config.loss.contrastive_weight > 0
     return DistillData(
         images,
@@ -91,6 +109,7 @@ def open_data(
         if config.data.text_rows
         else None,
         neighbours=_neighbours(config, images, texts, store_dir),
+        views=Views(specs, stores) if specs else None,
     )
 
 
@@ -102,6 +121,10 @@ def _neighbours(
     rows = config.data.text_rows
     kept = load_kept_rows(Path(rows), texts) if rows else None
     return open_neighbours(images, texts, store_dir / "neighbours", text_rows=kept)
+
+
+def _view_dir(store_dir: Path, spec: ViewSpec) -> Path:
+    return store_dir / "views" / spec.digest()
 
 
 def _cache_path(store_dir: Path, preprocess: PreprocessSpec) -> Path:

@@ -22,6 +22,7 @@ from dimefm_edge.config import LossConfig, TrainConfig
 from dimefm_edge.data.neighbours import NeighbourTable
 from dimefm_edge.data.pairs import Pairs
 from dimefm_edge.data.store import EmbeddingStore, StoreManifest, StoreWriter
+from dimefm_edge.data.views import Views, ViewSpec
 from dimefm_edge.distill import DistillReport, distill
 from dimefm_edge.distributed import join_ranks, leave_ranks
 from dimefm_edge.preprocess import PreprocessSpec
@@ -91,6 +92,13 @@ def make_neighbours() -> NeighbourTable:
     """Four sentences of every image."""
     rows = (np.arange(NUM_IMAGES)[:, None] * 3 + np.arange(4)) % NUM_TEXTS
     return NeighbourTable(rows.astype(np.int32), "fixed")
+
+
+def make_views(folder: Path) -> Views:
+    """Two views of every image."""
+    specs = tuple(ViewSpec(view, 0.5, True) for view in range(2))
+    stores = [write_store(folder / str(v), "images", NUM_IMAGES, 10 + v) for v in range(2)]
+    return Views(specs, tuple(stores))
 
 
 def save_module(path: Path, module: nn.Module) -> None:

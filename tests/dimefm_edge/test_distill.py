@@ -140,15 +140,17 @@ def test_kill_9_and_resume_equals_an_uninterrupted_run(
 
 EXTRAS = {
     "contrastive": (
-        {"pairs": lambda: case.make_pairs()},
+        {"pairs": lambda _: case.make_pairs()},
         {},
         LossConfig(vl_weight=0, pvl_weight=0, contrastive_weight=1, contrastive_positives="label"),
     ),
     "hard negatives": (
-        {"neighbours": lambda: case.make_neighbours()},
+        {"neighbours": lambda _: case.make_neighbours()},
         {"hard_negatives": 0.5},
         LossConfig(),
     ),
+    "pseudo-texts": ({}, {"pseudo_texts": 6}, LossConfig()),
+    "views": ({"views": lambda folder: case.make_views(folder / "views")}, {}, LossConfig()),
 }
 """What a run may be given: parts of its data, of TrainConfig, and its losses."""
 
@@ -159,7 +161,7 @@ def test_with_extras_a_broken_run_ends_as_a_whole_one(
 ) -> None:
     parts, settings, loss = EXTRAS[name]
     data = dataclasses.replace(
-        case.make_data(tmp_path / "store"), **{k: make() for k, make in parts.items()}
+        case.make_data(tmp_path / "store"), **{k: make(tmp_path) for k, make in parts.items()}
     )
     train = dataclasses.replace(case.TRAIN, **settings)
     case.run_case(tmp_path / "whole", data=data, loss=loss, train=train)
@@ -182,8 +184,8 @@ def test_with_extras_a_broken_run_ends_as_a_whole_one(
 
 
 def test_a_run_is_not_resumed_with_other_pairs(tmp_path: Path) -> None:
-    parts, _, loss = EXTRAS["contrastive"]
-    data = dataclasses.replace(case.make_data(tmp_path / "store"), pairs=parts["pairs"]())
+    loss = EXTRAS["contrastive"][2]
+    data = dataclasses.replace(case.make_data(tmp_path / "store"), pairs=case.make_pairs())
     case.run_case(tmp_path / "run", data=data, loss=loss)
     other = dataclasses.replace(data, pairs=case.make_pairs(seed=9))
     with pytest.raises(CheckpointError, match=r"pairs was .* and is "):
@@ -191,8 +193,8 @@ def test_a_run_is_not_resumed_with_other_pairs(tmp_path: Path) -> None:
 
 
 def test_contrastive_training_learns_the_pairs(tmp_path: Path) -> None:
-    parts, _, loss = EXTRAS["contrastive"]
-    data = dataclasses.replace(case.make_data(tmp_path / "store"), pairs=parts["pairs"]())
+    loss = EXTRAS["contrastive"][2]
+    data = dataclasses.replace(case.make_data(tmp_path / "store"), pairs=case.make_pairs())
     train = dataclasses.replace(case.TRAIN, steps=80, lr=3e-3, min_crop=1.0, flip=False)
     case.run_case(tmp_path / "run", data=data, loss=loss, train=train)
     rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]

@@ -74,3 +74,18 @@ def test_rows_of_a_corpus(opened, tmp_path):
     assert len(some.text_rows) == report["num_kept"]
     with pytest.raises(StoreError, match="holds no rows"):
         opened(RunConfig(data=DataConfig(text_rows=str(tmp_path / "gone.npz"))))
+
+
+def test_views_are_embedded_once_and_given_to_the_student(opened):
+    config = RunConfig(train=TrainConfig(views=2, min_crop=0.4, flip=False))
+    data = opened(config)
+    folders = sorted((opened.store_dir / "views").iterdir())
+    assert len(folders) == len(data.views.specs) == 2
+    assert set(data.extras()) == {"views"}
+    embeds, crops = data.views.gather(np.arange(12), np.random.default_rng(0))
+    whole = data.images.gather(np.arange(12))
+    assert not np.array_equal(embeds, whole)
+    assert (crops[:, 0, 0] > 0).all()
+    begun = [path.stat().st_mtime_ns for path in folders]
+    opened(config)
+    assert begun == [path.stat().st_mtime_ns for path in folders]
