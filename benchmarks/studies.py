@@ -8,8 +8,10 @@
 |---|---|
 | `unpaired` | distillation without pairs, and CLIP's loss on images with their sentences |
 | `losses` | vl, pvl, udist and feature regression, alone and together |
+| `corpus` | sentences near to images, any, class prompts; hard negatives |
 | `scale` | shares of the images and of the sentences |
 | `image-only` | no sentence at all, against distillation with them |
+| `extras` | what is not the paper's: pseudo-texts, views that the teacher saw, hard negatives |
 
 `--data scenes`: the sample teacher, procedural images; each image's pair is its own sentence.
 `--data real`: Tiny-ImageNet and CIFAR-10 by real_teacher.py's teacher, which is trained when it
@@ -34,7 +36,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,8 @@ import numpy as np
 import torch
 
 from dimefm_edge.batches import CachedPixels, DistillData
-from dimefm_edge.config import LossConfig, TrainConfig
+from dimefm_edge.config import TrainConfig
+from dimefm_edge.corpus import ROWS_FILE, build_corpus, class_prompts, load_kept_rows
 from dimefm_edge.data import scenes
 from dimefm_edge.data.images import (
     ImagePool,
@@ -52,13 +55,17 @@ from dimefm_edge.data.images import (
     open_labelled,
     row_batches,
 )
+from dimefm_edge.data.neighbours import open_neighbours
 from dimefm_edge.data.pairs import Pairs, class_pairs
 from dimefm_edge.data.sentences import open_sentences
+from dimefm_edge.data.store import EmbeddingStore
+from dimefm_edge.data.views import Views
 from dimefm_edge.distill import distill
 from dimefm_edge.embed import embed_images, embed_texts
 from dimefm_edge.files import atomic_file
 from dimefm_edge.judge import Scorer
 from dimefm_edge.labels import build_label_bank
+from dimefm_edge.prepare import view_specs
 from dimefm_edge.run_log import STATE_FILE
 from dimefm_edge.students import build_student, save_student, student_spec
 from dimefm_edge.tables import format_table
@@ -66,62 +73,12 @@ from dimefm_edge.teacher import Teacher, load_teacher
 
 if __package__:
     from benchmarks import real_teacher
+    from benchmarks.study_arms import STUDIES, Arm
 else:
     import real_teacher
+    from study_arms import STUDIES, Arm
 
 RESULT_FILE = "result.json"
-PAPER = LossConfig()
-
-
-def only(**weights: float) -> LossConfig:
-    """The named terms alone: `only(pvl=1)`."""
-    given: dict[str, Any] = {f"{name}_weight": weight for name, weight in weights.items()}
-    return dataclasses.replace(PAPER, **{"vl_weight": 0, "pvl_weight": 0} | given)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One choice, trained once a seed."""
-
-    loss: LossConfig = PAPER
-    images: str = "unlabelled"
-    """unlabelled or labelled: the labelled images have pairs."""
-    image_share: float = 1.0
-    text_share: float = 1.0
-    train: dict[str, Any] = field(default_factory=dict)
-
-
-def contrastive(positives: str) -> LossConfig:
-    return dataclasses.replace(only(contrastive=1), contrastive_positives=positives)
-
-
-STUDIES: dict[str, dict[str, Arm]] = {
-    "unpaired": {
-        "distilled, unlabelled images": Arm(),
-        "distilled, the paired images": Arm(images="labelled"),
-        "contrastive, own sentence": Arm(contrastive("pair"), "labelled"),
-        "contrastive, shared labels": Arm(contrastive("label"), "labelled"),
-    },
-    "losses": {
-        "0.7 vl + 0.3 pvl": Arm(),
-        "vl": Arm(only(vl=1)),
-        "pvl": Arm(only(pvl=1)),
-        "udist": Arm(only(udist=1)),
-        "feature": Arm(only(feature=1)),
-        "0.7 vl + 0.3 pvl + feature": Arm(only(vl=0.7, pvl=0.3, feature=1)),
-    },
-    "scale": {
-        "all": Arm(),
-        **{f"{share:g} of the images": Arm(image_share=share) for share in (0.5, 0.25, 0.125)},
-        **{f"{share:g} of the sentences": Arm(text_share=share) for share in (0.1, 0.01, 0.001)},
-    },
-    "image-only": {
-        "0.7 vl + 0.3 pvl": Arm(),
-        "pvl": Arm(only(pvl=1)),
-        "feature": Arm(only(feature=1)),
-        "pvl + feature": Arm(only(pvl=1, feature=1)),
-    },
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -209,12 +166,10 @@ class Study:
     @functools.cache  # noqa: B019
     def data(self, images: str) -> DistillData:
         """Stores and pixels of one pool of images, and pairs where it has any."""
-        teacher, store_dir = self.teacher, self.out / "store" / self.teacher.weights_hash
+        teacher, store_dir = self.teacher, self.store_dir
         pool, pairs = self._pool(images)
         with locked(self.out / ".data.lock"):
-            texts = embed_texts(
-                teacher, open_sentences([self.setup.texts]), store_dir / "texts"
-            )
+            texts = embed_texts(teacher, open_sentences([self.setup.texts]), store_dir / "texts")
             store = embed_images(teacher, pool, store_dir / images)
             path = store_dir / f"{images}-{self.preprocess.digest()}.u8"
             cache = PixelCache.create(path, len(pool), self.preprocess, pool.fingerprint)
@@ -226,6 +181,10 @@ class Study:
         return DistillData(
             store, texts, CachedPixels(cache), self.preprocess, teacher.logit_scale, pairs
         )
+
+    @property
+    def store_dir(self) -> Path:
+        return self.out / "store" / self.teacher.weights_hash
 
     def _pool(self, images: str) -> tuple[ImagePool, Pairs | None]:
         if images == "unlabelled":
@@ -247,21 +206,51 @@ class Study:
         )
         return labelled.pool, class_pairs(labelled, self.teacher.encode_texts)
 
-    def arm_data(self, arm: Arm) -> DistillData:
+    def arm_data(self, arm: Arm, train: TrainConfig) -> DistillData:
         """An arm's share of the data; a smaller share is part of a larger one."""
-        data = self.data(arm.images)
-        shares = {
-            "image_rows": (arm.image_share, data.images),
-            "text_rows": (arm.text_share, data.texts),
-        }
-        rows = {
-            name: np.sort(
-                np.random.default_rng(0).permutation(len(store))[: round(share * len(store))]
-            )
-            for name, (share, store) in shares.items()
-            if share < 1
-        }
-        return dataclasses.replace(data, **rows)
+        data, folder = self.data(arm.images), self.store_dir
+        with locked(self.out / ".data.lock"):
+            if arm.texts in ("prompts", "beside"):
+                data = dataclasses.replace(data, texts=self._prompted(arm.texts))
+            rows = {}
+            if arm.image_share < 1:
+                rows["image_rows"] = any_share(len(data.images), arm.image_share)
+            if arm.texts == "grounded":
+                rows["text_rows"] = self._grounded(data, arm.text_share)
+            elif arm.text_share < 1:
+                rows["text_rows"] = any_share(len(data.texts), arm.text_share)
+            data = dataclasses.replace(data, **rows)
+            if train.hard_negatives:
+                table = open_neighbours(
+                    data.images, data.texts, folder / "neighbours", text_rows=data.text_rows
+                )
+                data = dataclasses.replace(data, neighbours=table)
+            specs = view_specs(train)
+            if specs:
+                pool, _ = self._pool(arm.images)
+                stores = tuple(
+                    embed_images(self.teacher, pool, folder / f"view-{s.digest()}", view=s)
+                    for s in specs
+                )
+                data = dataclasses.replace(data, views=Views(specs, stores))
+        return data
+
+    def _grounded(self, data: DistillData, share: float) -> np.ndarray:
+        folder = self.store_dir / "corpus" / f"{share:g}"
+        if not (folder / ROWS_FILE).is_file():
+            sentences = open_sentences([self.setup.texts])
+            build_corpus(sentences, data.images, data.texts, folder, keep=share)
+        return load_kept_rows(folder / ROWS_FILE, data.texts)
+
+    def _prompted(self, which: str) -> EmbeddingStore:
+        """Sentences about the test sets' classes, alone or beside all others."""
+        path = self.store_dir / "prompts.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sets = self.evaluate.eval_sets
+        lines = [line for s in sets for line in class_prompts(s.classnames, s.templates)]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        sources = [str(path), *([self.setup.texts] if which == "beside" else [])]
+        return embed_texts(self.teacher, open_sentences(sources), self.store_dir / which)
 
     def run(self, name: str, arm: Arm, seed: int) -> dict[str, Any] | None:
         """Train one arm with one seed, or read what it came to; None: another process is at it."""
@@ -292,7 +281,7 @@ class Study:
         student = build_student(self.spec)
         begun = time.process_time()
         report = distill(
-            student, self.arm_data(arm), loss=arm.loss, run_dir=run_dir, resume=True,
+            student, self.arm_data(arm, train), loss=arm.loss, run_dir=run_dir, resume=True,
             train=dataclasses.replace(train, eval_every=train.steps or 1),
             save_weights=lambda path, m: save_student(path, m, self.spec, self.preprocess, {}),
             evaluate=self.evaluate,
@@ -302,6 +291,11 @@ class Study:
             "scores": scores, "epochs": report.epochs, "cpu_s": time.process_time() - begun,
             "final_loss": report.final_loss,
         }  # fmt: skip
+
+
+def any_share(count: int, share: float) -> np.ndarray:
+    """Rows by chance, ascending; a smaller share is part of a larger one."""
+    return np.sort(np.random.default_rng(0).permutation(count)[: round(share * count)])
 
 
 def summary_of(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:

@@ -24,6 +24,8 @@ MAX_EXACT_ROWS = 100_000
 _BLOCK_ROWS = 65_536
 _ROWS_PER_LIST = 40  # faiss warns below 39 training rows a list
 _MAX_LISTS = 16_384  # bounds what training holds: 2 GB at 768 dimensions
+_NUM_ITERATIONS = 10  # of k-means, whose cost grows with the square of the lists
+_GRAPH_LISTS = 4096  # from here on the nearest lists are found by a graph, not one by one
 _NUM_PROBES = 32
 _CANDIDATES = 8
 """Rows that are ranked again, for each that is asked for."""
@@ -150,9 +152,11 @@ def _build(store: EmbeddingStore, rows: Rows, path: Path) -> None:
     faiss = import_faiss()
     lists = min(_MAX_LISTS, 2 ** round(math.log2(4 * math.sqrt(len(rows)))))
     sub_vectors = math.gcd(store.embed_dim, max(1, store.embed_dim // 8))
+    graph = "_HNSW32" if lists >= _GRAPH_LISTS else ""
     index = faiss.index_factory(
-        store.embed_dim, f"IVF{lists},PQ{sub_vectors}", faiss.METRIC_INNER_PRODUCT
+        store.embed_dim, f"IVF{lists}{graph},PQ{sub_vectors}", faiss.METRIC_INNER_PRODUCT
     )
+    index.cp.niter = _NUM_ITERATIONS
     sample = np.random.default_rng(0).choice(
         len(rows), min(len(rows), _ROWS_PER_LIST * lists), replace=False
     )

@@ -35,24 +35,27 @@ def script(monkeypatch, tmp_path):
         lambda args: dataclasses.replace(real(args), eval_sets=(str(tmp_path / "test"),)),
     )
     yield module
-    for name in ("studies", "real_teacher", "train_teacher"):
+    for name in ("studies", "study_arms", "real_teacher", "train_teacher"):
         sys.modules.pop(name, None)
 
 
 def arguments(script, tmp_path, *words):
     return script.parse_args(
-        ["unpaired", "--data", "scenes", "--limit", "140", "--steps", "2", "--out",
+        ["unpaired", "--data", "scenes", "--limit", "80", "--steps", "1", "--out",
          str(tmp_path / "out"), *words]
     )  # fmt: skip
 
 
 def test_a_study_keeps_its_runs_and_goes_on(script, tmp_path, monkeypatch):
+    arms = script.STUDIES["unpaired"]
+    names = ("distilled, unlabelled images", "contrastive, shared labels")
+    monkeypatch.setitem(script.STUDIES, "unpaired", {name: arms[name] for name in names})
     values = script.run_study(arguments(script, tmp_path, "--seeds", "0"))
-    assert list(values["arms"]) == list(script.STUDIES["unpaired"])
+    assert tuple(values["arms"]) == names
     assert all(row["seeds"] == 1 for row in values["arms"].values())
     assert json.loads((tmp_path / "out/scenes/unpaired.json").read_text()) == values
     runs = sorted((tmp_path / "out/scenes/runs").glob("*/result.json"))
-    assert len(runs) == 4
+    assert len(runs) == 2
     begun = {path: path.stat().st_mtime_ns for path in runs}
     more = script.run_study(arguments(script, tmp_path, "--seeds", "0", "1"))
     assert all(row["seeds"] == 2 and "test_top1_pct_sd" in row for row in more["arms"].values())
@@ -63,7 +66,7 @@ def test_a_study_keeps_its_runs_and_goes_on(script, tmp_path, monkeypatch):
         for result in runs:
             others.enter_context(script.locked(result.with_name(".lock")))
         shared = script.run_study(arguments(script, tmp_path, "--seeds", "0"))
-        assert shared["elsewhere"] == 4
+        assert shared["elsewhere"] == 2
         assert {row["seeds"] for row in shared["arms"].values()} == {0}
     table = script.table_of(more["arms"], more["teacher"])
     assert "contrastive, shared labels" in table
@@ -94,12 +97,35 @@ def test_the_signal_is_all_that_differs(script, tmp_path):
 def test_shares_are_nested(script, tmp_path):
     study = script.Study(arguments(script, tmp_path))
     rows = [
-        study.arm_data(script.Arm(image_share=s, text_share=s)) for s in (0.25, 0.5, 1.0)
+        study.arm_data(script.Arm(image_share=s, text_share=s), study.setup.train)
+        for s in (0.25, 0.5, 1.0)
     ]  # fmt: skip
-    assert [len(data.usable_images()) for data in rows] == [35, 70, 140]
+    assert [len(data.usable_images()) for data in rows] == [20, 40, 80]
     assert set(rows[0].image_rows) < set(rows[1].image_rows)
     assert set(rows[0].text_rows) < set(rows[1].text_rows)
     assert rows[2].text_rows is None
+
+
+def test_every_arm_gets_the_data_that_it_names(script, tmp_path):
+    study = script.Study(arguments(script, tmp_path))
+    found = {}
+    for name, arm in {**script.STUDIES["corpus"], **script.STUDIES["extras"]}.items():
+        train = dataclasses.replace(study.setup.train, **arm.train)
+        found[name] = study.arm_data(arm, train)
+    assert {name: sorted(data.extras()) for name, data in found.items() if data.extras()} == {
+        "the most grounded 0.5": ["text_rows"],
+        "the most grounded 0.1": ["text_rows"],
+        "any 0.1": ["text_rows"],
+        "all, hard negatives 0.5": ["neighbours"],
+        "hard negatives 0.25": ["neighbours"],
+        "views 4": ["views"],
+    }
+    assert set(found["the most grounded 0.1"].text_rows) < set(
+        found["the most grounded 0.5"].text_rows
+    )
+    assert [len(found[n].texts) for n in ("all", "class prompts", "class prompts and all")] == [
+        80, 3, 83,
+    ]  # fmt: skip
 
 
 def test_spread_is_over_seeds(script):
