@@ -104,7 +104,7 @@ def setup_of(args: argparse.Namespace) -> Setup:
         return Setup(
             "vit-nano", 64, train, ("scenes",), f"scenes{count}", f"scenes{count}"
         )  # fmt: skip
-    train = dataclasses.replace(common, min_crop=0.35, flip=True, steps=args.steps or 1200)
+    train = dataclasses.replace(common, min_crop=0.35, flip=True, steps=args.steps or 1500)
     sets = tuple(str(root / "zeroshot" / name) for name in real_teacher.SETS)
     return Setup(
         "timm:resnet10t", 32, train, sets, str(root / "images/*.tar"), str(root / "text/*.gz")
@@ -360,7 +360,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", choices=("scenes", "real"), default="real")
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="default: 1200 on real images, 800 on scenes")
+    parser.add_argument("--steps", type=int, help="default: 1500 on real images, 800 on scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"))
     parser.add_argument("--teacher", help="default: OUT/teacher; sample on scenes")
     parser.add_argument("--limit", type=int, help="scenes only: that many images and sentences")
