@@ -231,7 +231,7 @@ class RunConfig:
     """The device the student is for; `dimefm-edge targets` lists them."""
     teacher: str = "sample"
     """`sample`, an open_clip model (`ViT-B-32:TAG` or `ViT-B-32:FILE`), `hf-hub:ORG/NAME`, or
-    a folder: an open_clip checkpoint folder or a run of ours."""
+    a folder: an open_clip checkpoint folder or a run of ours; or several, joined by `+`."""
     out: str = "runs/distill"
     """Folder of the run."""
     store: str | None = None
