@@ -15,7 +15,7 @@
 
 `--data scenes`: the sample teacher, procedural images; each image's pair is its own sentence.
 `--data real`: Tiny-ImageNet and CIFAR-10 by real_teacher.py's teacher, which is trained when it
-is missing (40 minutes); unlabelled images, captions and glosses; pairs are the labelled images,
+is missing (an hour); unlabelled images, captions and glosses; pairs are the labelled images,
 which that teacher was trained on, and sentences of their classes.
 
 A run's folder is named by the hash of its settings: what is finished is not done again, what was
@@ -153,8 +153,7 @@ class Study:
             return load_teacher(self.args.teacher or "sample")
         folder = Path(self.args.teacher or self.args.out / "teacher")
         with locked(folder.parent / f".{folder.name}.lock"):
-            words = ["--out", str(folder), "--data", str(self.args.data_dir)]
-            real_teacher.real_teacher(real_teacher.parse_args(words))
+            real_teacher.studies_teacher(folder, self.args.data_dir)
         return load_teacher(str(folder))
 
     @functools.cache  # noqa: B019

@@ -87,6 +87,9 @@ def test_it_learns_and_is_a_teacher_of_ours(script, data_dir, tmp_path):
     begun = (out / "open_clip_model.safetensors").stat().st_mtime_ns
     assert script.real_teacher(script.parse_args(words)) == done  # finished: nothing is done again
     assert (out / "open_clip_model.safetensors").stat().st_mtime_ns == begun
+    more = [*words[:2], "--out", str(tmp_path / "more"), "--steps", "1", "--batch", "4",
+            "--vocab", "300", "--lr", "1e-9", "--init", str(out)]  # fmt: skip
+    assert script.real_teacher(script.parse_args(more))["top1_pct"] == done["top1_pct"]
 
 
 def test_a_resumed_run_ends_as_an_unbroken_one(script, data_dir, tmp_path, monkeypatch):
@@ -99,11 +102,11 @@ def test_a_resumed_run_ends_as_an_unbroken_one(script, data_dir, tmp_path, monke
     real = script.augment
     calls = []
 
-    def stop_at_the_fifth(*args):
+    def stop_at_the_fifth(*args, **settings):
         calls.append(1)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return real(*args)
+        return real(*args, **settings)
 
     monkeypatch.setattr(script, "augment", stop_at_the_fifth)
     with pytest.raises(KeyboardInterrupt):
@@ -122,10 +125,31 @@ def test_cutmix_shares_the_target(script):
     targets = torch.eye(2)
     mixed = 0
     for seed in range(12):
-        x, shares = script.augment(images, targets, 32, seeded_generator(seed))
+        x, shares = script.augment(
+            images, targets, 32, seeded_generator(seed), min_crop=0.3, cutmix=0.5
+        )
         assert x.shape == (2, 3, 32, 32)
         assert shares.sum(1) == pytest.approx([1, 1])
         is_mixed = [bool(image[0].std() > 0.1) for image in x]
         assert is_mixed[0] == is_mixed[1] == bool(shares[0, 1] > 0)
         mixed += is_mixed[0]
     assert 2 < mixed < 11
+
+
+def test_the_studies_teacher_has_two_stages_and_is_kept(
+    script, data_dir, tmp_path, monkeypatch
+):
+    asked = []
+    real = script.parse_args
+
+    def small(words):
+        asked.append(words)
+        return real([*words, "--steps", "1", "--batch", "4", "--vocab", "300"])
+
+    monkeypatch.setattr(script, "parse_args", small)
+    script.studies_teacher(tmp_path / "teacher", data_dir)
+    assert [("--init" in words) for words in asked] == [False, True]
+    assert (tmp_path / "teacher-1" / script.DONE_FILE).is_file()
+    assert (tmp_path / "teacher" / script.DONE_FILE).is_file()
+    script.studies_teacher(tmp_path / "teacher", data_dir)
+    assert len(asked) == 2
