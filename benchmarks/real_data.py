@@ -1,6 +1,6 @@
 """The study on real images: distil from the unlabelled pool and test zero-shot.
 
-    python benchmarks/train_teacher.py labelled --data ../shared/data --out /tmp/teacher
+    python benchmarks/real_teacher.py --data ../shared/data --out /tmp/teacher
     python benchmarks/real_data.py --teacher /tmp/teacher --data ../shared/data
 
 Runs the product's own pipeline on Tiny-ImageNet and CIFAR-10 images and on captions and

@@ -1,26 +1,20 @@
 """Train a small CLIP teacher on image-sentence pairs and save it as an open_clip folder.
 
-    python benchmarks/train_teacher.py scenes --out dimefm_edge/assets/sample_teacher
-    python benchmarks/train_teacher.py labelled --data ../shared/data --out /tmp/real_teacher
+    python benchmarks/train_teacher.py --out dimefm_edge/assets/sample_teacher
 
-`scenes` is the sample teacher that ships in the package. `labelled` is the teacher of the
-study on real images: Tiny-ImageNet and CIFAR-10 labels, as sentences made from class names,
-synonyms and WordNet glosses. Both are open_clip models with a byte-level BPE of their own
-(`tokenizer.json`), trained with a contrastive loss whose targets are shared by all pairs of
-equal label (UniCL, arXiv 2204.03610; CLIP's own loss when no label repeats). On scenes, linear
-heads also name what was drawn, of the image and of each patch: contrast alone learns it slowly.
+It is the sample teacher that ships in the package (real_teacher.py trains the one of the studies
+on real images): an open_clip model with a byte-level BPE of its own (`tokenizer.json`), trained
+with CLIP's contrastive loss. Linear heads also name what was drawn, of the image and of each
+patch: contrast alone learns it slowly.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import io
 import itertools
 import json
-import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +23,6 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -46,24 +39,18 @@ SCENES_CONFIG: dict[str, Any] = {
     },
     "text_cfg": {"context_length": 32, "width": 128, "heads": 4, "layers": 3},
 }  # fmt: skip
-LABELLED_CONFIG: dict[str, Any] = {
-    "embed_dim": 256,
-    "vision_cfg": {"image_size": 64, "timm_model_name": "resnet18d", "timm_pool": "avg"},
-    "text_cfg": {"context_length": 48, "width": 256, "heads": 4, "layers": 3},
-}
 
 
 @dataclass
 class Pairs:
-    """(N, S, S, 3) uint8 images, their labels, and a sentence writer for image i."""
+    """(N, S, S, 3) uint8 images, and a sentence writer for image i."""
 
     images: np.ndarray
-    labels: np.ndarray
     sentence: Callable[[int, np.random.Generator], str]
     corpus: list[str]
     flip: bool
     min_scale: float
-    drawn: SceneLabels | None = None
+    drawn: SceneLabels
 
 
 @dataclass
@@ -97,7 +84,6 @@ def scene_pairs(count: int) -> Pairs:
         drawn.append(scene)
     return Pairs(
         images,
-        np.arange(count),
         lambda i, rng: scenes.describe(drawn[i], rng),
         [scenes.scene_sentence(i) for i in range(50_000)],
         flip=False,
@@ -121,48 +107,6 @@ def scene_attributes(drawn: list[scenes.Scene]) -> np.ndarray:
         found.append(names)
     known = sorted(set().union(*found))
     return np.stack([[name in names for name in known] for names in found])
-
-
-def labelled_pairs(data_dir: Path) -> Pairs:
-    classes = json.loads((data_dir / "teacher/classes.json").read_text())
-    names_by_folder = {entry["wnid"]: entry["names"] for entry in classes["tiny-imagenet"]}
-    for entry in classes["cifar10"]:
-        names_by_folder[entry["names"][0]] = entry["names"]
-    glosses: dict[str, str] = {}
-    with gzip.open(data_dir / "text/oewn_noun_verb_glosses.txt.gz", "rt") as stream:
-        for line in stream:
-            word, _, gloss = line.strip().partition(": ")
-            glosses.setdefault(word.lower(), gloss)
-    folders = sorted(names_by_folder)
-    images, labels = [], []
-    for tar_path in sorted((data_dir / "teacher").glob("*.tar")):
-        with tarfile.open(tar_path) as tar:
-            for member in tar:
-                stream = tar.extractfile(member)
-                if stream is None:
-                    continue
-                image = Image.open(io.BytesIO(stream.read())).convert("RGB")
-                images.append(np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC)))
-                labels.append(folders.index(member.name.split("/")[0]))
-    frames = (
-        "a photo of a {}.", "a small photo of a {}.", "a close-up of a {}.",
-        "a picture showing a {}.", "a {}", "one {} in the picture", "{}",
-    )  # fmt: skip
-
-    def sentence(index: int, rng: np.random.Generator) -> str:
-        names = names_by_folder[folders[labels[index]]]
-        name = names[0] if rng.random() < 0.6 else names[int(rng.integers(len(names)))]
-        if name.lower() in glosses and rng.random() < 0.15:
-            return f"{name}: {glosses[name.lower()]}"
-        return frames[int(rng.integers(len(frames)))].format(name)
-
-    corpus = [line for path in sorted((data_dir / "text").glob("*.gz")) for line in _lines(path)]
-    return Pairs(np.stack(images), np.asarray(labels), sentence, corpus, flip=True, min_scale=0.35)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    with gzip.open(path, "rt", encoding="utf-8") as stream:
-        yield from (line.strip() for line in stream)
 
 
 def train_tokenizer(corpus: list[str], *, vocab_size: int, context_length: int) -> Tokenizer:
@@ -255,13 +199,12 @@ def encode_text(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return F.normalize(x, dim=-1)
 
 
-def unicl_loss(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor
+def contrastive_loss(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
     logits = scale * image_embeds @ text_embeds.T
-    targets = (labels[:, None] == labels[None, :]).float()
-    targets = targets / targets.sum(1, keepdim=True)
-    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+    pairs = torch.arange(len(logits))
+    return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
 
 @torch.no_grad()
@@ -290,42 +233,15 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return (images.float() / 255 - mean) / std
 
 
-def test_sets(args: argparse.Namespace) -> dict[str, tuple[Any, ...]]:
+def test_sets() -> dict[str, tuple[Any, ...]]:
     sets: dict[str, tuple[Any, ...]] = {}
-    if args.kind == "scenes":
-        for name in ("scenes", "scenes-relations"):
-            test = scenes.scene_test_set(name)
-            pixels = np.stack([np.asarray(test.image(i)) for i in range(len(test))])
-            labels = torch.tensor([test.label(i) for i in range(len(test))])
-            sets[name] = (pixels, labels, list(test.classnames), list(test.templates))
-    else:
-        for name in ("cifar10", "tiny-imagenet"):
-            folder = args.data / "zeroshot" / name
-            classnames = (folder / "classnames.txt").read_text().splitlines()
-            templates = (folder / "zeroshot_classification_templates.txt").read_text().splitlines()
-            files: dict[str, bytes] = {}
-            for tar_path in sorted((folder / "test").glob("*.tar")):
-                with tarfile.open(tar_path) as tar:
-                    for member in tar:
-                        stream = tar.extractfile(member)
-                        if stream is not None:
-                            files[member.name] = stream.read()
-            keys = sorted(k[:-4] for k in files if k.endswith(".cls"))
-            pixels = np.stack(
-                [
-                    np.asarray(
-                        Image.open(io.BytesIO(files[f"{k}.jpg"]))
-                        .convert("RGB")
-                        .resize((64, 64), Image.Resampling.BICUBIC)
-                    )
-                    for k in keys
-                ]
-            )
-            labels = torch.tensor([int(files[f"{k}.cls"]) for k in keys])
-            sets[name] = (pixels, labels, classnames, templates)
-    return {
-        k: (normalise(torch.from_numpy(v[0]).permute(0, 3, 1, 2)), *v[1:]) for k, v in sets.items()
-    }
+    for name in ("scenes", "scenes-relations"):
+        test = scenes.scene_test_set(name)
+        pixels = np.stack([np.asarray(test.image(i)) for i in range(len(test))])
+        labels = torch.tensor([test.label(i) for i in range(len(test))])
+        images = normalise(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        sets[name] = (images, labels, list(test.classnames), list(test.templates))
+    return sets
 
 
 def save_teacher(
@@ -352,18 +268,14 @@ def save_teacher(
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     started = time.monotonic()
-    pairs = scene_pairs(args.pairs) if args.kind == "scenes" else labelled_pairs(args.data)
+    pairs = scene_pairs(args.pairs)
     print(f"{len(pairs.images)} pairs in {time.monotonic() - started:.0f} s", flush=True)
-    config = json.loads(json.dumps(SCENES_CONFIG if args.kind == "scenes" else LABELLED_CONFIG))
+    config = json.loads(json.dumps(SCENES_CONFIG))
     context = config["text_cfg"]["context_length"]
     tokenizer = train_tokenizer(pairs.corpus, vocab_size=args.vocab, context_length=context)
     config["text_cfg"]["vocab_size"] = tokenizer.get_vocab_size()
     vision = dict(config["vision_cfg"])
-    if args.kind == "labelled":
-        tokenizer.enable_truncation(20)  # in training only: glosses are long, names are not
     model = open_clip.CLIP(config["embed_dim"], vision, dict(config["text_cfg"]))
-    if args.kind == "labelled":
-        model.visual = model.visual.to(memory_format=torch.channels_last)
     if args.init:
         model.load_state_dict(load_file(args.init / "open_clip_model.safetensors"))
     decay = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in n]
@@ -376,14 +288,11 @@ def train(args: argparse.Namespace) -> None:
         lr=args.lr,
         betas=(0.9, 0.98),
     )
-    heads = None
-    if pairs.drawn is not None:
-        heads = SceneHeads(config["embed_dim"], vision["width"], pairs.drawn)
-        optimizer.add_param_group({"params": heads.parameters(), "weight_decay": 0.0})
+    heads = SceneHeads(config["embed_dim"], vision["width"], pairs.drawn)
+    optimizer.add_param_group({"params": heads.parameters(), "weight_decay": 0.0})
     image_tower = torch.compile(model.visual) if args.compile else model.visual
-    sets = test_sets(args)
+    sets = test_sets()
     images = torch.from_numpy(pairs.images).permute(0, 3, 1, 2)
-    labels = torch.from_numpy(pairs.labels)
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     step, deadline, scores = 0, time.monotonic() + 60 * args.minutes, {}
     averaged = torch.optim.swa_utils.AveragedModel(
@@ -403,18 +312,14 @@ def train(args: argparse.Namespace) -> None:
             batch = crop(normalise(images[rows]), theta)
             ids = [tokenizer.encode(pairs.sentence(int(i), rng)).ids for i in rows]
             with torch.autocast("cpu", torch.bfloat16):
-                if heads is None:
-                    features = image_tower(batch.contiguous(memory_format=torch.channels_last))
-                else:
-                    model.visual.output_tokens = True
-                    features, patches = image_tower(batch)
-                    model.visual.output_tokens = False
+                model.visual.output_tokens = True
+                features, patches = image_tower(batch)
+                model.visual.output_tokens = False
                 text_embeds = encode_text(model, torch.tensor(ids))
             scale = model.logit_scale.exp().clamp(max=100)
             image_embeds = F.normalize(features.float(), dim=-1)
-            loss = unicl_loss(image_embeds, text_embeds.float(), labels[rows], scale)
-            if heads is not None:
-                loss = loss + heads(features.float(), patches.float(), theta, rows)
+            loss = contrastive_loss(image_embeds, text_embeds.float(), scale)
+            loss = loss + heads(features.float(), patches.float(), theta, rows)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -447,15 +352,11 @@ def train(args: argparse.Namespace) -> None:
 
 def model_card(args: argparse.Namespace, scores: dict[str, float], step: int) -> str:
     table = "\n".join(f"| {name} | {score:.1f}% |" for name, score in scores.items())
-    data = (
-        "procedural `scenes` pairs (no photographs, no people, no third-party data)"
-        if args.kind == "scenes"
-        else "labelled Tiny-ImageNet and CIFAR-10 images; research use only"
-    )
-    return f"""# {args.kind} teacher
+    return f"""# scenes teacher
 
 A small CLIP (open_clip architecture code) trained from scratch by
-`benchmarks/train_teacher.py {args.kind}` on {data}.
+`benchmarks/train_teacher.py` on procedural `scenes` pairs (no photographs, no people, no
+third-party data).
 
 - Training: {step} steps of {args.batch} pairs, {args.minutes:g} minutes, AdamW, lr {args.lr:g}.
 - Weights: fp16 safetensors, licence Apache-2.0. Text: byte-level BPE, `tokenizer.json`.
@@ -470,21 +371,17 @@ A small CLIP (open_clip architecture code) trained from scratch by
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("kind", choices=("scenes", "labelled"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--pairs", type=int, default=80_000)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=None)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--vocab", type=int, default=None)
+    parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--init", type=Path, help="a folder written before: train on from it")
     parser.add_argument("--compile", action="store_true", help="a third faster, needs g++")
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args()
-    args.lr = args.lr or (1e-3 if args.kind == "scenes" else 2e-3)
-    args.vocab = args.vocab or (1024 if args.kind == "scenes" else 8192)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)

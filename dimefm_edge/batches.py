@@ -7,6 +7,7 @@ agree on the global batch without talking. Used by distill.py.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -16,13 +17,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dimefm_edge.config import DEFAULT_MIN_CROP, TrainConfig
 from dimefm_edge.data.augment import random_crops, seeded_generator
 from dimefm_edge.data.images import ImagePool, PixelCache, decode_batches
+from dimefm_edge.data.neighbours import NeighbourTable
+from dimefm_edge.data.pairs import Pairs
 from dimefm_edge.data.store import EmbeddingStore
+from dimefm_edge.data.views import Views
 from dimefm_edge.distributed import Ranks
 from dimefm_edge.errors import DataError
 from dimefm_edge.preprocess import PreprocessSpec
@@ -31,7 +36,8 @@ Rows = npt.NDArray[np.int64]
 PixelSource = Callable[[Iterable[Rows]], Iterator[npt.NDArray[np.uint8]]]
 """Turns batches of rows into their (B, S, S, 3) uint8 pixels, in order."""
 
-_IMAGES, _TEXTS, _CROPS = range(3)  # one stream of random numbers each
+# One stream of random numbers each; distill.py has 3.
+_IMAGES, _TEXTS, _CROPS, _PAIRS, _VIEWS, _MIXES = 0, 1, 2, 4, 5, 6
 _PREFETCH_BATCHES = 3
 
 
@@ -44,11 +50,36 @@ class DistillData:
     pixels: PixelSource
     preprocess: PreprocessSpec
     logit_scale: float
+    pairs: Pairs | None = None
+    """Sentences that belong to the images, for the contrastive term only."""
+    image_rows: Rows | None = None
+    """Rows of `images` that are trained on, ascending; None: all that could be read."""
+    text_rows: Rows | None = None
+    """Rows of `texts` that are drawn from, ascending (corpus.py chooses); None: all."""
+    neighbours: NeighbourTable | None = None
+    """Sentences near to each image, for `hard_negatives`."""
+    views: Views | None = None
+    """Augmentations that the teacher saw too: the student then sees no other crops."""
+
+    def usable_images(self) -> Rows:
+        """Rows to train on: asked for, and readable."""
+        rows = self.images.valid_rows()
+        return rows if self.image_rows is None else np.intersect1d(rows, self.image_rows)
+
+    def extras(self) -> dict[str, str]:
+        """Fingerprints of what not every run has, by name."""
+        parts = {"pairs": self.pairs, "neighbours": self.neighbours, "views": self.views}
+        found = {name: part.fingerprint for name, part in parts.items() if part is not None}
+        for name in ("image_rows", "text_rows"):
+            rows = getattr(self, name)
+            if rows is not None:
+                found[name] = hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()[:16]
+        return found
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's data on this rank; embeddings are of the global batch."""
+    """One step's data on this rank; embeddings and labels are of the global batch."""
 
     pixels: npt.NDArray[np.uint8]
     crops: Tensor
@@ -56,6 +87,28 @@ class Batch:
     text_rows: Rows
     image_embeds: Tensor
     text_embeds: Tensor
+    """Of `text_rows`, then pseudo-texts where they were asked for."""
+    paired_text_embeds: Tensor | None = None
+    labels: Tensor | None = None
+
+    def targets(self, piece: slice, num_ranks: int, device: torch.device) -> dict[str, Tensor]:
+        """What the losses compare a micro-batch's images with, by the name that they give it.
+
+        Args:
+            piece: Of each rank's images.
+            num_ranks: Ranks that the batch is split over.
+            device: Where it is wanted.
+        """
+        sides = {
+            "teacher_image_embeds": self.image_embeds,
+            "paired_text_embeds": self.paired_text_embeds,
+            "labels": self.labels,
+        }
+        return {
+            name: rows.to(device).view(num_ranks, -1, *rows.shape[1:])[:, piece].flatten(0, 1)
+            for name, rows in sides.items()
+            if rows is not None
+        }
 
     def save(self, path: Path) -> None:
         """Write everything as safetensors, to look at."""
@@ -66,16 +119,20 @@ class Batch:
             "text_rows": torch.from_numpy(self.text_rows),
             "image_embeds": self.image_embeds,
             "text_embeds": self.text_embeds,
+            "paired_text_embeds": self.paired_text_embeds,
+            "labels": self.labels,
         }
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        save_file({k: v.contiguous() for k, v in tensors.items() if v is not None}, path)
 
 
 class BatchPlan:
     """Which rows and crops belong to a step: pure functions of (seed, step)."""
 
     def __init__(self, data: DistillData, train: TrainConfig, ranks: Ranks) -> None:
+        if train.hard_negatives and data.neighbours is None:
+            raise ValueError("hard_negatives needs a table of neighbours")
         self._data, self._train, self._ranks = data, train, ranks
-        self._valid_rows = data.images.valid_rows()
+        self._valid_rows = data.usable_images()
         self._epochs: dict[int, Rows] = {}
 
     def image_rows(self, step: int) -> Rows:
@@ -97,22 +154,59 @@ class BatchPlan:
         """Complete a step's batch, given this rank's pixels."""
         train, data = self._train, self._data
         image_rows = self.image_rows(step)
-        rng = np.random.default_rng([train.seed, _TEXTS, step])
-        text_rows = np.sort(rng.integers(0, len(data.texts), train.text_batch_size))
+        text_rows = self._text_rows(step, image_rows)
+        image_embeds, crops = self._image_side(step, image_rows)
+        text_embeds = torch.from_numpy(data.texts.gather(text_rows)).float()
+        if train.pseudo_texts:
+            rng = np.random.default_rng([train.seed, _MIXES, step])
+            text_embeds = torch.cat([text_embeds, mixed(image_embeds, train.pseudo_texts, rng)])
+        paired, labels = None, None
+        if data.pairs is not None:
+            rng = np.random.default_rng([train.seed, _PAIRS, step])
+            paired = torch.from_numpy(data.pairs.sentence_embeds(image_rows, rng))
+            labels = torch.from_numpy(data.pairs.labels[image_rows])
+        return Batch(
+            paired_text_embeds=paired,
+            labels=labels,
+            pixels=pixels,
+            crops=crops[self._ranks.slice(train.batch_size)],
+            image_rows=image_rows,
+            text_rows=text_rows,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+        )
+
+    def _image_side(self, step: int, rows: Rows) -> tuple[Tensor, Tensor]:
+        """The teacher's embeddings (B, E) float32 of the images, and the student's crops."""
+        train, data = self._train, self._data
+        if data.views is not None:
+            rng = np.random.default_rng([train.seed, _VIEWS, step])
+            embeds, crops = data.views.gather(rows, rng)
+            return torch.from_numpy(embeds).float(), crops
         crops = random_crops(
             train.batch_size,
             min_crop=DEFAULT_MIN_CROP if train.min_crop is None else train.min_crop,
             flip=train.flip is not False,
             generator=seeded_generator(train.seed, _CROPS, step),
         )
-        return Batch(
-            pixels=pixels,
-            crops=crops[self._ranks.slice(train.batch_size)],
-            image_rows=image_rows,
-            text_rows=text_rows,
-            image_embeds=torch.from_numpy(data.images.gather(image_rows)).float(),
-            text_embeds=torch.from_numpy(data.texts.gather(text_rows)).float(),
+        return torch.from_numpy(data.images.gather(rows)).float(), crops
+
+    def _text_rows(self, step: int, image_rows: Rows) -> Rows:
+        """(text_batch_size,) rows of sentences, ascending: a share of them near to the images,
+        each once, the rest drawn with replacement."""
+        train, data = self._train, self._data
+        rng = np.random.default_rng([train.seed, _TEXTS, step])
+        near: Rows = np.empty(0, np.int64)
+        if train.hard_negatives:
+            assert data.neighbours is not None
+            near = data.neighbours.of(image_rows)
+            count = min(len(near), round(train.hard_negatives * train.text_batch_size))
+            near = rng.choice(near, count, replace=False)
+        of = data.text_rows
+        drawn = rng.integers(
+            0, len(data.texts) if of is None else len(of), train.text_batch_size - len(near)
         )
+        return np.sort(np.concatenate([near, drawn if of is None else of[drawn]]))
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """The batches of steps [start, stop), in order."""
@@ -127,6 +221,16 @@ class BatchPlan:
             self._epochs = {e: rows for e, rows in self._epochs.items() if e == epoch - 1}
             self._epochs[epoch] = rng.permutation(self._valid_rows)
         return self._epochs[epoch]
+
+
+def mixed(image_embeds: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+    """Points between the embeddings of two images, which stand in for sentences about both
+    (mixup, arXiv 1710.09412): (B, E) L2-normalised -> (count, E) L2-normalised."""
+    first, second = (
+        image_embeds[torch.from_numpy(rng.integers(0, len(image_embeds), count))] for _ in range(2)
+    )
+    share = torch.from_numpy(rng.random((count, 1))).float()
+    return F.normalize(share * first + (1 - share) * second, dim=1)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,12 @@ COMMANDS: dict[str, Command] = {
         "teacher embeddings into a store, resumable shard by shard",
         "stopped; run the same command to go on",
     ),
+    "corpus": Command(
+        "making:run_corpus",
+        "CorpusOptions",
+        "keep the sentences that the teacher finds near to images of a pool",
+        "stopped; run the same command to go on",
+    ),
     "distill": Command(
         "making:run_distill",
         "DistillOptions",

@@ -39,6 +39,9 @@ class DataConfig:
     texts: tuple[str, ...] = ("scenes",)
     """Sentences: .txt, .jsonl, .csv or .parquet files, each also .gz, globs, or
     `scenes[:COUNT]`."""
+    labelled: str | None = None
+    """Labelled images for `contrastive_weight`, in the layouts of test sets: the student is
+    trained on these instead of `images`."""
     eval_sets: tuple[str, ...] = ()
     """Labelled test sets: class folders or CLIP-benchmark folders, `scenes`,
     `scenes-relations`. Default: `scenes` when the images are scenes, else none."""
@@ -46,6 +49,8 @@ class DataConfig:
     """Column of images in Parquet files and Hugging Face data sets."""
     text_column: str = "text"
     """Column or key of sentences in .jsonl, .csv and .parquet files."""
+    text_rows: str | None = None
+    """kept_rows.npz that `dimefm-edge corpus` made of these sentences: only those are used."""
     max_bad: float = 0.1
     """Stop when more images than this cannot be read: a share below 1, else a count."""
     workers: int = 0
@@ -94,14 +99,21 @@ class LossConfig:
     udist_weight: float = 0.0
     """Uni-modal distance term: student image against student image."""
     feature_weight: float = 0.0
-    """Plain feature regression, the baseline of other tools."""
-    feature_kind: Literal["mse", "cosine"] = "mse"
+    """Regression of the teacher's image embedding, the loss of other tools."""
+    contrastive_weight: float = 0.0
+    """CLIP's loss on (image, sentence of its class) pairs of `labelled`; no distillation."""
+    contrastive_positives: Literal["pair", "label"] = "pair"
+    """Sentences that an image is matched with: its own only, or those of all images of the
+    batch that have its label (UniCL, arXiv 2204.03610)."""
     vl_temperature: float = 1.0
     pvl_temperature: float = 3.0
     udist_temperature: float = 7.0
 
     def __post_init__(self) -> None:
-        weights = (self.vl_weight, self.pvl_weight, self.udist_weight, self.feature_weight)
+        weights = (
+            self.vl_weight, self.pvl_weight, self.udist_weight, self.feature_weight,
+            self.contrastive_weight,
+        )  # fmt: skip
         if min(weights) < 0 or max(weights) == 0:
             raise ConfigError("loss weights must not be negative, and one must be positive")
         if min(self.vl_temperature, self.pvl_temperature, self.udist_temperature) <= 0:
@@ -120,6 +132,13 @@ class TrainConfig:
     """Images per step, over all ranks."""
     text_batch_size: int = 512
     """Sentences per step, over all ranks."""
+    hard_negatives: float = 0.0
+    """Share of a step's sentences that are near neighbours of its images, in [0, 1]."""
+    pseudo_texts: int = 0
+    """Points between the embeddings of two images of the batch that `vl` takes for sentences."""
+    views: int = 0
+    """Augmentations of each image that the teacher embeds once and the student then sees; 0: the
+    teacher sees whole images, the student new crops in every epoch."""
     accumulate: int = 1
     """Micro-batches per step; each has batch_size / accumulate images and its own loss."""
     lr: float = 1e-3
@@ -162,6 +181,10 @@ class TrainConfig:
             raise ConfigError(
                 f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})"
             )
+        if not 0 <= self.hard_negatives <= 1:
+            raise ConfigError(f"hard_negatives must be in [0, 1], got {self.hard_negatives}")
+        if self.pseudo_texts < 0 or self.views < 0:
+            raise ConfigError("pseudo_texts and views must not be negative")
         if self.min_crop is not None and not 0 < self.min_crop <= 1:
             raise ConfigError(f"min_crop must be in (0, 1], got {self.min_crop}")
         if not 0 <= self.ema_decay < 1:
@@ -208,7 +231,7 @@ class RunConfig:
     """The device the student is for; `dimefm-edge targets` lists them."""
     teacher: str = "sample"
     """`sample`, an open_clip model (`ViT-B-32:TAG` or `ViT-B-32:FILE`), `hf-hub:ORG/NAME`, or
-    a folder: an open_clip checkpoint folder or a run of ours."""
+    a folder: an open_clip checkpoint folder or a run of ours; or several, joined by `+`."""
     out: str = "runs/distill"
     """Folder of the run."""
     store: str | None = None
@@ -222,6 +245,10 @@ class RunConfig:
     quant: QuantConfig = field(default_factory=QuantConfig)
 
     def __post_init__(self) -> None:
+        if self.loss.contrastive_weight and not self.data.labelled:
+            raise ConfigError(
+                "contrastive_weight needs labelled images", hint="--labelled FOLDER_OF_CLASSES"
+            )
         if self.quant.is_int8 and self.precision != "fp32":
             raise ConfigError(
                 f"the graph cannot be both int8 and {self.precision}", hint="drop --precision"

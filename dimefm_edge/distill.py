@@ -154,7 +154,7 @@ class _Loop:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.amp_dtype is torch.float16
         )
-        self.num_images = len(data.images.valid_rows())
+        self.num_images = len(data.usable_images())
         self.total = count_steps(train, self.num_images)
         self.eval_every = train.eval_every or max(1, math.ceil(self.total / 3))
         self.save_every = train.save_every or max(1, math.ceil(self.total / 10))
@@ -172,10 +172,8 @@ class _Loop:
         torch.manual_seed(
             seeded_generator(train.seed, _DROP_STREAM, self.step, ranks.rank).initial_seed()
         )
-        image_embeds = batch.image_embeds.to(self.device)
         text_embeds = batch.text_embeds.to(self.device)
         images = self._images(batch)
-        per_rank = image_embeds.view(ranks.world_size, -1, image_embeds.shape[1])
         terms: dict[str, float] = {}
         for index in range(train.accumulate):
             piece = _piece(index, train.accumulate, len(images))
@@ -184,8 +182,8 @@ class _Loop:
                 student_embeds = self.net(images[piece]).float()
             values = distillation_loss(
                 ranks.gather_with_grad(student_embeds),
-                per_rank[:, piece].flatten(0, 1),
-                text_embeds,
+                **batch.targets(piece, ranks.world_size, self.device),
+                teacher_text_embeds=text_embeds,
                 config=self.loss,
                 logit_scale=self.data.logit_scale,
             )
@@ -381,6 +379,7 @@ class _Loop:
             "images": manifests[0].source,
             "texts": manifests[1].source,
             "teacher": manifests[0].weights_hash,
+            **self.data.extras(),
             "num_parameters": sum(p.numel() for p in self.student.parameters()),
         }
 

@@ -6,7 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from dimefm_edge.data.store import (
 from dimefm_edge.errors import DataError
 from dimefm_edge.preprocess import PreprocessSpec
 from dimefm_edge.progress import counting
+
+if TYPE_CHECKING:  # the demo embeds without torch
+    from dimefm_edge.data.views import ViewSpec
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ def embed_images(
     workers: int = 0,
     cache: PixelCache | None = None,
     shard_rows: int = DEFAULT_SHARD_ROWS,
+    view: ViewSpec | None = None,
 ) -> EmbeddingStore:
     """Embed a pool of images; shards that are there already are kept.
 
@@ -66,6 +70,7 @@ def embed_images(
         workers: Decoding threads or processes; 0 chooses.
         cache: Keeps the decoded pixels, in the same pass.
         shard_rows: Rows per shard.
+        view: Embed this augmentation of every image; the cache keeps the whole images.
 
     Raises:
         DataError: If too many images are bad, the pool is empty, or an image that was embedded
@@ -74,7 +79,8 @@ def embed_images(
     """
     if not len(pool):
         raise DataError("there is no image to embed", hint="check --images")
-    writer = _open_writer(teacher, "images", pool, store_dir, shard_rows)
+    source = pool.fingerprint if view is None else f"{pool.fingerprint} view {view.digest()}"
+    writer = _open_writer(teacher, "images", pool, store_dir, shard_rows, source)
     manifest = writer.manifest  # a store that is there keeps its own shard_rows
     missing = writer.missing_shards()
     kept = {shard: manifest.rows_of(shard) for shard in range(manifest.num_shards)}
@@ -93,7 +99,8 @@ def embed_images(
             for _ in range(-(-len(rows) // batch_size)):
                 batch = next(decoded)
                 if len(batch.rows):
-                    embeds[batch.rows - rows.start] = teacher.encode_images(batch.pixels)
+                    seen = batch.pixels if view is None else view.apply(batch.rows, batch.pixels)
+                    embeds[batch.rows - rows.start] = teacher.encode_images(seen)
                     if cache is not None:
                         cache.write(batch.rows, batch.pixels)
                 bad.extend(batch.bad_rows)
@@ -128,7 +135,8 @@ def embed_texts(
     """
     if not len(sentences):
         raise DataError("there is no sentence to embed", hint="check --texts")
-    writer = _open_writer(teacher, "texts", sentences, store_dir, shard_rows)
+    source = sentences.fingerprint
+    writer = _open_writer(teacher, "texts", sentences, store_dir, shard_rows, source)
     manifest = writer.manifest  # a store that is there keeps its own shard_rows
     missing = set(writer.missing_shards())
     todo = sum(len(manifest.rows_of(shard)) for shard in missing)
@@ -154,13 +162,14 @@ def _open_writer(
     pool: ImagePool | SentencePool,
     store_dir: Path,
     shard_rows: int,
+    source: str,
 ) -> StoreWriter:
     wanted = StoreManifest(
         kind=kind,
         teacher=teacher.name,
         weights_hash=teacher.weights_hash,
         preprocess_hash=teacher.preprocess.digest() if kind == "images" else "",
-        source=pool.fingerprint,
+        source=source,
         embed_dim=teacher.embed_dim,
         logit_scale=teacher.logit_scale,
         num_rows=len(pool),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,38 @@ class Normalised(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return F.normalize(self.tower(inputs), dim=-1)
+
+
+class JoinedTowers(nn.Module):
+    """Towers of several teachers as one: their unit vectors end to end, each scaled.
+
+    With scales whose squares add up to 1 the result has unit length, and its cosines are the mean
+    of the teachers' cosines, weighted by these squares.
+    """
+
+    def __init__(
+        self, towers: Sequence[nn.Module], scales: Sequence[float], *, widths: Sequence[int] = ()
+    ) -> None:
+        """
+        Args:
+            towers: Each (B, ...) -> (B, E_k), normalised or not.
+            scales: One a tower.
+            widths: How the second dimension of the input is cut up, a piece for each tower;
+                none: each takes all of it.
+        """
+        super().__init__()
+        self.towers = nn.ModuleList(towers)
+        self.scales, self.widths = tuple(scales), list(widths)
+        self.train(towers[0].training)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        whole = [inputs] * len(self.towers)
+        pieces = torch.split(inputs, self.widths, dim=1) if self.widths else whole
+        embeds = [
+            scale * F.normalize(tower(piece), dim=-1)
+            for tower, scale, piece in zip(self.towers, self.scales, pieces, strict=True)
+        ]
+        return torch.cat(embeds, dim=-1)
 
 
 class TextTower(nn.Module):

@@ -2,13 +2,15 @@
 
 Used by distill.py. The terms are DIME-FM's (arXiv 2303.18232, ICCV 2023): vl (student image
 against teacher text), pvl (student image against teacher image, standing in for text) and
-udist (student image against student image). `feature` is the plain regression on embeddings
-that other tools use, for comparison. As in the authors' code there is no T**2 factor, and
-pvl and udist are doubled so that they weigh as the two directions of vl.
+udist (student image against student image). For comparison: `feature`, the regression of
+embeddings that other tools use, and `contrastive`, CLIP's loss on labelled pairs. As in the
+authors' code there is no T**2 factor, and pvl and udist are doubled so that they weigh as the
+two directions of vl.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -107,26 +109,59 @@ def udist_loss(
     )
 
 
-def feature_loss(
-    student_image_embeds: Tensor, teacher_image_embeds: Tensor, *, kind: str = "mse"
-) -> Tensor:
-    """Regress the teacher's embedding.
+def feature_loss(student_image_embeds: Tensor, teacher_image_embeds: Tensor) -> Tensor:
+    """Regress the teacher's embedding (https://github.com/NVIDIA-AI-IOT/clip-distillation).
+
+    Of unit vectors the squared distance is 2 (1 - cosine): a cosine loss of half this weight
+    is the same loss, so there is no other.
 
     Args:
         student_image_embeds: (B, E), L2-normalised, receives gradients.
         teacher_image_embeds: (B, E), L2-normalised, same order of images.
-        kind: `mse`, squared distance averaged over B and summed over E (so it does not shrink
-            with E), in [0, 4]; or `cosine`, 1 - cosine averaged over B, in [0, 2].
+
+    Returns:
+        Scalar in [0, 4]: squared distance summed over E, so that it does not shrink with E,
+        averaged over B.
 
     Raises:
-        ValueError: If shapes differ or kind is neither.
+        ValueError: If shapes differ.
     """
     _check(student_image_embeds, teacher_image_embeds, 1.0)
-    if kind == "mse":
-        return (student_image_embeds - teacher_image_embeds).square().sum(1).mean()
-    if kind == "cosine":
-        return (1 - (student_image_embeds * teacher_image_embeds).sum(1)).mean()
-    raise ValueError(f"feature loss kind must be mse or cosine, got {kind!r}")
+    return (student_image_embeds - teacher_image_embeds).square().sum(1).mean()
+
+
+def contrastive_loss(
+    student_image_embeds: Tensor,
+    paired_text_embeds: Tensor,
+    *,
+    logit_scale: float,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """CLIP's symmetric InfoNCE of images and their own sentences (arXiv 2103.00020).
+
+    The text encoder is frozen, so its logit scale is too.
+
+    Args:
+        student_image_embeds: (B, E), L2-normalised, receives gradients.
+        paired_text_embeds: (B, E), L2-normalised, row i belongs to image i.
+        logit_scale: Multiplies cosines before the softmax.
+        labels: (B,) integers; images of one label then share their sentences as positives, each
+            of the same part (UniCL, arXiv 2204.03610). None: row i is image i's only positive.
+
+    Returns:
+        Scalar in nats: mean of the cross-entropies of rows and of columns.
+
+    Raises:
+        ValueError: If shapes differ.
+    """
+    _check(student_image_embeds, paired_text_embeds, 1.0)
+    logits = logit_scale * student_image_embeds @ paired_text_embeds.T
+    if labels is None:
+        targets = torch.eye(len(logits), dtype=logits.dtype, device=logits.device)
+    else:
+        targets = (labels[:, None] == labels[None, :]).to(logits.dtype)
+        targets = targets / targets.sum(1, keepdim=True)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 def distillation_loss(
@@ -136,8 +171,13 @@ def distillation_loss(
     *,
     config: LossConfig,
     logit_scale: float,
+    paired_text_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """All terms with a positive weight, unweighted by name, and `loss`, their weighted sum."""
+    """All terms with a positive weight, unweighted by name, and `loss`, their weighted sum.
+
+    `contrastive` needs `paired_text_embeds` (B, E) and `labels` (B,) of the same images.
+    """
     student, teacher = student_image_embeds, teacher_image_embeds
     terms: dict[str, Tensor] = {}
     if config.vl_weight:
@@ -157,7 +197,16 @@ def distillation_loss(
             student, teacher, logit_scale=logit_scale, temperature=config.udist_temperature
         )
     if config.feature_weight:
-        terms["feature"] = feature_loss(student, teacher, kind=config.feature_kind)
+        terms["feature"] = feature_loss(student, teacher)
+    if config.contrastive_weight:
+        if paired_text_embeds is None:
+            raise ValueError("the contrastive term needs images with sentences of their own")
+        terms["contrastive"] = contrastive_loss(
+            student,
+            paired_text_embeds,
+            logit_scale=logit_scale,
+            labels=labels if config.contrastive_positives == "label" else None,
+        )
     weighted = [getattr(config, f"{name}_weight") * value for name, value in terms.items()]
     terms["loss"] = sum(weighted[1:], start=weighted[0])
     return terms

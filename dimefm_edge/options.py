@@ -142,6 +142,54 @@ class EmbedOptions(CommonOptions):
 
 
 @dataclass(frozen=True)
+class CorpusOptions(CommonOptions):
+    """Keep the sentences that the teacher finds near to images, once each. Resumes by itself."""
+
+    from_config: ClassVar[dict[str, str]] = {
+        "teacher": "teacher",
+        "store": "store",
+        "images": "data.images",
+        "texts": "data.texts",
+        "image_column": "data.image_column",
+        "text_column": "data.text_column",
+        "max_bad": "data.max_bad",
+        "workers": "data.workers",
+    }
+
+    out: Path | None = None
+    """Folder for sentences.txt.gz (for --texts), kept_rows.npz (for --text-rows, with the same
+    store) and report.json."""
+    store: str | None = None
+    """Folder of the embeddings, filled where it is not. Default: `OUT/store`."""
+    teacher: str = RunConfig.teacher
+    """`sample`, an open_clip model (ARCHITECTURE:TAG_OR_FILE), `hf-hub:ORG/NAME`, or a folder."""
+    images: tuple[str, ...] = ()
+    """Folders, .tar shards, Parquet files, globs and brace patterns, or `scenes[:COUNT]`."""
+    texts: tuple[str, ...] = ()
+    """.txt, .jsonl, .csv or .parquet files, each also .gz, globs, or `scenes[:COUNT]`."""
+    keep: float = 0.5
+    """Share of the sentences that is kept, after duplicates are gone, in (0, 1]."""
+    threshold: float | None = None
+    """Keep what scores this or more instead: mean cosine of the nearest images."""
+    top_k: int = 5
+    """Nearest images that a score is the mean of."""
+    near_duplicates: float | None = None
+    """Leave out sentences whose cosine with an earlier one is this or more, such as 0.97."""
+    classnames: Path | None = None
+    """A classnames.txt with one name a line: each in every template is a sentence, always kept."""
+    templates: Path | None = None
+    """A file of sentences with {c} where the name goes. Default: those beside the names."""
+    image_column: str = "image"
+    """Column of images in Parquet files and Hugging Face data sets."""
+    text_column: str = "text"
+    """Column or key of sentences in .jsonl, .csv and .parquet files."""
+    max_bad: float = 0.1
+    """Stop when more images than this cannot be read: a share below 1, else a count."""
+    workers: int = 0
+    """Decoding workers; 0 chooses."""
+
+
+@dataclass(frozen=True)
 class DistillOptions(CommonOptions):
     """The main job: fit, embed, distil, export, evaluate and measure a student."""
 

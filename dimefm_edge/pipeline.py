@@ -26,20 +26,13 @@ import torch
 from torch import nn
 
 from dimefm_edge import config as config_file
-from dimefm_edge.batches import CachedPixels, DecodedPixels, DistillData, PixelSource
+from dimefm_edge.batches import DistillData
 from dimefm_edge.config import RunConfig, StudentConfig
-from dimefm_edge.data.images import (
-    ImagePool,
-    PixelCache,
-    open_images,
-    open_labelled,
-)
+from dimefm_edge.data.images import ImagePool, open_images, open_labelled
 from dimefm_edge.data.sentences import open_sentences
-from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.distill import distill
 from dimefm_edge.distributed import Ranks, join_ranks
-from dimefm_edge.embed import embed_images, embed_texts
-from dimefm_edge.errors import ConfigError, DataError
+from dimefm_edge.errors import ConfigError
 from dimefm_edge.export import record_accuracy
 from dimefm_edge.files import atomic_file
 from dimefm_edge.fit import FitReport, fit_student, plot_fit
@@ -57,6 +50,7 @@ from dimefm_edge.precisions import (
     require_int8,
     train_int8,
 )
+from dimefm_edge.prepare import embed_pools, open_data
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.report import RunReport
 from dimefm_edge.students import StudentSpec, build_student, save_student
@@ -66,7 +60,6 @@ from dimefm_edge.teacher import TEXT_TEACHER_KEY, Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
 
-_PIXEL_CACHE_BYTES = 4 * 2**30
 _SCENES = "scenes"
 _TRAIN = {
     "epochs": config_file.DEFAULT_EPOCHS,
@@ -93,7 +86,10 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     config = resolve(config)
     target = load_target(config.target)
     teacher = load_teacher(config.teacher)
-    pool = open_images(config.data.images, column=config.data.image_column)
+    labelled = open_labelled(config.data.labelled) if config.data.labelled else None
+    pool = labelled.pool if labelled else open_images(
+        config.data.images, column=config.data.image_column
+    )  # fmt: skip
     sentences = open_sentences(config.data.texts, column=config.data.text_column)
     eval_sets = [open_labelled(source) for source in config.data.eval_sets]
     with clock("fit"):
@@ -105,9 +101,9 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     with clock("embed"):
         store_dir = Path(config.store) if config.store else run_dir / "store"
         if ranks.is_main:
-            _embed(config, teacher, pool, sentences, preprocess, store_dir)
+            embed_pools(config, teacher, pool, sentences, preprocess, store_dir)
         ranks.barrier()
-        data = _open_data(config, teacher, pool, preprocess, store_dir)
+        data = open_data(config, teacher, pool, labelled, preprocess, store_dir)
         banks = [
             build_label_bank(s.name, s.classnames, s.templates, teacher.encode_texts)
             for s in eval_sets
@@ -203,7 +199,8 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
 
 def resolve(config: RunConfig) -> RunConfig:
     """Fill in the defaults that depend on the data, so that the saved config says them."""
-    is_scenes = all(source.partition(":")[0] == _SCENES for source in config.data.images)
+    sources = (config.data.labelled,) if config.data.labelled else config.data.images
+    is_scenes = all(source.partition(":")[0] == _SCENES for source in sources)
     defaults: dict[str, Any] = _SCENES_TRAIN if is_scenes else _TRAIN
     unset = {k: v for k, v in defaults.items() if getattr(config.train, k) is None}
     eval_sets = config.data.eval_sets or ((_SCENES,) if is_scenes else ())
@@ -248,60 +245,6 @@ def _fit(student: StudentConfig, target: Target, teacher: Teacher) -> FitReport:
         teacher_geometry=vit_geometry(teacher.image_tower),
         teacher_ops=trace_ops(teacher.image_tower, side, 1),
     )
-
-
-def _embed(
-    config: RunConfig,
-    teacher: Teacher,
-    pool: ImagePool,
-    sentences: Any,
-    preprocess: PreprocessSpec,
-    store_dir: Path,
-) -> None:
-    """Fill the stores; small pools also keep their decoded pixels, in the same pass."""
-    cache = None
-    if _cache_bytes(pool, preprocess) <= _PIXEL_CACHE_BYTES and preprocess == teacher.preprocess:
-        cache = PixelCache.create(
-            _cache_path(store_dir, preprocess), len(pool), preprocess, pool.fingerprint
-        )
-    embed_images(
-        teacher,
-        pool,
-        store_dir / "images",
-        max_bad=config.data.max_bad,
-        workers=config.data.workers,
-        cache=cache,
-    )
-    embed_texts(teacher, sentences, store_dir / "texts")
-
-
-def _cache_path(store_dir: Path, preprocess: PreprocessSpec) -> Path:
-    return store_dir / f"pixels-{preprocess.digest()}.u8"
-
-
-def _cache_bytes(pool: ImagePool, preprocess: PreprocessSpec) -> int:
-    return len(pool) * preprocess.image_size**2 * 3
-
-
-def _open_data(
-    config: RunConfig,
-    teacher: Teacher,
-    pool: ImagePool,
-    preprocess: PreprocessSpec,
-    store_dir: Path,
-) -> DistillData:
-    images = EmbeddingStore.open(store_dir / "images")
-    texts = EmbeddingStore.open(store_dir / "texts")
-    if not len(images.valid_rows()):
-        raise DataError("no image of the pool could be read", hint="check --images")
-    cache_path = _cache_path(store_dir, preprocess)
-    pixels: PixelSource
-    if cache_path.is_file():
-        cache = PixelCache.open(cache_path, len(pool), preprocess, pool.fingerprint)
-        pixels = CachedPixels(cache)
-    else:
-        pixels = DecodedPixels(pool, preprocess, config.data.workers)
-    return DistillData(images, texts, pixels, preprocess, teacher.logit_scale)
 
 
 def _initial_student(

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
@@ -23,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dimefm_edge.encoders import TextTower, module_encoder
+from dimefm_edge.encoders import JoinedTowers, TextTower, module_encoder
 from dimefm_edge.errors import (
     CheckpointError,
+    ConfigError,
     DimeFMError,
     MissingExtraError,
     UnknownNameError,
@@ -118,17 +120,21 @@ def load_teacher(name: str, *, device: str | None = None) -> Teacher:
     Args:
         name: `sample`; an open_clip architecture with a pretrained tag or a checkpoint file
             after a colon (`ViT-B-32:laion2b_s34b_b79k`, `ViT-B-32:clip.pt`; `:random` for
-            random weights); `hf-hub:ORG/NAME`; a folder with `open_clip_config.json`; or a
-            run folder of ours, whose student then teaches.
+            random weights); `hf-hub:ORG/NAME`; a folder with `open_clip_config.json`; a
+            run folder of ours, whose student then teaches; or several of these joined by `+`,
+            whose logits are averaged.
         device: Such as `cuda`; default: a GPU where there is one.
 
     Raises:
         UnknownNameError: If the architecture or the tag is not known to open_clip.
         CheckpointError: If a file or folder is missing, damaged or of another architecture.
+        ConfigError: If teachers that are joined prepare images differently.
         DimeFMError: If weights cannot be downloaded.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = Path(name).expanduser()
+    if "+" in name and not path.exists():
+        return _join([load_teacher(part, device=device) for part in name.split("+")], name, where)
     if name == "sample":
         return _load_folder(SAMPLE_DIR, name=name, device=where)
     if name.startswith("hf-hub:"):
@@ -150,6 +156,40 @@ def load_teacher(name: str, *, device: str | None = None) -> Teacher:
             hint="name a folder with open_clip_config.json, a run, or an open_clip model",
         )
     return _load_named(architecture, weights, name=name, device=where)
+
+
+def _join(members: Sequence[Teacher], name: str, device: torch.device) -> Teacher:
+    """An ensemble as one teacher, whose logits are the mean of its members'.
+
+    Its embeddings are theirs end to end, each scaled by the root of its part of all logit scales.
+    """
+    first = members[0]
+    for other in members[1:]:
+        if other.preprocess != first.preprocess:
+            raise ConfigError(
+                f"teachers {first.name} and {other.name} prepare images differently: "
+                f"{first.preprocess} and {other.preprocess}",
+                hint="join teachers with one image size and normalisation",
+            )
+    total = sum(member.logit_scale for member in members)
+    scales = [math.sqrt(member.logit_scale / total) for member in members]
+
+    def tokenize(sentences: Sequence[str]) -> Tensor:
+        return torch.cat([torch.as_tensor(m.tokenize(sentences)) for m in members], dim=1)
+
+    widths = [torch.as_tensor(member.tokenize([""])).shape[1] for member in members]
+    salt = "+".join(member.weights_hash for member in members)
+    return Teacher(
+        name,
+        image_tower=JoinedTowers([m.image_tower for m in members], scales),
+        text_tower=JoinedTowers([m.text_tower for m in members], scales, widths=widths),
+        load_tokenize=lambda: tokenize,
+        preprocess=first.preprocess,
+        embed_dim=sum(member.embed_dim for member in members),
+        logit_scale=total / len(members),
+        weights_hash=hashlib.sha256(salt.encode()).hexdigest()[:16],
+        device=device,
+    )
 
 
 def _load_named(architecture: str, weights: str, *, name: str, device: torch.device) -> Teacher:

@@ -1,4 +1,4 @@
-"""Commands that make files: embed, distill."""
+"""Commands that make files: embed, corpus, distill."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dimefm_edge.tables import format_table
 
 if TYPE_CHECKING:
     from dimefm_edge.config import RunConfig
-    from dimefm_edge.options import DistillOptions, EmbedOptions
+    from dimefm_edge.options import CorpusOptions, DistillOptions, EmbedOptions
 
 
 _OVER_BUDGET = 3
@@ -65,6 +65,66 @@ def run_embed(options: EmbedOptions) -> Outcome:
     rows = [(k, v["num_rows"], v["num_bad"], v["embed_dim"], v["path"]) for k, v in values.items()]
     table = format_table(("store", "rows", "unreadable", "E", "folder"), rows)
     return Outcome({"teacher": teacher.name} | values, table)
+
+
+def run_corpus(options: CorpusOptions) -> Outcome:
+    """Choose the sentences to distil on."""
+    if options.out is None:
+        raise InputError("corpus needs a folder for the sentences", hint="--out corpora/mine")
+    if not options.images or not options.texts:
+        raise InputError("corpus needs both sides", hint="--images FOLDER --texts FILE")
+    if not 0 < options.keep <= 1 or options.top_k < 1:
+        raise InputError("--keep must be in (0, 1] and --top-k 1 or more")
+    if options.templates and not options.classnames:
+        raise InputError("--templates needs the names", hint="--classnames FILE")
+    from dimefm_edge.corpus import build_corpus
+    from dimefm_edge.data.images import open_images
+    from dimefm_edge.data.sentences import open_sentences
+    from dimefm_edge.embed import embed_images, embed_texts
+    from dimefm_edge.teacher import load_teacher
+
+    prompts = _prompts(options)
+    pool = open_images(options.images, column=options.image_column)
+    sentences = open_sentences(options.texts, column=options.text_column)
+    teacher = load_teacher(options.teacher)
+    store_dir = Path(options.store) if options.store else options.out / "store"
+    images = embed_images(
+        teacher, pool, store_dir / "images", max_bad=options.max_bad, workers=options.workers
+    )
+    texts = embed_texts(teacher, sentences, store_dir / "texts")
+    report = build_corpus(
+        sentences, images, texts, options.out,
+        keep=options.keep, threshold=options.threshold, top_k=options.top_k,
+        near_duplicates=options.near_duplicates, prompts=prompts,
+    )  # fmt: skip
+    rows = [
+        ("kept", report.num_kept),
+        ("duplicates", report.num_duplicates),
+        ("below the threshold", report.num_ungrounded),
+        ("near duplicates", report.num_near_duplicates),
+        ("prompts added", report.num_prompts),
+    ]
+    shown = "\n".join(
+        f"{name}: {' | '.join(report.examples[name][:3])}"
+        for name in ("best", "worst")
+        if name in report.examples
+    )
+    text = f"{format_table(('sentences', 'count'), rows)}\n\nthreshold {report.threshold:.3f}\n"
+    return Outcome({"out": str(options.out)} | asdict(report), f"{text}{shown}\n{options.out}")
+
+
+def _prompts(options: CorpusOptions) -> list[str]:
+    from dimefm_edge.corpus import class_prompts
+    from dimefm_edge.data.labelled import open_classes, read_template_file
+
+    if options.classnames is None:
+        return []
+    _, classnames, templates = open_classes(str(options.classnames))
+    if options.templates is not None:
+        if not options.templates.is_file():
+            raise InputError(f"no templates at {options.templates}", hint="lines with {c}")
+        templates = read_template_file(options.templates)
+    return class_prompts(classnames, templates)
 
 
 def run_distill(options: DistillOptions) -> Outcome | None:

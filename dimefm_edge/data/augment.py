@@ -33,11 +33,16 @@ def random_crops(count: int, *, min_crop: float, flip: bool, generator: torch.Ge
         (count, 2, 3) float32 for `torch.nn.functional.affine_grid`.
     """
     draws = torch.rand(count, 5, generator=generator)
+    return crops_of_draws(draws, min_crop=min_crop, flip=flip)
+
+
+def crops_of_draws(draws: Tensor, *, min_crop: float, flip: bool) -> Tensor:
+    """The crops that (B, 5) uniform numbers in [0, 1) stand for: see `random_crops`."""
     area = min_crop + (1 - min_crop) * draws[:, 0]
     aspect = torch.exp((2 * draws[:, 1] - 1) * math.log(4 / 3))
     width = (area * aspect).sqrt().clamp(max=1.0)
     height = (area / aspect).sqrt().clamp(max=1.0)
-    theta = torch.zeros(count, 2, 3)
+    theta = torch.zeros(len(draws), 2, 3)
     theta[:, 0, 2] = (2 * draws[:, 2] - 1) * (1 - width)
     theta[:, 1, 2] = (2 * draws[:, 3] - 1) * (1 - height)
     mirror = torch.where((draws[:, 4] < 0.5) & flip, -1.0, 1.0)

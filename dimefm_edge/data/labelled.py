@@ -276,12 +276,19 @@ def read_classnames(path: Path) -> tuple[str, ...]:
 
 def read_templates(root: Path) -> tuple[str, ...]:
     """The templates of a CLIP-benchmark folder, or the default one."""
-    lines = [line for line in _read_lines(root / TEMPLATES_FILE) or () if line]
+    return read_template_file(root / TEMPLATES_FILE)
+
+
+def read_template_file(path: Path) -> tuple[str, ...]:
+    """Templates, one a line; the default one where there is no such file.
+
+    Raises:
+        DataError: If one has no `{c}`, or the file cannot be read.
+    """
+    lines = [line for line in _read_lines(path) or () if line]
     for line in lines:
         if "{c}" not in line:
-            raise DataError(
-                f"{root / TEMPLATES_FILE}: '{line}' has no {{c}} where the class name goes"
-            )
+            raise DataError(f"{path}: '{line}' has no {{c}} where the class name goes")
     return tuple(lines) or DEFAULT_TEMPLATES
 
 

@@ -19,7 +19,10 @@ from torch import nn
 
 from dimefm_edge.batches import DistillData
 from dimefm_edge.config import LossConfig, TrainConfig
+from dimefm_edge.data.neighbours import NeighbourTable
+from dimefm_edge.data.pairs import Pairs
 from dimefm_edge.data.store import EmbeddingStore, StoreManifest, StoreWriter
+from dimefm_edge.data.views import Views, ViewSpec
 from dimefm_edge.distill import DistillReport, distill
 from dimefm_edge.distributed import join_ranks, leave_ranks
 from dimefm_edge.preprocess import PreprocessSpec
@@ -76,6 +79,26 @@ def make_data(folder: Path) -> DistillData:
         preprocess=PreprocessSpec(image_size=SIDE),
         logit_scale=20.0,
     )
+
+
+def make_pairs(seed: int = 3) -> Pairs:
+    """Every image has one of 5 labels, every label 2 sentences."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(5, 2, EMBED_DIM)).astype(np.float32)
+    return Pairs(np.arange(NUM_IMAGES) % 5, rows / np.linalg.norm(rows, axis=2, keepdims=True))
+
+
+def make_neighbours() -> NeighbourTable:
+    """Four sentences of every image."""
+    rows = (np.arange(NUM_IMAGES)[:, None] * 3 + np.arange(4)) % NUM_TEXTS
+    return NeighbourTable(rows.astype(np.int32), "fixed")
+
+
+def make_views(folder: Path) -> Views:
+    """Two views of every image."""
+    specs = tuple(ViewSpec(view, 0.5, True) for view in range(2))
+    stores = [write_store(folder / str(v), "images", NUM_IMAGES, 10 + v) for v in range(2)]
+    return Views(specs, tuple(stores))
 
 
 def save_module(path: Path, module: nn.Module) -> None:

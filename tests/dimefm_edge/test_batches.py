@@ -19,10 +19,12 @@ from dimefm_edge.batches import (
     CachedPixels,
     DecodedPixels,
     DistillData,
+    mixed,
     prefetch,
 )
 from dimefm_edge.config import TrainConfig
 from dimefm_edge.data.images import PixelCache, open_images
+from dimefm_edge.data.neighbours import NeighbourTable
 from dimefm_edge.data.store import EmbeddingStore, StoreManifest, StoreWriter
 from dimefm_edge.distributed import Ranks
 from dimefm_edge.errors import DataError
@@ -286,3 +288,97 @@ class TestPrefetch:
         assert any(t.name.startswith("decode") for t in threading.enumerate())
         ready.close()
         assert not any(t.name.startswith("decode") for t in threading.enumerate())
+
+
+class TestChosenRows:
+    def test_only_chosen_rows_that_can_be_read_are_used(self, data):
+        chosen = dataclasses.replace(
+            data, image_rows=np.asarray([0, 3, 5, 11, 20]), text_rows=np.asarray([2, 7, 22])
+        )
+        plan = BatchPlan(chosen, TRAIN, Ranks())
+        batches = [plan.batch(step, np.zeros(0)) for step in range(30)]
+        assert {int(r) for b in batches for r in b.image_rows} == {3, 5, 20}
+        assert {int(r) for b in batches for r in b.text_rows} == {2, 7, 22}
+        for batch in batches:
+            assert np.array_equal(batch.text_embeds[:, 0].numpy(), numbers(batch.text_rows))
+
+    def test_choosing_all_is_choosing_nothing(self, data):
+        every = dataclasses.replace(
+            data, image_rows=np.arange(NUM_IMAGES), text_rows=np.arange(NUM_TEXTS)
+        )
+        for step in range(5):
+            pixels = np.zeros(0)
+            assert_same(
+                BatchPlan(data, TRAIN, Ranks()).batch(step, pixels),
+                BatchPlan(every, TRAIN, Ranks()).batch(step, pixels),
+            )
+
+    def test_other_rows_are_another_run(self, data):
+        assert data.extras() == {}
+        some = [dataclasses.replace(data, text_rows=np.asarray(r)).extras() for r in ([1], [2])]
+        assert set(some[0]) == {"text_rows"}
+        assert some[0] != some[1]
+
+
+class TestHardNegatives:
+    @pytest.fixture
+    def table(self) -> NeighbourTable:
+        """Image i is near to sentences i % 11 and 11 + i % 11; sentence 22 is near to none."""
+        first = np.arange(NUM_IMAGES) % 11
+        return NeighbourTable(np.stack([first, 11 + first], 1).astype(np.int32), "t")
+
+    @pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
+    def test_that_share_is_near_to_the_batch_and_the_rest_anything(self, data, table, share):
+        near_data = dataclasses.replace(data, neighbours=table)
+        train = dataclasses.replace(TRAIN, hard_negatives=share)
+        plan, far = BatchPlan(near_data, train, Ranks()), []
+        for step in range(60):
+            batch = plan.batch(step, np.zeros(0))
+            near = set(table.of(batch.image_rows).tolist())
+            rows = batch.text_rows.tolist()
+            assert len(rows) == TRAIN.text_batch_size
+            assert rows == sorted(rows)
+            assert len(near.intersection(rows)) >= round(share * 5)
+            far += [row for row in rows if row not in near]
+        assert (22 in far) == (share < 1)
+
+    def test_an_image_with_few_neighbours_leaves_room_for_others(self, data):
+        table = NeighbourTable(np.full((NUM_IMAGES, 2), 7, np.int32), "t")
+        train = dataclasses.replace(TRAIN, hard_negatives=1.0)
+        plan = BatchPlan(dataclasses.replace(data, neighbours=table), train, Ranks())
+        rows = [plan.batch(step, np.zeros(0)).text_rows for step in range(20)]
+        assert all(7 in part and len(part) == 5 for part in rows)
+        assert len({int(r) for part in rows for r in part}) > 10
+
+    def test_a_share_of_zero_is_the_plain_sampler(self, data, table):
+        with_table = BatchPlan(dataclasses.replace(data, neighbours=table), TRAIN, Ranks())
+        for step in range(4):
+            pixels = np.zeros(0)
+            assert_same(
+                with_table.batch(step, pixels), BatchPlan(data, TRAIN, Ranks()).batch(step, pixels)
+            )
+
+    def test_without_a_table_it_is_an_error(self, data):
+        with pytest.raises(ValueError, match="needs a table"):
+            BatchPlan(data, dataclasses.replace(TRAIN, hard_negatives=0.1), Ranks())
+
+
+class TestPseudoTexts:
+    def test_they_follow_the_sentences_and_lie_between_images(self, data):
+        train = dataclasses.replace(TRAIN, pseudo_texts=7)
+        plain = BatchPlan(data, TRAIN, Ranks()).batch(2, np.zeros(0))
+        batch = BatchPlan(data, train, Ranks()).batch(2, np.zeros(0))
+        assert batch.text_embeds.shape == (5 + 7, EMBED_DIM)
+        assert torch.equal(batch.text_embeds[:5], plain.text_embeds)
+        assert torch.equal(batch.image_embeds, plain.image_embeds)
+
+    def test_each_is_between_two(self):
+        corners = torch.eye(6)
+        points = mixed(corners, 400, np.random.default_rng(0))
+        assert points.norm(dim=1) == pytest.approx(1.0, abs=1e-6)
+        parts = (points > 0).sum(1)
+        assert set(parts.tolist()) == {1, 2}  # the same image twice is one part
+        assert (points >= 0).all()
+        largest = points.max(1).values[parts == 2]
+        assert largest.min() < 0.75  # near the middle
+        assert largest.max() > 0.99

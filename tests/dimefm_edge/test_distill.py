@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dimefm_edge import distill as distill_module
 from dimefm_edge.batches import BatchPlan
 from dimefm_edge.config import LossConfig
 from dimefm_edge.distributed import Ranks
@@ -135,6 +136,70 @@ def test_kill_9_and_resume_equals_an_uninterrupted_run(
     rows = [[r for r in read_metrics(tmp_path / n) if "loss" in r] for n in ("whole", "broken")]
     assert [r["step"] for r in rows[1]] == list(range(12))
     assert [r["loss"] for r in rows[0]] == [r["loss"] for r in rows[1]]
+
+
+EXTRAS = {
+    "contrastive": (
+        {"pairs": lambda _: case.make_pairs()},
+        {},
+        LossConfig(vl_weight=0, pvl_weight=0, contrastive_weight=1, contrastive_positives="label"),
+    ),
+    "hard negatives": (
+        {"neighbours": lambda _: case.make_neighbours()},
+        {"hard_negatives": 0.5},
+        LossConfig(),
+    ),
+    "pseudo-texts": ({}, {"pseudo_texts": 6}, LossConfig()),
+    "views": ({"views": lambda folder: case.make_views(folder / "views")}, {}, LossConfig()),
+}
+"""What a run may be given: parts of its data, of TrainConfig, and its losses."""
+
+
+@pytest.mark.parametrize("name", list(EXTRAS))
+def test_with_extras_a_broken_run_ends_as_a_whole_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, settings, loss = EXTRAS[name]
+    data = dataclasses.replace(
+        case.make_data(tmp_path / "store"), **{k: make(tmp_path) for k, make in parts.items()}
+    )
+    train = dataclasses.replace(case.TRAIN, **settings)
+    case.run_case(tmp_path / "whole", data=data, loss=loss, train=train)
+    optimise = distill_module._Loop.optimise
+
+    def stop_at_7(self) -> float:  # type: ignore[no-untyped-def]
+        if self.step == 7:
+            raise KeyboardInterrupt
+        return optimise(self)
+
+    monkeypatch.setattr(distill_module._Loop, "optimise", stop_at_7)
+    with pytest.raises(KeyboardInterrupt):
+        case.run_case(tmp_path / "broken", data=data, loss=loss, train=train)
+    monkeypatch.setattr(distill_module._Loop, "optimise", optimise)
+    case.run_case(tmp_path / "broken", data=data, loss=loss, train=train, resume=True)
+    assert_equal_bits(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
+    case.run_case(tmp_path / "plain", loss=LossConfig())
+    plain = weights(tmp_path / "plain")
+    assert any(not torch.equal(v, plain[k]) for k, v in weights(tmp_path / "whole").items())
+
+
+def test_a_run_is_not_resumed_with_other_pairs(tmp_path: Path) -> None:
+    loss = EXTRAS["contrastive"][2]
+    data = dataclasses.replace(case.make_data(tmp_path / "store"), pairs=case.make_pairs())
+    case.run_case(tmp_path / "run", data=data, loss=loss)
+    other = dataclasses.replace(data, pairs=case.make_pairs(seed=9))
+    with pytest.raises(CheckpointError, match=r"pairs was .* and is "):
+        case.run_case(tmp_path / "run", data=other, loss=loss, resume=True)
+
+
+def test_contrastive_training_learns_the_pairs(tmp_path: Path) -> None:
+    loss = EXTRAS["contrastive"][2]
+    data = dataclasses.replace(case.make_data(tmp_path / "store"), pairs=case.make_pairs())
+    train = dataclasses.replace(case.TRAIN, steps=80, lr=3e-3, min_crop=1.0, flip=False)
+    case.run_case(tmp_path / "run", data=data, loss=loss, train=train)
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    first, last = (np.mean([r["contrastive"] for r in part]) for part in (rows[:5], rows[-5:]))
+    assert last < 0.8 * first
 
 
 def test_ctrl_c_saves_the_last_whole_step(tmp_path: Path) -> None:

@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from dimefm_edge.config import LossConfig
-from dimefm_edge.losses import distillation_loss, feature_loss, pvl_loss, udist_loss, vl_loss
+from dimefm_edge.losses import (
+    contrastive_loss,
+    distillation_loss,
+    feature_loss,
+    pvl_loss,
+    udist_loss,
+    vl_loss,
+)
 
 
 def unit_rows(seed: int, count: int, dim: int = 16) -> np.ndarray:
@@ -58,11 +65,48 @@ def test_udist_is_twice_the_rows_among_student_images(scale: float, temperature:
     assert value.item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_feature_losses() -> None:
+def test_feature_is_the_squared_distance_and_twice_the_cosine_loss() -> None:
     mse = np.mean([np.sum((s - t) ** 2) for s, t in zip(STUDENT, TEACHER, strict=True)])
     cosine = np.mean([1 - s @ t for s, t in zip(STUDENT, TEACHER, strict=True)])
-    assert feature_loss(S, T, kind="mse").item() == pytest.approx(mse)
-    assert feature_loss(S, T, kind="cosine").item() == pytest.approx(cosine)
+    assert feature_loss(S, T).item() == pytest.approx(mse) == pytest.approx(2 * cosine)
+
+
+def infonce(logits: np.ndarray, targets: np.ndarray) -> float:
+    """Cross-entropy of row softmaxes with rows of targets, averaged over rows."""
+    return float(-np.mean((targets * np.log(softmax(logits))).sum(1)))
+
+
+def test_contrastive_is_clips_loss_on_pairs() -> None:
+    logits, pairs = 10 * STUDENT @ TEACHER.T, np.eye(7)
+    expected = (infonce(logits, pairs) + infonce(logits.T, pairs)) / 2
+    assert contrastive_loss(S, T, logit_scale=10.0).item() == pytest.approx(expected)
+
+
+def test_contrastive_shares_the_sentences_of_equal_labels() -> None:
+    labels = np.asarray([3, 1, 3, 0, 1, 3, 9])
+    targets = (labels[:, None] == labels).astype(float)
+    targets /= targets.sum(1, keepdims=True)
+    logits = 10 * STUDENT @ TEACHER.T
+    expected = (infonce(logits, targets) + infonce(logits.T, targets)) / 2
+    value = contrastive_loss(S, T, logit_scale=10.0, labels=torch.from_numpy(labels))
+    assert value.item() == pytest.approx(expected)
+    apart = contrastive_loss(S, T, logit_scale=10.0, labels=torch.arange(7))
+    assert apart.item() == pytest.approx(contrastive_loss(S, T, logit_scale=10.0).item())
+
+
+@pytest.mark.parametrize("positives", ["pair", "label"])
+def test_contrastive_takes_labels_only_where_they_are_asked_for(positives) -> None:  # type: ignore[no-untyped-def]
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 2])
+    config = LossConfig(
+        vl_weight=0, pvl_weight=0, contrastive_weight=2.0, contrastive_positives=positives
+    )
+    terms = distillation_loss(
+        S, T, X, config=config, logit_scale=10.0, paired_text_embeds=T, labels=labels
+    )
+    asked = labels if positives == "label" else None
+    expected = contrastive_loss(S, T, logit_scale=10.0, labels=asked)
+    assert set(terms) == {"contrastive", "loss"}
+    torch.testing.assert_close(terms["loss"], 2 * expected)
 
 
 def test_every_term_is_zero_when_student_equals_teacher() -> None:
@@ -115,7 +159,13 @@ def test_one_hot_teacher_in_float32_stays_finite() -> None:
     [
         (lambda: pvl_loss(S, T[:3], logit_scale=1.0), r"both be \(B, E\), got \(7, 16\) and \(3,"),
         (lambda: vl_loss(S, T, X, logit_scale=1.0, temperature=0.0), "must be positive, got 0"),
-        (lambda: feature_loss(S, T, kind="l1"), "mse or cosine, got 'l1'"),
+        (lambda: contrastive_loss(S, T[:3], logit_scale=1.0), r"both be \(B, E\)"),
+        (
+            lambda: distillation_loss(
+                S, T, X, config=LossConfig(contrastive_weight=1.0), logit_scale=1.0
+            ),
+            "needs images with sentences of their own",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(call, match: str) -> None:  # type: ignore[no-untyped-def]

@@ -219,6 +219,7 @@ def test_bad_input_is_one_line_that_names_the_mend(
         (["--latency-ms", "0.000001"], 3, "no student meets"),
         (["--image-size", "31", "--student", "auto"], 2, "31 px"),
         (["--batch-size", "0"], 2, "batch_size must be positive"),
+        (["--contrastive-weight", "1"], 2, "contrastive_weight needs labelled images"),
     ],
 )
 def test_bad_settings(flags, code, expected, words, tmp_path, capsys):
@@ -229,6 +230,18 @@ def test_bad_settings(flags, code, expected, words, tmp_path, capsys):
     assert expected in said
     assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_the_contrastive_baseline_is_the_same_walk(words, labelled_dir, tmp_path, capsys):
+    code, report = _run_json(
+        [*words, "--labelled", str(labelled_dir), "--contrastive-weight", "1", "--vl-weight", "0",
+         "--pvl-weight", "0", "--contrastive-positives", "label"], capsys,
+    )  # fmt: skip
+    assert code in (0, 3)
+    assert report["data"]["num_images"] == 12  # the labelled set's, not those of --images
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert {"contrastive", "loss"} <= set(json.loads(rows[0]))
+    assert not {"vl", "pvl"} & set(json.loads(rows[0]))
 
 
 def test_an_empty_or_unreadable_line_of_text_is_skipped(words, tmp_path, capsys):

@@ -14,11 +14,12 @@ import pytest
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dimefm_edge.data.scenes import scene_image, scene_test_set
 from dimefm_edge.errors import (
     CheckpointError,
+    ConfigError,
     DimeFMError,
     MissingExtraError,
     UnknownNameError,
@@ -243,3 +244,41 @@ def test_the_sample_teacher_keeps_its_promise() -> None:
     assert 100 / len(test.classnames) < 2  # chance, in percent
     assert (guesses == labels).mean() >= 0.88  # 90% on 1,920 images; this is a quarter of them
     assert scene_image(0).size == (64, 64)
+
+
+class TestJoined:
+    def test_logits_are_the_mean_of_the_members(self, tiny_dir: Path, tmp_path: Path) -> None:
+        other_dir = tmp_path / "other"
+        shutil.copytree(tiny_dir, other_dir)
+        path = other_dir / "open_clip_model.safetensors"
+        weights = {k: v.flip(0).contiguous() for k, v in load_file(path).items() if v.ndim}
+        scale = {k: v + 0.7 for k, v in load_file(path).items() if not v.ndim}
+        save_file({**weights, **scale}, path, metadata={"format": "pt"})
+        members = [load_teacher(str(d)) for d in (tiny_dir, other_dir)]
+        joined = load_teacher(f"{tiny_dir}+{other_dir}")
+        side = joined.preprocess.image_size
+        pixels = np.random.default_rng(0).integers(0, 256, (5, side, side, 3), dtype=np.uint8)
+        sentences = ["a dog", "two cats on a mat", ""]
+
+        def logits(teacher):  # type: ignore[no-untyped-def]
+            cosines = teacher.encode_images(pixels) @ teacher.encode_texts(sentences).T
+            return teacher.logit_scale * cosines
+
+        assert members[0].logit_scale != members[1].logit_scale
+        assert logits(joined) == pytest.approx(
+            (logits(members[0]) + logits(members[1])) / 2, abs=1e-4
+        )
+        assert joined.embed_dim == joined.encode_images(pixels).shape[1] == 2 * members[0].embed_dim
+        assert joined.weights_hash not in {m.weights_hash for m in members}
+
+    def test_of_one_twice_it_is_that_one(self, tiny_dir: Path) -> None:
+        one, twice = load_teacher(str(tiny_dir)), load_teacher(f"{tiny_dir}+{tiny_dir}")
+        assert twice.logit_scale == pytest.approx(one.logit_scale)
+        texts = ["a", "b c"]
+        assert twice.encode_texts(texts) @ twice.encode_texts(texts).T == pytest.approx(
+            one.encode_texts(texts) @ one.encode_texts(texts).T, abs=1e-5
+        )
+
+    def test_teachers_that_prepare_images_differently_are_refused(self, tiny_dir: Path) -> None:
+        with pytest.raises(ConfigError, match="prepare images differently"):
+            load_teacher(f"{tiny_dir}+sample")

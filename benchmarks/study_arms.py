@@ -1,0 +1,81 @@
+"""The arms of every study in studies.py: what is compared, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from dimefm_edge.config import LossConfig
+
+PAPER = LossConfig()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One choice, trained once a seed."""
+
+    loss: LossConfig = PAPER
+    images: str = "unlabelled"
+    """unlabelled or labelled: the labelled images have pairs."""
+    texts: str = "all"
+    """all; grounded: the share of them that is nearest to images; prompts: of class names only;
+    beside: prompts and all."""
+    image_share: float = 1.0
+    text_share: float = 1.0
+    train: dict[str, Any] = field(default_factory=dict)
+    """Settings of TrainConfig."""
+
+
+def only(**weights: float) -> LossConfig:
+    """The named terms alone: `only(pvl=1)`."""
+    given: dict[str, Any] = {f"{name}_weight": weight for name, weight in weights.items()}
+    return dataclasses.replace(PAPER, **{"vl_weight": 0, "pvl_weight": 0} | given)
+
+
+def contrastive(positives: str) -> LossConfig:
+    return dataclasses.replace(only(contrastive=1), contrastive_positives=positives)
+
+
+STUDIES: dict[str, dict[str, Arm]] = {
+    "unpaired": {
+        "distilled, unlabelled images": Arm(),
+        "distilled, the paired images": Arm(images="labelled"),
+        "contrastive, own sentence": Arm(contrastive("pair"), "labelled"),
+        "contrastive, shared labels": Arm(contrastive("label"), "labelled"),
+    },
+    "losses": {
+        "0.7 vl + 0.3 pvl": Arm(),
+        "vl": Arm(only(vl=1)),
+        "pvl": Arm(only(pvl=1)),
+        "udist": Arm(only(udist=1)),
+        "feature": Arm(only(feature=1)),
+        "0.7 vl + 0.3 pvl + feature": Arm(only(vl=0.7, pvl=0.3, feature=1)),
+    },
+    "corpus": {
+        "all": Arm(),
+        "the most grounded 0.5": Arm(texts="grounded", text_share=0.5),
+        "the most grounded 0.1": Arm(texts="grounded", text_share=0.1),
+        "any 0.1": Arm(text_share=0.1),
+        "class prompts": Arm(texts="prompts"),
+        "class prompts and all": Arm(texts="beside"),
+        "all, hard negatives 0.5": Arm(train={"hard_negatives": 0.5}),
+    },
+    "scale": {
+        "all": Arm(),
+        **{f"{share:g} of the images": Arm(image_share=share) for share in (0.5, 0.25, 0.125)},
+        **{f"{share:g} of the sentences": Arm(text_share=share) for share in (0.1, 0.01, 0.001)},
+    },
+    "image-only": {
+        "0.7 vl + 0.3 pvl": Arm(),
+        "pvl": Arm(only(pvl=1)),
+        "feature": Arm(only(feature=1)),
+        "pvl + feature": Arm(only(pvl=1, feature=1)),
+    },
+    "extras": {
+        "the paper's": Arm(),
+        "hard negatives 0.25": Arm(train={"hard_negatives": 0.25}),
+        "pseudo-texts 128": Arm(train={"pseudo_texts": 128}),
+        "views 4": Arm(train={"views": 4}),
+    },
+}
