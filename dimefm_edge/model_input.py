@@ -36,10 +36,10 @@ from dimefm_edge.preprocess import (
 )
 from dimefm_edge.resample import FILTERS, Bands, fit_bands, resample
 
-ImageSource = Image.Image | Path | str | bytes
-"""A picture, an image file, or what is in one."""
+ImageSource = Image.Image | Picture | Path | str | bytes
+"""A picture, one that `read_picture` read, an image file, or what is in one."""
 
-_HEADROOM = 2
+HEADROOM = 2
 """Pixels left per pixel wanted when a picture is reduced before it is resampled. At 1 the mean
 difference is some 2 levels and edges differ by 50; at 3 hardly any photograph is reduced."""
 
@@ -102,6 +102,8 @@ def load_image(source: ImageSource) -> Image.Image:
     Raises:
         BadImageError: If it cannot be read.
     """
+    if isinstance(source, Picture):
+        return source.image
     return as_seen(source) if isinstance(source, Image.Image) else read_picture(source).image
 
 
@@ -110,8 +112,10 @@ def _write_levels(source: ImageSource, spec: PreprocessSpec, out: Levels) -> Non
     if isinstance(source, Image.Image):
         image = as_seen(source)
         picture = Picture(image, image.size, 1)
+    elif isinstance(source, Picture):
+        picture = source
     else:
-        picture = read_picture(source, least_side=_HEADROOM * spec.image_size)
+        picture = read_picture(source, least_side=HEADROOM * spec.image_size)
     side = spec.image_size
     size = resized_size(picture.size, spec)
     if spec.resize_mode == "longest":
@@ -137,7 +141,7 @@ def _resample_part(
     for axis in (0, 1):
         # In pixels of the image, the last of which its reduction may have padded.
         step = picture.size[axis] / picture.reduction / size[axis]
-        factor = max(1, int(step / _HEADROOM))
+        factor = max(1, int(step / HEADROOM))
         begin, end = step * corner[axis], step * (corner[axis] + kept[axis])
         box = begin / factor, end / factor
         length = -(-image.size[axis] // factor)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from dimefm_edge.bench.prepare import Prepared, image_module
 from dimefm_edge.errors import CheckpointError, InputError, MissingExtraError
+from dimefm_edge.manifest import INPUT_NAME
 from dimefm_edge.preprocess import PreprocessSpec, normalise_pixels
 
 Feed = dict[str, npt.NDArray[Any]]
@@ -46,6 +47,10 @@ class Runnable:
     """Random inputs for so many images."""
     of_pixels: Callable[[npt.NDArray[np.uint8]], Feed] | None = None
     """(B, S, S, 3) uint8, resized, RGB -> inputs; None where preprocessing is not known."""
+    takes_pixels: bool = False
+    """Whether its graph takes uint8 pixels and normalises them itself."""
+    is_exact: bool = False
+    """Whether its images are prepared as in training, not as the runtime does it."""
     fixed_batch: int | None = None
     """Images that a call must have, where the graph fixes them."""
     owner: object = None
@@ -91,7 +96,8 @@ def _load_bundle(prepared: Prepared, load: Load) -> Runnable:
         return of_pixels(rng.integers(0, 256, size=(count, side, side, 3)).astype(np.uint8))
 
     encode: Callable[[Any], Any] = engine.encode_image if takes_numbers else engine.encode_pixels
-    return Runnable(lambda feed: encode(feed["image"]), make, of_pixels, fixed, bundle)
+    return Runnable(lambda feed: encode(feed["image"]), make, of_pixels,
+        takes_pixels=not takes_numbers, fixed_batch=fixed, owner=bundle)  # fmt: skip
 
 
 def _load_onnx(prepared: Prepared, load: Load) -> Runnable:
@@ -118,13 +124,15 @@ def _load_onnx(prepared: Prepared, load: Load) -> Runnable:
     side = prepared.image_size or load.image_size
     shapes = {e.name: (tuple(e.shape), np.dtype(_DTYPES[e.type])) for e in entries}
 
+    takes_pixels = shapes[entries[0].name][1] == np.uint8
+
     def run(feed: Feed) -> Any:
         return session.run(None, feed)[0]
 
     runnable = Runnable(
         run, lambda rng, count: _random_feed(shapes, rng, count, side),
-        _of_pixels(prepared, entries[0].name, takes_pixels=shapes[entries[0].name][1] == np.uint8),
-        load.batch_size if fixed else None, session,
+        _of_pixels(prepared, takes_pixels=takes_pixels), takes_pixels=takes_pixels,
+        fixed_batch=load.batch_size if fixed else None, owner=session,
     )  # fmt: skip
     try:
         run(make_feed(runnable, load))
@@ -167,9 +175,9 @@ def _load_openvino(prepared: Prepared, load: Load) -> Runnable:
     return Runnable(
         lambda feed: request.infer(feed, share_inputs=True)[0],
         lambda rng, count: _random_feed(shapes, rng, count, side),
-        _of_pixels(prepared, next(iter(shapes)), takes_pixels=False),
-        load.batch_size if fixed else None,
-        compiled,
+        _of_pixels(prepared, takes_pixels=False),
+        fixed_batch=load.batch_size if fixed else None,
+        owner=compiled,
     )
 
 
@@ -191,7 +199,7 @@ def _load_torch(prepared: Prepared, load: Load) -> Runnable:
     shapes = {"image": ((None, 3, side, side), np.dtype(np.float32))}
     return Runnable(
         run, lambda rng, count: _random_feed(shapes, rng, count, side),
-        lambda pixels: {"image": normalise_pixels(pixels, spec)}, owner=module,
+        lambda pixels: {"image": normalise_pixels(pixels, spec)}, is_exact=True, owner=module,
     )  # fmt: skip
 
 
@@ -243,14 +251,14 @@ def _random_feed(
 
 
 def _of_pixels(
-    prepared: Prepared, name: str, *, takes_pixels: bool
+    prepared: Prepared, *, takes_pixels: bool
 ) -> Callable[[npt.NDArray[np.uint8]], Feed] | None:
     if prepared.preprocess is None:
         return None
     spec = PreprocessSpec.from_dict(prepared.preprocess)
     if takes_pixels:
-        return lambda pixels: {name: pixels}
-    return lambda pixels: {name: normalise_pixels(pixels, spec)}
+        return lambda pixels: {INPUT_NAME: pixels}
+    return lambda pixels: {INPUT_NAME: normalise_pixels(pixels, spec)}
 
 
 def _check_batch(path: str, fixed: set[int], batch_size: int) -> None:

@@ -1,4 +1,7 @@
-"""From an image file to labels, stage by stage: read, decode, resize, normalise, infer, rank."""
+"""From an image file to labels, stage by stage: read, decode, prepare, infer, rank.
+
+Images are prepared as the runtime does it (`model_input`); for what runs in torch, as in training.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.bench.prepare import Prepared
-from dimefm_edge.bench.runnable import Runnable
-from dimefm_edge.data.decode import decode_image
+from dimefm_edge.bench.runnable import Feed, Runnable
 from dimefm_edge.errors import InputError
-from dimefm_edge.preprocess import PreprocessSpec, resize_image
+from dimefm_edge.image_files import Picture, read_picture
+from dimefm_edge.manifest import INPUT_NAME
+from dimefm_edge.model_input import HEADROOM, load_inputs, load_pixels
+from dimefm_edge.preprocess import PreprocessSpec
 
-STAGES = ("read", "decode", "resize", "normalise", "infer", "rank")
+STAGES = ("read", "decode", "prepare", "infer", "rank")
+"""Prepare: resize, crop and normalise."""
 _RANDOM_LABELS = 1000
 _TOP = 5
 _LOGIT_SCALE = 100.0
@@ -61,7 +67,6 @@ def _one(
     runnable: Runnable,
     label_embeds: Callable[[int], npt.NDArray[np.float32]],
 ) -> list[float]:
-    assert runnable.of_pixels is not None
     marks = [time.perf_counter_ns()]
 
     def done(value: Any) -> Any:
@@ -69,14 +74,21 @@ def _one(
         return value
 
     data = done(path.read_bytes())
-    image = done(decode_image(data, path.name))
-    pixels = done(resize_image(image, spec))
-    feed = done(runnable.of_pixels(pixels[None]))
+    least_side = None if runnable.is_exact else HEADROOM * spec.image_size
+    picture = done(read_picture(data, least_side=least_side, name=path.name))
+    feed = done(_feed(picture, spec, runnable))
     embeds = done(np.asarray(runnable.run(feed), np.float32))
     logits = _LOGIT_SCALE * embeds[0] @ label_embeds(embeds.shape[-1]).T
     shares = np.exp(logits - logits.max())
     done(np.argsort(-shares / shares.sum())[:_TOP])
     return [(end - start) / 1e6 for start, end in itertools.pairwise(marks)]
+
+
+def _feed(picture: Picture, spec: PreprocessSpec, runnable: Runnable) -> Feed:
+    if runnable.is_exact or runnable.takes_pixels:
+        assert runnable.of_pixels is not None
+        return runnable.of_pixels(load_pixels([picture], spec, exact=runnable.is_exact))
+    return {INPUT_NAME: load_inputs([picture], spec)}
 
 
 def _label_embeds(runnable: Runnable) -> Callable[[int], npt.NDArray[np.float32]]:
