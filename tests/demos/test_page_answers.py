@@ -47,7 +47,7 @@ def test_bars_table_chart_and_choices(models, photo):
     assert [(past.picture, past.model) for past in history] == [
         (1, "sample"), (1, "baked"), (2, "sample"), (2, "baked")
     ]  # fmt: skip
-    assert rows[0][2] == "2 of 2"
+    assert rows[0][2] == "1 of 1"  # the same picture, asked twice
 
 
 def test_none_of_these_is_shown_but_not_looked_for(models, photo):
