@@ -150,14 +150,14 @@ def test_the_classifier_takes_any_labels(
     teacher = load_teacher(str(tiny_teacher_dir))
     labels, templates = ["red circle", "blue square", "dog"], ["a {c}.", "this is a {c}"]
     classifier = ZeroShotClassifier(
-        tiny_open_bundle_dir, labels=labels, templates=templates, threads=1
+        tiny_open_bundle_dir, labels=labels, templates=templates, threads=1, exact=True
     )
     images = [scene_image(i) for i in range(3)]
     bank = build_label_bank("x", labels, templates, teacher.encode_texts)
     pixels = np.stack([np.asarray(image.resize((32, 32), 3)) for image in images])
     logits = teacher.logit_scale * teacher.encode_images(pixels) @ bank.embeds.T
     wanted = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    for row, ranked in zip(wanted, classifier.classify(images, exact=True), strict=True):
+    for row, ranked in zip(wanted, classifier.classify(images), strict=True):
         expected = {label: pytest.approx(p, abs=1e-3) for label, p in zip(labels, row, strict=True)}
         assert dict(ranked) == expected
     (other,) = classifier.classify(images[:1], labels=("an eel", "dog"))
