@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def time_stages(
     if runnable.of_pixels is None or prepared.preprocess is None:
         raise InputError(f"how images are prepared for {prepared.path} is not known")
     spec = PreprocessSpec.from_dict(prepared.preprocess)
-    label_embeds = _label_embeds(runnable)
+    label_embeds = _label_embeds(runnable, spec)
     rows: list[list[float]] = []
     until = time.perf_counter() + seconds
     while not rows or time.perf_counter() < until:
@@ -65,7 +65,7 @@ def _one(
     path: Path,
     spec: PreprocessSpec,
     runnable: Runnable,
-    label_embeds: Callable[[int], npt.NDArray[np.float32]],
+    label_embeds: npt.NDArray[np.float32],
 ) -> list[float]:
     marks = [time.perf_counter_ns()]
 
@@ -78,7 +78,7 @@ def _one(
     picture = done(read_picture(data, least_side=least_side, name=path.name))
     feed = done(_feed(picture, spec, runnable))
     embeds = done(np.asarray(runnable.run(feed), np.float32))
-    logits = _LOGIT_SCALE * embeds[0] @ label_embeds(embeds.shape[-1]).T
+    logits = _LOGIT_SCALE * embeds[0] @ label_embeds.T
     shares = np.exp(logits - logits.max())
     done(np.argsort(-shares / shares.sum())[:_TOP])
     return [(end - start) / 1e6 for start, end in itertools.pairwise(marks)]
@@ -91,22 +91,17 @@ def _feed(picture: Picture, spec: PreprocessSpec, runnable: Runnable) -> Feed:
     return {INPUT_NAME: load_inputs([picture], spec)}
 
 
-def _label_embeds(runnable: Runnable) -> Callable[[int], npt.NDArray[np.float32]]:
-    """The bundle's first label set; else as many random labels as ImageNet has."""
+def _label_embeds(runnable: Runnable, spec: PreprocessSpec) -> npt.NDArray[np.float32]:
+    """(C, E): the bundle's first label set; else as many random labels as ImageNet has."""
     banks = getattr(runnable.owner, "label_banks", None)
-    known = next(iter(banks.values())).embeds if banks else None
-    made: dict[int, npt.NDArray[np.float32]] = {}
-
-    def embeds(dim: int) -> npt.NDArray[np.float32]:
-        if known is not None:
-            return np.asarray(known, np.float32)
-        if dim not in made:
-            values = np.random.default_rng(0).normal(size=(_RANDOM_LABELS, dim))
-            values /= np.linalg.norm(values, axis=1, keepdims=True)
-            made[dim] = values.astype(np.float32)
-        return made[dim]
-
-    return embeds
+    if banks:
+        return np.asarray(next(iter(banks.values())).embeds, np.float32)
+    assert runnable.of_pixels is not None
+    grey = np.full((1, spec.image_size, spec.image_size, 3), 128, np.uint8)
+    embed_dim = np.shape(runnable.run(runnable.of_pixels(grey)))[-1]
+    values = np.random.default_rng(0).normal(size=(_RANDOM_LABELS, embed_dim))
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    return np.asarray(values, np.float32)
 
 
 def image_files(sources: Sequence[str], folder: Path, *, most: int = 256) -> list[Path]:
