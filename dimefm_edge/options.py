@@ -105,8 +105,8 @@ class FitOptions(CommonOptions):
 
 
 @dataclass(frozen=True)
-class EmbedOptions(CommonOptions):
-    """Embed images and sentences with a teacher; runs share the store. Resumes by itself."""
+class SourceOptions(CommonOptions):
+    """Images and sentences, and the teacher that embeds them."""
 
     from_config: ClassVar[dict[str, str]] = {
         "teacher": "teacher",
@@ -120,7 +120,7 @@ class EmbedOptions(CommonOptions):
     }
 
     store: str | None = None
-    """Folder of the embeddings."""
+    """Folder of the embeddings, filled where it is not."""
     teacher: str = RunConfig.teacher
     """`sample`, an open_clip model (ARCHITECTURE:TAG_OR_FILE), `hf-hub:ORG/NAME`, or a folder."""
     images: tuple[str, ...] = ()
@@ -135,6 +135,12 @@ class EmbedOptions(CommonOptions):
     """Stop when more images than this cannot be read: a share below 1, else a count."""
     workers: int = 0
     """Decoding workers; 0 chooses."""
+
+
+@dataclass(frozen=True)
+class EmbedOptions(SourceOptions):
+    """Embed images and sentences with a teacher; runs share the store. Resumes by itself."""
+
     batch_size: int = 256
     """Images per call of the teacher; twice as many sentences."""
     verify: bool = False
@@ -142,31 +148,12 @@ class EmbedOptions(CommonOptions):
 
 
 @dataclass(frozen=True)
-class CorpusOptions(CommonOptions):
+class CorpusOptions(SourceOptions):
     """Keep the sentences that the teacher finds near to images, once each. Resumes by itself."""
-
-    from_config: ClassVar[dict[str, str]] = {
-        "teacher": "teacher",
-        "store": "store",
-        "images": "data.images",
-        "texts": "data.texts",
-        "image_column": "data.image_column",
-        "text_column": "data.text_column",
-        "max_bad": "data.max_bad",
-        "workers": "data.workers",
-    }
 
     out: Path | None = None
     """Folder for sentences.txt.gz (for --texts), kept_rows.npz (for --text-rows, with the same
-    store) and report.json."""
-    store: str | None = None
-    """Folder of the embeddings, filled where it is not. Default: `OUT/store`."""
-    teacher: str = RunConfig.teacher
-    """`sample`, an open_clip model (ARCHITECTURE:TAG_OR_FILE), `hf-hub:ORG/NAME`, or a folder."""
-    images: tuple[str, ...] = ()
-    """Folders, .tar shards, Parquet files, globs and brace patterns, or `scenes[:COUNT]`."""
-    texts: tuple[str, ...] = ()
-    """.txt, .jsonl, .csv or .parquet files, each also .gz, globs, or `scenes[:COUNT]`."""
+    store) and report.json; and for the store, where none is named."""
     keep: float = 0.5
     """Share of the sentences that is kept, after duplicates are gone, in (0, 1]."""
     threshold: float | None = None
@@ -179,14 +166,6 @@ class CorpusOptions(CommonOptions):
     """A classnames.txt with one name a line: each in every template is a sentence, always kept."""
     templates: Path | None = None
     """A file of sentences with {c} where the name goes. Default: those beside the names."""
-    image_column: str = "image"
-    """Column of images in Parquet files and Hugging Face data sets."""
-    text_column: str = "text"
-    """Column or key of sentences in .jsonl, .csv and .parquet files."""
-    max_bad: float = 0.1
-    """Stop when more images than this cannot be read: a share below 1, else a count."""
-    workers: int = 0
-    """Decoding workers; 0 chooses."""
 
 
 @dataclass(frozen=True)
