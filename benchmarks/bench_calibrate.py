@@ -19,19 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from dimefm_edge.errors import DimeFMError
 from dimefm_edge.latency.calibrate import (
     MODELS,
     PRECISIONS,
-    export_graphs,
+    export_models,
     fit_profile,
     measure_graphs,
     prior,
-    spec_of,
 )
 from dimefm_edge.latency.measure import machine_info
-from dimefm_edge.latency.operators import cost_vector
-from dimefm_edge.latency.trace import trace_student
 
 UNSEEN = (
     ("timm:resnet34", 160), ("timm:resnet14t", 176), ("timm:resnet10t", 176),
@@ -55,27 +51,17 @@ UNSEEN = (
 
 def measure() -> dict[str, Any]:
     """Costs by model, times by precision and model, and what could not be run."""
-    costs: dict[str, list[float]] = {}
-    skipped = {}
-    graphs = {}
+    costs: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for model, size in (*MODELS, *UNSEEN):
-            name = f"{model}@{size}"
-            print(name, file=sys.stderr)
-            try:
-                spec = spec_of(model, size)
-                cost = cost_vector(trace_student(spec)).tolist()
-                made = export_graphs(spec, Path(folder) / str(len(costs)), PRECISIONS)
-            except (DimeFMError, RuntimeError) as error:
-                skipped[name] = str(error).splitlines()[0]
-                continue
-            costs[name] = cost
-            graphs |= {(name, precision): (path, spec) for precision, path in made.items()}
+        graphs, skipped = export_models(
+            (*MODELS, *UNSEEN), PRECISIONS, Path(folder), costs,
+            lambda what: print(what, file=sys.stderr),
+        )  # fmt: skip
         times = measure_graphs(graphs)
     return {
-        "costs": costs,
+        "costs": {name: cost.tolist() for name, cost in costs.items()},
         "times": {p: {n: t for (n, kind), t in times.items() if kind == p} for p in PRECISIONS},
-        "skipped": skipped,
+        "skipped": dict(skipped),
     }
 
 

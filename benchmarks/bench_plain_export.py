@@ -17,8 +17,6 @@ One model within a minute, most of which is spent on exporting:
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import tempfile
 from collections import Counter
@@ -30,8 +28,8 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import torch
-from torch import nn
 
+from dimefm_edge.bench.prepare import export_plain
 from dimefm_edge.data.scenes import scene_image
 from dimefm_edge.encoders import Normalised
 from dimefm_edge.export import export_onnx, graph_spec
@@ -44,19 +42,6 @@ PLAIN_OPSETS = {"plain": None, "plain_opset20": 20}
 AGAINST = (*PLAIN_OPSETS, "optimum")
 PRODUCTS = {"MatMul", "Gemm", "Conv", "FusedMatMul", "FusedConv", "FusedGemm"}
 ATTENTIONS = {"MultiHeadAttention", "Attention"}
-
-
-def export_plain(tower: nn.Module, path: Path, *, side: int, opset: int | None) -> None:
-    """torch's exporter with its defaults and a dynamic batch."""
-    chosen = {} if opset is None else {"opset_version": opset}
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        program = torch.onnx.export(
-            tower, (torch.zeros(2, 3, side, side),), dynamo=True, verbose=False,
-            input_names=["image"], output_names=["image_embeds"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},), **chosen,
-        )  # fmt: skip
-    assert program is not None
-    program.save(path)
 
 
 def export_optimum(name: str, tower: Any, folder: Path) -> Path | None:

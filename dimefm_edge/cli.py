@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dimefm_edge.errors import DimeFMError, InputError, MissingExtraError, lookup
+from dimefm_edge.errors import DimeFMError, InputError, lookup, missing_package
 
 if TYPE_CHECKING:
     from dimefm_edge.commands.outcome import Outcome
@@ -351,11 +351,7 @@ def _as_known(error: Exception) -> DimeFMError | None:
     if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
         where = f": {error.filename}" if error.filename else ""
         return DimeFMError(f"{os.strerror(error.errno)}{where}", hint=_ENVIRONMENT[error.errno])
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        package = error.name.partition(".")[0]
-        if package in _TRAIN_PACKAGES:
-            return MissingExtraError(
-                f"this needs {package}, which is not installed",
-                hint="pip install 'dimefm_edge[train]'",
-            )
+    if isinstance(error, ModuleNotFoundError):
+        is_ours = (error.name or "").partition(".")[0] in _TRAIN_PACKAGES
+        return missing_package(error) if is_ours else None
     return None

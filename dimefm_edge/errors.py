@@ -82,6 +82,14 @@ def nearest_names(name: str, known: list[str]) -> list[str]:
     return [by_folded[k] for k in near]
 
 
+def missing_package(error: ModuleNotFoundError) -> MissingExtraError:
+    """What to install when an import of a training package failed."""
+    package = (error.name or "a package").partition(".")[0]
+    return MissingExtraError(
+        f"this needs {package}, which is not installed", hint="pip install 'dimefm_edge[train]'"
+    )
+
+
 def lookup(table: Mapping[str, T], name: str, *, kind: str) -> T:
     """Return `table[name]`, or raise an error that offers the nearest known name.
 

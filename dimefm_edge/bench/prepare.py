@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dimefm_edge.bench.specs import SubjectSpec
-from dimefm_edge.errors import DimeFMError, ExportError, MissingExtraError, ParityError
+from dimefm_edge.errors import (
+    DimeFMError,
+    ExportError,
+    MissingExtraError,
+    ParityError,
+    missing_package,
+)
 from dimefm_edge.preprocess import PreprocessSpec
 
 if TYPE_CHECKING:
@@ -151,7 +157,7 @@ def _prepare_module(
     path = folder / "model.onnx"
     try:
         if runtime == "plain":
-            _export_plain(module, path, preprocess.image_size)
+            export_plain(module, path, side=preprocess.image_size)
         else:
             _export_ours(module, path, preprocess.image_size)
     except (ExportError, ParityError) as error:
@@ -213,16 +219,27 @@ def _export_ours(module: nn.Module, path: Path, side: int) -> None:
     )
 
 
-def _export_plain(module: nn.Module, path: Path, side: int) -> None:
-    """torch's exporter with its defaults and a dynamic batch: what a user would get."""
+def export_plain(module: nn.Module, path: Path, *, side: int, opset: int | None = None) -> None:
+    """torch's exporter with its defaults and a dynamic batch: what a user would get.
+
+    Args:
+        module: (B, 3, S, S) -> (B, E), in eval mode.
+        path: The file to write.
+        side: S, in pixels.
+        opset: None: torch's own choice.
+
+    Raises:
+        ExportError: If torch cannot export it.
+    """
     import torch
 
+    chosen: dict[str, Any] = {} if opset is None else {"opset_version": opset}
     with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         try:
             program = torch.onnx.export(
                 module, (torch.zeros(2, 3, side, side),), dynamo=True, verbose=False,
                 input_names=["image"], output_names=["image_embeds"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=({0: torch.export.Dim("batch")},), **chosen,
             )  # fmt: skip
             assert program is not None
             program.save(path)
@@ -231,13 +248,6 @@ def _export_plain(module: nn.Module, path: Path, side: int) -> None:
             raise ExportError(
                 f"torch.onnx.export cannot export it: {first}", hint="leave @plain out"
             ) from error
-
-
-def _missing(error: ModuleNotFoundError) -> DimeFMError:
-    package = (error.name or "a package").partition(".")[0]
-    return MissingExtraError(
-        f"this needs {package}, which is not installed", hint="pip install 'dimefm_edge[train]'"
-    )
 
 
 def _main(words: list[str]) -> int:
@@ -249,7 +259,7 @@ def _main(words: list[str]) -> int:
                 SubjectSpec(**values["spec"]), Path(values["folder"]), seed=values["seed"]
             )
     except (DimeFMError, ModuleNotFoundError) as error:
-        known = error if isinstance(error, DimeFMError) else _missing(error)
+        known = error if isinstance(error, DimeFMError) else missing_package(error)
         answer = {"error": str(known.args[0]), "hint": known.hint, "kind": type(known).__name__}
         print(json.dumps(answer))
         return known.exit_code

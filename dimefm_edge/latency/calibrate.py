@@ -108,7 +108,7 @@ def calibrate(
         raise ConfigError(f"calibrating takes {MIN_MODELS} models or more, got {len(models)}")
     costs: dict[str, Vector] = {}
     with tempfile.TemporaryDirectory(prefix="dimefm-calibrate-") as folder:
-        graphs, skipped = _export(models, precisions, Path(folder), costs, progress)
+        graphs, skipped = export_models(models, precisions, Path(folder), costs, progress)
         times = measure_graphs(graphs, threads=threads, progress=progress)
     profiles: list[Profile] = []
     measured = []
@@ -158,14 +158,25 @@ def prior(precision: str) -> Vector:
     return published_place(load_target(LOCAL), precision).log_prices
 
 
-def _export(
+def export_models(
     models: Sequence[tuple[str, int]],
     precisions: Sequence[str],
     folder: Path,
     costs: dict[str, Vector],
     progress: Progress,
 ) -> tuple[dict[tuple[str, str], tuple[Path, StudentSpec]], list[tuple[str, str]]]:
-    """Write each model in each precision; (name, precision) -> its file and spec."""
+    """Write each model in each precision.
+
+    Args:
+        models: As `MODELS` has them.
+        precisions: Of `PRECISIONS`.
+        folder: Where the files go.
+        costs: Gets each model's counts, by name.
+        progress: Called with what is being done.
+
+    Returns:
+        (name, precision) -> file and spec; and the models that could not be written, with why.
+    """
     from dimefm_edge.latency.trace import trace_student
 
     graphs: dict[tuple[str, str], tuple[Path, StudentSpec]] = {}
