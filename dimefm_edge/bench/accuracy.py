@@ -21,13 +21,14 @@ def zero_shot_top1(spec: SubjectSpec, data: Sequence[str], *, limit_s: float) ->
     Raises:
         DimeFMError: If `eval` cannot tell: what it said, or that the time was up.
     """
-    engine = ["--engine", spec.runtime] if spec.kind == "bundle" else []
-    is_engine = spec.kind == "bundle" and spec.runtime not in ("openvino", "dynamic-int8")
-    if not is_engine and spec.runtime.partition(":")[0] not in _SAME_ANSWERS:
+    if spec.kind == "bundle" and spec.runtime not in ("openvino", "dynamic-int8"):
+        engine = ["--engine", spec.runtime]
+    elif spec.runtime.partition(":")[0] in _SAME_ANSWERS:
+        engine = []
+    else:
         raise DimeFMError(f"accuracy: eval does not run {spec.runtime}")
     command = [
-        sys.executable, "-m", "dimefm_edge", "eval", spec.name, "--json",
-        *(engine if is_engine else []), "--data", *data,
+        sys.executable, "-m", "dimefm_edge", "eval", spec.name, "--json", *engine, "--data", *data
     ]  # fmt: skip
     try:
         done = subprocess.run(

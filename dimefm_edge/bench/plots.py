@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -141,29 +141,30 @@ def _accuracy(axes: Axes, result: BenchResult, shown: list[SubjectResult]) -> No
 
 
 def _stages(axes: Axes, result: BenchResult, shown: list[SubjectResult]) -> None:
-    rows = [s for s in shown if s.stages_ms]
-    left = np.zeros(len(rows))
-    for place, stage in enumerate(STAGES):
-        widths = np.asarray([s.stages_ms.get(stage, 0.0) for s in rows])
-        axes.barh(range(len(rows)), widths, left=left, color=_colour(place), label=stage)
-        left += widths
-    axes.set_yticks(range(len(rows)), [s.label for s in rows])
-    axes.invert_yaxis()
+    parts = {s.label: s.stages_ms for s in shown if s.stages_ms}
+    _stack(axes, parts, STAGES)
     axes.set_xlabel("ms from an image file to labels, medians")
-    axes.legend(fontsize=8, ncols=3)
 
 
 def _kinds(axes: Axes, result: BenchResult, shown: list[SubjectResult]) -> None:
-    rows = [s for s in shown if s.operators]
-    left = np.zeros(len(rows))
-    kinds = dict.fromkeys(kind for s in rows for kind in s.operators["kinds"])
-    for place, kind in enumerate(kinds):
-        widths = np.asarray([100 * s.operators["kinds"].get(kind, 0.0) for s in rows])
-        axes.barh(range(len(rows)), widths, left=left, color=_colour(place), label=kind)
-        left += widths
-    axes.set_yticks(range(len(rows)), [s.label for s in rows])
-    axes.invert_yaxis()
+    parts = {
+        s.label: {kind: 100 * share for kind, share in s.operators["kinds"].items()}
+        for s in shown
+        if s.operators
+    }
+    _stack(axes, parts, list(dict.fromkeys(kind for part in parts.values() for kind in part)))
     axes.set_xlabel("% of the operators' time")
+
+
+def _stack(axes: Axes, parts: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> None:
+    """A bar for each model, made of its parts, one after the other."""
+    left = np.zeros(len(parts))
+    for place, name in enumerate(names):
+        widths = np.asarray([part.get(name, 0.0) for part in parts.values()])
+        axes.barh(range(len(parts)), widths, left=left, color=_colour(place), label=name)
+        left += widths
+    axes.set_yticks(range(len(parts)), list(parts))
+    axes.invert_yaxis()
     axes.legend(fontsize=8, ncols=4)
 
 

@@ -66,7 +66,7 @@ class _Subject:
 
     @property
     def is_alive(self) -> bool:
-        return self.result.state != "failed" and self.result.error is None
+        return self.result.error is None
 
     def fail(self, error: DimeFMError) -> None:
         self.result.error, self.result.hint = str(error.args[0]), error.hint
@@ -333,7 +333,6 @@ class _Bench:
     def _accuracy(self) -> None:
         for subject in self._alive():
             with self._note_errors(subject):
-                assert subject.prepared is not None
                 subject.result.top1_pct = zero_shot_top1(
                     subject.spec, self.config.data, limit_s=self.config.time_limit_s
                 )
@@ -351,9 +350,7 @@ class _Bench:
     def _ask(self, subject: _Subject, what: str, *, seconds: float, **values: Any) -> Message:
         assert subject.process is not None
         limit = min(self.config.time_limit_s, 60 + _GRACE * seconds)
-        limit = max(limit, seconds + 1) if self.config.time_limit_s > seconds else limit
-        values = values if "options" in values else {"seconds": seconds, **values}
-        return subject.process.ask(what, limit_s=limit, **values)
+        return subject.process.ask(what, limit_s=limit, seconds=seconds, **values)
 
     def _alive(self) -> list[_Subject]:
         return [s for s in self.subjects if s.is_alive]
