@@ -110,7 +110,8 @@ class Models:
             try:
                 slot.doing = "made ready" if slot.spec.kind == SAMPLE else "loading"
                 slot.model = load_model(slot.spec, threads=self._threads)
-            except DimeFMError as error:
+            except DimeFMError as error:  # said on the page, and to who started it
+                logger.warning("%s: %s", slot.spec.name, error)
                 slot.error = str(error)
             except Exception as error:  # the page lives on without this model
                 logger.exception("%s cannot be loaded", slot.spec.name)

@@ -102,3 +102,13 @@ def test_the_sample_is_exported_once(monkeypatch, tmp_path, sample_dir):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(ExportError, match=r"the sample teacher cannot be exported: .*fp2"):
         sample_bundle("fp2")
+
+
+def test_a_model_that_cannot_be_loaded_is_told_to_who_started_it(tmp_path, caplog):
+    models = Models(find_models(["sampel"], engines=["onnxruntime"]))
+    models.load_behind()
+    assert models.first_ready() is None
+    assert "Did you mean 'sample'" in caplog.text
+    ((name, state),) = models.states()
+    assert name == "sampel"
+    assert "unknown teacher" in state
