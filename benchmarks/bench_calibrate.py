@@ -42,11 +42,11 @@ UNSEEN = (
     ("timm:deit_tiny_patch16_224", 224), ("timm:vit_tiny_r_s16_p8_224", 224),
     ("timm:mixer_b32_224", 224), ("timm:efficientvit_b0", 224), ("timm:poolformer_s12", 160),
     ("timm:hardcorenas_a", 224),
-    ("vit:8,192,3", 64), ("vit:16,256,8", 160), ("vit:16,384,12", 128), ("vit:32,768,6", 224),
-    ("vit:14,128,10", 140), ("hybrid:24,1-1-2-1", 96), ("hybrid:40,2-2-2-2", 192),
-    ("hybrid:56,1-2-4-1", 160),
+    ("vit-p8-w192-d3", 64), ("vit-p16-w256-d8", 160), ("vit-p16-w384-d12", 128),
+    ("vit-p32-w768-d6", 224), ("vit-p14-w128-d10", 140), ("hybrid-w24-d1.1.2.1", 96),
+    ("hybrid-w40-d2.2.2.2", 192), ("hybrid-w56-d1.2.4.1", 160),
 )  # fmt: skip
-"""None is in `calibrate.MODELS`; `vit:patch,width,depth` and `hybrid:width,depths` are ours."""
+"""None is in `calibrate.MODELS`."""
 
 
 def measure() -> dict[str, Any]:

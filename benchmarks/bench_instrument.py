@@ -28,7 +28,7 @@ from dimefm_edge.bench.specs import parse_subjects
 from dimefm_edge.bench_config import BenchConfig
 from dimefm_edge.latency.measure import machine_info
 
-LOOP = '''
+LOOP = """
 import sys, time, json
 import numpy as np, onnxruntime
 path, threads, seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
@@ -45,9 +45,9 @@ while time.perf_counter() < until:
     session.run(None, image)
     times.append(1e3 * (time.perf_counter() - begun))
 print(json.dumps(sorted(times)[len(times) // 2]))
-'''
+"""
 
-SLOWED = '''
+SLOWED = """
 import time
 import numpy as np, onnxruntime
 def graph(batch_size, share=0.0):
@@ -70,17 +70,17 @@ def graph(batch_size, share=0.0):
     return call
 def slowed(batch_size):
     return graph(batch_size, 0.05)
-'''
+"""
 
 IMPORTS = "import sys, time, json; import numpy as np, onnxruntime"
 
 # A small process asks wait4, whose peak would else begin at that of a big one that forked.
-TIME = '''
+TIME = """
 import os, sys
 pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
 _, status, usage = os.wait4(pid, 0)
 print(usage.ru_maxrss / 1024)
-'''
+"""
 
 
 def bare_loop(path: str, threads: int, seconds: float) -> tuple[float, float]:

@@ -12,6 +12,7 @@
 | `scale` | shares of the images and of the sentences |
 | `image-only` | no sentence at all, against distillation with them |
 | `extras` | what is not the paper's: pseudo-texts, views that the teacher saw, hard negatives |
+| `students` | many students: does what `fit` goes by rank them as training does (scenes)? |
 
 `--data scenes`: the sample teacher, procedural images; each image's pair is its own sentence.
 `--data real`: Tiny-ImageNet and CIFAR-10 by real_teacher.py's teacher, which is trained when it
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from dimefm_edge.batches import CachedPixels, DistillData
@@ -63,11 +65,15 @@ from dimefm_edge.data.views import Views
 from dimefm_edge.distill import distill
 from dimefm_edge.embed import embed_images, embed_texts
 from dimefm_edge.files import atomic_file
+from dimefm_edge.fit import student_score
 from dimefm_edge.judge import Scorer
 from dimefm_edge.labels import build_label_bank
+from dimefm_edge.latency.operators import total_gmacs, total_params_m
+from dimefm_edge.latency.trace import trace_student
 from dimefm_edge.prepare import view_specs
 from dimefm_edge.run_log import STATE_FILE
-from dimefm_edge.students import build_student, save_student, student_spec
+from dimefm_edge.students import StudentSpec, build_student, save_student, student_spec
+from dimefm_edge.students.vit import inherit_from_teacher
 from dimefm_edge.tables import format_table
 from dimefm_edge.teacher import Teacher, load_teacher
 
@@ -133,11 +139,6 @@ class Study:
         if args.threads:
             torch.set_num_threads(args.threads)
         self.teacher = self._teacher()
-        self.spec = student_spec(
-            self.setup.student,
-            image_size=self.setup.image_size,
-            embed_dim=self.teacher.embed_dim,
-        )
         self.preprocess = dataclasses.replace(
             self.teacher.preprocess, image_size=self.setup.image_size
         )
@@ -147,6 +148,13 @@ class Study:
             for s in sets
         ]
         self.evaluate = Scorer(sets, banks, self.preprocess)
+
+    def spec(self, arm: Arm) -> StudentSpec:
+        return student_spec(
+            arm.student or self.setup.student,
+            image_size=self.setup.image_size,
+            embed_dim=self.teacher.embed_dim,
+        )
 
     def _teacher(self) -> Teacher:
         if self.args.data == "scenes":
@@ -256,7 +264,7 @@ class Study:
         train = dataclasses.replace(self.setup.train, seed=seed, **arm.train)
         settings = {
             "arm": dataclasses.asdict(arm), "train": dataclasses.asdict(train),
-            "student": self.spec.to_dict(), "teacher": self.teacher.weights_hash,
+            "student": self.spec(arm).to_dict(), "teacher": self.teacher.weights_hash,
             "limit": self.args.limit,
         }  # fmt: skip
         settings["train"].pop("threads")
@@ -277,12 +285,15 @@ class Study:
 
     def _train(self, arm: Arm, train: TrainConfig, run_dir: Path) -> dict[str, Any]:
         torch.manual_seed(train.seed)
-        student = build_student(self.spec)
+        spec = self.spec(arm)
+        student = build_student(spec)
+        if arm.inherits:
+            inherit_from_teacher(student, self.teacher.image_tower)
         begun = time.process_time()
         report = distill(
             student, self.arm_data(arm, train), loss=arm.loss, run_dir=run_dir, resume=True,
             train=dataclasses.replace(train, eval_every=train.steps or 1),
-            save_weights=lambda path, m: save_student(path, m, self.spec, self.preprocess, {}),
+            save_weights=lambda path, m: save_student(path, m, spec, self.preprocess, {}),
             evaluate=self.evaluate,
         )  # fmt: skip
         scores = {k: v for k, v in report.best.items() if k != "step"}
@@ -311,6 +322,25 @@ def summary_of(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, 
             row["cpu_s"] = statistics.fmean(run["cpu_s"] for run in runs)
         rows[name] = row
     return rows
+
+
+def fit_figures(study: Study, arm: Arm) -> dict[str, float]:
+    """What `fit` knows of a student before it is trained."""
+    spec = study.spec(arm)
+    ops = trace_student(spec)
+    return {
+        "gmacs": total_gmacs(ops), "params_m": total_params_m(ops),
+        "score": student_score(total_gmacs(ops), inherits=arm.inherits),
+    }  # fmt: skip
+
+
+def rank_correlations(rows: dict[str, dict[str, float]], score: str) -> dict[str, float]:
+    """Spearman's, of each figure with what training came to."""
+    done = pd.DataFrame([row for row in rows.values() if score in row])
+    return {
+        name: float(done[name].corr(done[score], method="spearman"))
+        for name in ("gmacs", "params_m", "score")
+    }
 
 
 def table_of(summary: dict[str, dict[str, float]], teacher: dict[str, float]) -> str:
@@ -344,9 +374,14 @@ def run_study(args: argparse.Namespace) -> dict[str, Any]:
     summary = summary_of(results)
     values = {
         "study": args.study, "data": args.data, "steps": study.setup.train.steps,
-        "student": study.spec.name, "teacher": study.teacher_scores(), "arms": summary,
+        "student": study.setup.student, "teacher": study.teacher_scores(), "arms": summary,
         "elsewhere": waiting,
     }  # fmt: skip
+    if args.study == "students":
+        figures = {name: fit_figures(study, arm) for name, arm in arms.items()}
+        for name, row in summary.items():
+            row |= figures[name]
+        values["rank_correlation"] = rank_correlations(summary, next(iter(study.teacher_scores())))
     if not args.prepare:
         with atomic_file(study.out / f"{args.study}.json") as stream:
             stream.write((json.dumps(values, indent=1) + "\n").encode())

@@ -25,6 +25,10 @@ class Arm:
     text_share: float = 1.0
     train: dict[str, Any] = field(default_factory=dict)
     """Settings of TrainConfig."""
+    student: str = ""
+    """Another student than the study's, by the names that `student_spec` takes."""
+    inherits: bool = False
+    """Whether it starts from the teacher's layers."""
 
 
 def only(**weights: float) -> LossConfig:
@@ -77,5 +81,38 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "hard negatives 0.25": Arm(train={"hard_negatives": 0.25}),
         "pseudo-texts 128": Arm(train={"pseudo_texts": 128}),
         "views 4": Arm(train={"views": 4}),
+    },
+    "students": {
+        **{
+            name: Arm(student=name)
+            for name in (
+                "vit-p8-w64-d2",
+                "vit-p8-w64-d6",
+                "vit-p8-w128-d2",
+                "vit-p8-w128-d4",
+                "vit-p8-w192-d2",
+                "vit-p8-w256-d3",
+                "vit-p16-w128-d4",
+                "vit-p16-w256-d4",
+                "hybrid-w16-d1.1.1.1",
+                "hybrid-w24-d1.1.2.1",
+                "hybrid-w32-d2.2.4.2",
+                "convnet-w16-d1.1.1.1",
+                "convnet-w24-d1.1.2.1",
+                "convnet-w32-d2.2.4.2",
+                "timm:resnet10t",
+                "timm:mobilenetv3_small_050",
+                "timm:mobilenetv4_conv_small",
+                "timm:repvit_m0_9",
+            )
+        },
+        **{
+            f"{name}, inherits": Arm(student=name, inherits=True)
+            for name in (
+                "vit-p8-w192-d2",
+                "vit-p8-w192-d3",
+                "vit-p8-w192-d4",
+            )
+        },
     },
 }

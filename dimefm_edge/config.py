@@ -70,11 +70,13 @@ class StudentConfig:
     """Which student is trained; what is not given is fitted to the budget."""
 
     student: str = "auto"
-    """`auto` fits one to the budget; or a family (vit, hybrid), a named student, or
+    """`auto` fits one to the budget; or a family (vit, hybrid, convnet), a named student, or
     `timm:NAME`."""
     latency_ms: float | None = None
     """Budget for one image on the target, in ms. Default: the smaller of the target's own
     and half of the teacher's estimated latency there."""
+    max_memory_mib: float | None = None
+    """Limit of the student's weights and its largest operator's tensors on the target, in MiB."""
     image_size: int | None = None
     """Input side in pixels. Default: the teacher's."""
     init: Literal["auto", "random", "teacher", "pretrained"] = "auto"
@@ -84,6 +86,8 @@ class StudentConfig:
     def __post_init__(self) -> None:
         if self.latency_ms is not None and self.latency_ms <= 0:
             raise ConfigError(f"latency_ms must be positive, got {self.latency_ms}")
+        if self.max_memory_mib is not None and self.max_memory_mib <= 0:
+            raise ConfigError(f"max_memory_mib must be positive, got {self.max_memory_mib}")
         if self.image_size is not None and self.image_size <= 0:
             raise ConfigError(f"image_size must be positive, got {self.image_size}")
 

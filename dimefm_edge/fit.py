@@ -3,31 +3,24 @@
 On this machine, the choice is measured before it is made, and what measuring says of the
 estimates corrects the others.
 
-Quality is not known before training; it is stood in for by multiply-adds, doubled for students
-that can inherit the teacher's layers. A crude rule, stated so that you can overrule it: every
-candidate is in the report.
+Quality is not known before training; `student_quality` stands in for it. A crude rule, stated so
+that you can overrule it: every candidate is in the report.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dimefm_edge.errors import BudgetError, ConfigError, lookup
+from dimefm_edge.errors import BudgetError, ConfigError
 from dimefm_edge.latency.estimate import Place, estimate_at, place_on
-from dimefm_edge.latency.operators import Operator, total_gmacs
-from dimefm_edge.students import (
-    NAMED_STUDENTS,
-    StudentSpec,
-    hybrid_spec,
-    patch_for,
-    student_spec,
-    vit_spec,
-)
+from dimefm_edge.latency.operators import Operator, memory_elements, total_gmacs
+from dimefm_edge.student_grid import FAMILIES, GRIDS, find_student, student_grid
+from dimefm_edge.students import StudentSpec, vit_spec
 from dimefm_edge.targets import Target, load_target
 
 logger = logging.getLogger(__name__)
@@ -39,19 +32,12 @@ TEACHER_GMACS_SHARE = 0.4
 INHERITANCE_BONUS = 2.0
 """A student that starts from the teacher's weights counts as one of twice the arithmetic."""
 
-_VIT_WIDTHS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 576, 640, 704, 768, 1024)
-_VIT_DEPTHS = tuple(range(2, 13))
-_MAX_WIDTH_PER_LAYER = 96
-"""Wide and shallow ViTs fill a budget with arithmetic that they cannot use; ViT-B has 64."""
-_MIN_DEPTH = 2
 _MAX_MEASURED = 10
 _MARGIN = 0.97
 """Of the budget, what a student that was not measured may take by its corrected estimate."""
-_HYBRID_WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96)
-_HYBRID_DEPTHS = ((1, 1, 1, 1), (1, 1, 2, 1), (2, 2, 4, 2), (2, 2, 6, 2), (3, 3, 9, 3))
+_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}  # an element; all else 1
 
 Measure = Callable[[StudentSpec, str], float]
-Grid = Callable[[int, int, "dict[str, Any] | None"], Iterator[tuple[StudentSpec, bool]]]
 
 
 @dataclass(frozen=True)
@@ -64,17 +50,20 @@ class FitCandidate:
     high_ms: float
     gmacs: float
     params_m: float
+    memory_mib: float
+    """Weights and the largest operator's tensors in the precision; the runtime's own comes on
+    top."""
     inherits: bool
     """Can start from the teacher's weights."""
     fits: bool
-    """Within the budget, and within its share of the teacher's multiply-adds."""
+    """Within the budget, the memory limit, and its share of the teacher's multiply-adds."""
     measured_ms: float | None = None
     """Median on this machine, where it was measured."""
 
     @property
     def score(self) -> float:
-        """Stand-in for quality: GMACs, with the bonus for inheritance."""
-        return self.gmacs * (INHERITANCE_BONUS if self.inherits else 1.0)
+        """Stand-in for quality: see `student_score`."""
+        return student_score(self.gmacs, inherits=self.inherits)
 
 
 @dataclass(frozen=True)
@@ -86,6 +75,7 @@ class FitReport:
     budget_ms: float
     max_gmacs: float | None
     """Limit by the teacher's own; None when the user gave a budget."""
+    max_memory_mib: float | None
     chosen: StudentSpec
     candidates: tuple[FitCandidate, ...]
     """Fastest first."""
@@ -105,6 +95,32 @@ class FitReport:
         values["pareto"] = [c.spec.name for c in self.pareto]
         return values
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FitReport:
+        """Rebuild from `to_dict`; keys of others are left out.
+
+        Raises:
+            ConfigError, KeyError, TypeError: If it is not one.
+        """
+        candidates, pareto = [], []
+        for row in values["candidates"]:
+            spec = StudentSpec.from_dict(row["spec"])
+            figures = {k: v for k, v in row.items() if k not in ("spec", "pareto")}
+            candidates.append(FitCandidate(spec, **figures))
+            pareto += candidates[-1:] * row["pareto"]
+        plain = ("target", "precision", "budget_ms", "max_gmacs", "max_memory_mib")
+        return cls(
+            **{name: values[name] for name in plain},
+            chosen=StudentSpec.from_dict(values["chosen"]),
+            candidates=tuple(candidates),
+            pareto=tuple(pareto),
+        )
+
+
+def student_score(gmacs: float, *, inherits: bool) -> float:
+    """Stand-in for what a student comes to once it is trained: its GMACs, with a bonus."""
+    return gmacs * (INHERITANCE_BONUS if inherits else 1.0)
+
 
 def fit_student(
     target: Target | str,
@@ -113,8 +129,9 @@ def fit_student(
     embed_dim: int,
     latency_ms: float | None = None,
     precision: str | None = None,
-    families: Sequence[str] = ("vit", "hybrid"),
+    families: Sequence[str] = FAMILIES,
     student: str = "auto",
+    max_memory_mib: float | None = None,
     teacher_geometry: dict[str, Any] | None = None,
     teacher_ops: Sequence[Operator] | None = None,
     measure: Measure | None = None,
@@ -128,10 +145,11 @@ def fit_student(
         latency_ms: Budget for one image. Default: the target's own, or TEACHER_LATENCY_SHARE
             of the teacher's estimate where that is less; multiply-adds are limited alike then.
         precision: What it will run in; default: the target's.
-        families: Keys of `GRIDS`.
-        student: `auto`; a family, which is then the only one; or one student: a candidate's
-            name, a key of `NAMED_STUDENTS` or `timm:NAME`. One student is refused only for a
-            budget that was given.
+        families: Keys of `GRIDS`, or `timm:NAME`.
+        student: `auto`; a family, which is then the only one; or one student, by a candidate's
+            name or another that `student_spec` takes. One student is refused only for a limit
+            that was given.
+        max_memory_mib: Limit of weights and the largest operator's tensors together.
         teacher_geometry: From `vit_geometry`: adds students that can inherit.
         teacher_ops: From `trace_ops`, at batch 1, for the default budget.
         measure: (spec, precision) -> ms, on the target: the choice is then one that was measured
@@ -145,44 +163,42 @@ def fit_student(
     target = load_target(target) if isinstance(target, str) else target
     precision = precision or target.precision
     place = place_on(target, precision)
-    budget_ms, max_gmacs = _limits(target, latency_ms, place, teacher_ops)
-    candidates = []
-    families = (student,) if student in GRIDS else families
-    specs = _unique_specs(families, image_size, embed_dim, teacher_geometry)
+    limits = _limits(target, latency_ms, max_memory_mib, place, teacher_ops)
+    sizes: dict[str, Any] = {"image_size": image_size, "embed_dim": embed_dim}
     is_one = student != "auto" and student not in GRIDS
     if is_one:
-        specs = [_one_student(student, specs, image_size, embed_dim)]
-    for spec, inherits in specs:
-        estimate = _estimate(spec, place)
-        within = max_gmacs is None or estimate["gmacs"] <= max_gmacs
-        fits = within and estimate["latency_ms"] <= budget_ms
-        candidates.append(FitCandidate(spec, **estimate, inherits=inherits, fits=fits))
+        specs = [find_student(student, **sizes, teacher=teacher_geometry)]
+    else:
+        families = (student,) if student in GRIDS else families
+        specs = student_grid(families, **sizes, teacher=teacher_geometry)
+    candidates = [
+        _candidate(spec, place, precision, limits, inherits=inherits) for spec, inherits in specs
+    ]
     if not candidates:
         raise ConfigError(
             f"no student of {', '.join(families)} takes images of {image_size} px",
             hint="--image-size with a multiple of 16",
         )
     candidates.sort(key=lambda c: (c.latency_ms, -c.score))
-    is_free = is_one and latency_ms is None
+    is_free = is_one and latency_ms is None and max_memory_mib is None
     fitting = [c for c in candidates if c.fits or is_free]
-    if not fitting:
-        raise _budget_error(candidates[0], target, precision, budget_ms, max_gmacs)
-    chosen = max(fitting, key=lambda c: (c.score, -c.latency_ms))
+    if not fitting and (measure is None or is_free):
+        raise _budget_error(candidates, target, precision, limits)
     if measure is not None and not is_free:
-        allowed = [c for c in candidates if max_gmacs is None or c.gmacs <= max_gmacs]
-        measured = _measure_best(allowed, lambda spec: measure(spec, precision), budget_ms)
+        allowed = [c for c in candidates if limits.allow(c)]
+        measured = _measure_best(allowed, lambda spec: measure(spec, precision), limits.budget_ms)
         candidates = [measured.get(c.spec, c) for c in candidates]
-        able = [c for c in measured.values() if c.fits]
-        if not able:
-            fastest = min(measured.values(), key=lambda c: c.measured_ms or math.inf)
-            raise _budget_error(fastest, target, precision, budget_ms, max_gmacs)
-        chosen = max(able, key=lambda c: (c.score, -c.latency_ms))
-    logger.info("fit: %s, %.3g of %.3g ms", chosen.spec.name, chosen.latency_ms, budget_ms)
+        fitting = [c for c in measured.values() if c.fits]
+        if not fitting:
+            raise _budget_error(list(measured.values()) or candidates, target, precision, limits)
+    chosen = max(fitting, key=lambda c: (c.score, -c.latency_ms))
+    logger.info("fit: %s, %.3g of %.3g ms", chosen.spec.name, chosen.latency_ms, limits.budget_ms)
     return FitReport(
         target=target.full_name,
         precision=precision,
-        budget_ms=budget_ms,
-        max_gmacs=max_gmacs,
+        budget_ms=limits.budget_ms,
+        max_gmacs=limits.max_gmacs,
+        max_memory_mib=limits.max_memory_mib,
         chosen=chosen.spec,
         candidates=tuple(candidates),
         pareto=_pareto(candidates),
@@ -214,7 +230,7 @@ def _measure_best(
             return measured[candidate.spec].fits
         return candidate.latency_ms * correction(candidate) <= _MARGIN * budget_ms
 
-    for _ in range(_MAX_MEASURED):
+    for _ in range(_MAX_MEASURED if candidates else 0):
         able = [c for c in candidates if fits(c)] or [candidates[0]]
         best = max(able, key=lambda c: (c.score, -c.latency_ms))
         if best.spec in measured:
@@ -255,85 +271,55 @@ def plot_fit(report: FitReport, path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
+@dataclass(frozen=True)
+class _Limits:
+    """What a student may take."""
+
+    budget_ms: float
+    max_gmacs: float | None
+    max_memory_mib: float | None
+
+    def allow(self, candidate: FitCandidate) -> bool:
+        """Whether all but the latency is within."""
+        return (self.max_gmacs is None or candidate.gmacs <= self.max_gmacs) and (
+            self.max_memory_mib is None or candidate.memory_mib <= self.max_memory_mib
+        )
+
+    def __str__(self) -> str:
+        text = f"{self.budget_ms:.3g} ms"
+        if self.max_gmacs is not None:
+            text += f" and {self.max_gmacs:.3g} GMACs ({TEACHER_GMACS_SHARE} of the teacher's)"
+        if self.max_memory_mib is not None:
+            text += f" and {self.max_memory_mib:.3g} MiB"
+        return text
+
+
 def _limits(
     target: Target,
     latency_ms: float | None,
+    max_memory_mib: float | None,
     place: Place,
     teacher_ops: Sequence[Operator] | None,
-) -> tuple[float, float | None]:
+) -> _Limits:
+    for name, value in (("latency_ms", latency_ms), ("max_memory_mib", max_memory_mib)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} must be positive, got {value}")
     if latency_ms is not None:
-        if not latency_ms > 0:
-            raise ConfigError(f"latency_ms must be positive, got {latency_ms}")
-        return latency_ms, None
+        return _Limits(latency_ms, None, max_memory_mib)
     if teacher_ops is None:
-        return target.latency_ms, None
+        return _Limits(target.latency_ms, None, max_memory_mib)
     teacher_ms = estimate_at(teacher_ops, place).latency_ms
     budget_ms = min(target.latency_ms, TEACHER_LATENCY_SHARE * teacher_ms)
-    return budget_ms, TEACHER_GMACS_SHARE * total_gmacs(teacher_ops)
+    return _Limits(budget_ms, TEACHER_GMACS_SHARE * total_gmacs(teacher_ops), max_memory_mib)
 
 
-def _vit_grid(
-    image_size: int, embed_dim: int, teacher: dict[str, Any] | None
-) -> Iterator[tuple[StudentSpec, bool]]:
-    """The teacher's own geometry with fewer layers first, then everything else."""
-    sizes: dict[str, Any] = {"image_size": image_size, "embed_dim": embed_dim}
-    if teacher is not None and image_size % teacher["patch_size"] == 0:
-        keys = ("patch_size", "width", "num_heads", "mlp_ratio", "act")
-        shared = {key: teacher[key] for key in keys}
-        for depth in range(_MIN_DEPTH, teacher["depth"] + 1):
-            yield vit_spec(**sizes, **shared, depth=depth), True
-    patch = patch_for(image_size)
-    for patch_size in (p for p in (patch, 2 * patch) if image_size % p == 0):
-        for width in _VIT_WIDTHS:
-            heads = width // (32 if width < 256 else 64)
-            for depth in (d for d in _VIT_DEPTHS if width <= _MAX_WIDTH_PER_LAYER * d):
-                shape: dict[str, Any] = {
-                    "patch_size": patch_size,
-                    "width": width,
-                    "num_heads": heads,
-                }
-                yield vit_spec(**sizes, **shape, depth=depth), False
-
-
-def _hybrid_grid(
-    image_size: int, embed_dim: int, teacher: dict[str, Any] | None
-) -> Iterator[tuple[StudentSpec, bool]]:
-    from dimefm_edge.students.hybrid import MIN_IMAGE_SIZE
-
-    if image_size < MIN_IMAGE_SIZE:
-        return
-    for width in _HYBRID_WIDTHS:
-        for depth in _HYBRID_DEPTHS:
-            sizes = {"image_size": image_size, "embed_dim": embed_dim}
-            yield hybrid_spec(**sizes, width=width, depth=depth), False
-
-
-GRIDS: dict[str, Grid] = {"vit": _vit_grid, "hybrid": _hybrid_grid}
-"""What is tried of each family: (image_size, embed_dim, teacher_geometry) -> spec, inherits."""
-
-
-def _unique_specs(
-    families: Sequence[str], image_size: int, embed_dim: int, teacher: dict[str, Any] | None
-) -> list[tuple[StudentSpec, bool]]:
-    """Every family's grid; of two students with one name, the one that inherits."""
-    specs: dict[str, tuple[StudentSpec, bool]] = {}
-    for family in families:
-        for spec, inherits in lookup(GRIDS, family, kind="student family to fit")(
-            image_size, embed_dim, teacher
-        ):
-            specs.setdefault(spec.name, (spec, inherits))
-    return list(specs.values())
-
-
-def _one_student(
-    name: str, grid: Sequence[tuple[StudentSpec, bool]], image_size: int, embed_dim: int
-) -> tuple[StudentSpec, bool]:
-    for spec, inherits in grid:
-        if spec.name == name:
-            return spec, inherits
-    if not name.startswith("timm:"):
-        lookup(dict.fromkeys(("auto", *GRIDS, *NAMED_STUDENTS)), name, kind="student")
-    return student_spec(name, image_size=image_size, embed_dim=embed_dim), False
+def _candidate(
+    spec: StudentSpec, place: Place, precision: str, limits: _Limits, *, inherits: bool
+) -> FitCandidate:
+    figures = _estimate(spec, place)
+    memory_mib = figures.pop("memory_elements") * _BYTES.get(precision, 1) / 2**20
+    one = FitCandidate(spec, **figures, memory_mib=memory_mib, inherits=inherits, fits=False)
+    return replace(one, fits=limits.allow(one) and one.latency_ms <= limits.budget_ms)
 
 
 def _estimate(spec: StudentSpec, place: Place) -> dict[str, float]:
@@ -353,7 +339,8 @@ def _estimate(spec: StudentSpec, place: Place) -> dict[str, float]:
 
 def _figures(ops: Sequence[Operator], place: Place) -> dict[str, float]:
     estimate = asdict(estimate_at(ops, place))
-    return {key: estimate[key] for key in ("latency_ms", "low_ms", "high_ms", "gmacs", "params_m")}
+    names = ("latency_ms", "low_ms", "high_ms", "gmacs", "params_m")
+    return {name: estimate[name] for name in names} | {"memory_elements": memory_elements(ops)}
 
 
 def _pareto(candidates: Sequence[FitCandidate]) -> tuple[FitCandidate, ...]:
@@ -365,21 +352,23 @@ def _pareto(candidates: Sequence[FitCandidate]) -> tuple[FitCandidate, ...]:
 
 
 def _budget_error(
-    fastest: FitCandidate,
-    target: Target,
-    precision: str,
-    budget_ms: float,
-    max_gmacs: float | None,
+    candidates: Sequence[FitCandidate], target: Target, precision: str, limits: _Limits
 ) -> BudgetError:
-    limits = f"{budget_ms:.3g} ms"
-    if max_gmacs is not None:
-        limits += f" and {max_gmacs:.3g} GMACs ({TEACHER_GMACS_SHARE} of the teacher's)"
+    """What the nearest would need: the fastest, or the smallest where all are too large."""
+    asked = f"no student meets {limits} on {target.full_name} ({precision})"
+    command = f"dimefm-edge fit --target {target.full_name}"
+    if not any(limits.allow(c) for c in candidates) and limits.max_memory_mib is not None:
+        smallest = min(candidates, key=lambda c: c.memory_mib)
+        return BudgetError(
+            f"{asked}; the smallest, {smallest.spec.name}, needs {smallest.memory_mib:.3g} MiB",
+            hint=f"{command} --max-memory-mib {math.ceil(smallest.memory_mib * 100) / 100:g}",
+        )
+    fastest = min(candidates, key=lambda c: c.measured_ms or c.latency_ms)
     took = fastest.measured_ms or fastest.latency_ms
     enough = math.ceil(took * 1000) / 1000
     how = "measured" if fastest.measured_ms else "estimated"
     return BudgetError(
-        f"no student meets {limits} on {target.full_name} ({precision}); the fastest, "
-        f"{fastest.spec.name}, is {how} at {took:.3g} ms and "
+        f"{asked}; the fastest, {fastest.spec.name}, is {how} at {took:.3g} ms and "
         f"{fastest.gmacs:.3g} GMACs",
-        hint=f"dimefm-edge fit --target {target.full_name} --latency-ms {enough:g}",
+        hint=f"{command} --latency-ms {enough:g}",
     )

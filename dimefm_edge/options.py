@@ -16,6 +16,7 @@ from tyro.conf import Positional
 from dimefm_edge import config as config_file
 from dimefm_edge.bench_config import BenchConfig
 from dimefm_edge.config import DemoConfig, RunConfig
+from dimefm_edge.student_grid import FAMILIES
 
 O = TypeVar("O", bound="CommonOptions")  # noqa: E741
 
@@ -47,7 +48,8 @@ class EstimateOptions(CommonOptions):
     from_config: ClassVar[dict[str, str]] = {"target": "target"}
 
     model: Positional[str] = ""
-    """An ONNX file, a run, a bundle, a named student (vit-tiny), `timm:NAME`, or a teacher."""
+    """An ONNX file, a run, a bundle, a student (vit-tiny, vit-p16-w192-d6), `timm:NAME`, or a
+    teacher."""
     rows: Path | None = None
     """Instead of a model, a CSV file of many: device, runtime, precision, timm_name_if_any,
     batch, resolution."""
@@ -84,6 +86,7 @@ class FitOptions(CommonOptions):
         "teacher": "teacher",
         "latency_ms": "student.latency_ms",
         "image_size": "student.image_size",
+        "max_memory_mib": "student.max_memory_mib",
     }
 
     target: str = RunConfig.target
@@ -98,8 +101,10 @@ class FitOptions(CommonOptions):
     """Size of the embeddings. Default: the teacher's, else 512."""
     precision: str | None = None
     """What the student will run in. Default: the target's."""
-    families: tuple[str, ...] = ("vit", "hybrid")
-    """Student families to look at."""
+    max_memory_mib: float | None = None
+    """Limit of the student's weights and its largest operator's tensors, in MiB."""
+    families: tuple[str, ...] = FAMILIES
+    """Student families to look at: vit, hybrid, convnet, timm (a selection), or timm:NAME."""
     plot: Path | None = None
     """Write latency against arithmetic as a PNG here."""
 

@@ -32,14 +32,15 @@ from dimefm_edge.data.images import ImagePool, open_images, open_labelled
 from dimefm_edge.data.sentences import open_sentences
 from dimefm_edge.distill import distill
 from dimefm_edge.distributed import Ranks, join_ranks
-from dimefm_edge.errors import ConfigError
+from dimefm_edge.errors import CheckpointError, ConfigError
 from dimefm_edge.export import record_accuracy
 from dimefm_edge.files import atomic_file
 from dimefm_edge.fit import FitReport, fit_student, plot_fit
 from dimefm_edge.judge import Scorer, compare_accuracy, compare_latency, model_row
 from dimefm_edge.labels import build_label_bank
-from dimefm_edge.latency.estimate import trace_ops
-from dimefm_edge.latency.measure import machine_info
+from dimefm_edge.latency.calibrate import measure_student
+from dimefm_edge.latency.estimate import estimate_onnx, trace_ops
+from dimefm_edge.latency.measure import LatencyReport, machine_info
 from dimefm_edge.precisions import (
     NUM_CALIBRATION_IMAGES,
     NUM_PARITY_IMAGES,
@@ -53,13 +54,15 @@ from dimefm_edge.precisions import (
 from dimefm_edge.prepare import embed_pools, open_data
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.report import RunReport
+from dimefm_edge.runtime import Bundle
 from dimefm_edge.students import StudentSpec, build_student, save_student
 from dimefm_edge.students.vit import inherit_from_teacher, vit_geometry
-from dimefm_edge.targets import Target, load_target
+from dimefm_edge.targets import LOCAL, Target, load_target
 from dimefm_edge.teacher import TEXT_TEACHER_KEY, Teacher, load_teacher
 
 logger = logging.getLogger(__name__)
 
+_FIT_FILE = "fit.json"
 _SCENES = "scenes"
 _TRAIN = {
     "epochs": config_file.DEFAULT_EPOCHS,
@@ -93,10 +96,9 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     sentences = open_sentences(config.data.texts, column=config.data.text_column)
     eval_sets = [open_labelled(source) for source in config.data.eval_sets]
     with clock("fit"):
-        fit = _fit(config.student, target, teacher)
-    run_dir = _open_run(config, resume=resume, ranks=ranks)
-    if ranks.is_main:
-        plot_fit(fit, run_dir / "fit.png")
+        fit = _fit(config, target, teacher) if ranks.is_main else None
+    run_dir = _open_run(config, fit, resume=resume, ranks=ranks)
+    fit = fit or _fit(config, target, teacher)
     preprocess = dataclasses.replace(teacher.preprocess, image_size=fit.chosen.image_size)
     with clock("embed"):
         store_dir = Path(config.store) if config.store else run_dir / "store"
@@ -192,6 +194,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         precisions=precisions,
         kept_float=kept_float(run_dir, config.quant),
         int8_training=dataclasses.asdict(trained_int8) if trained_int8 else None,
+        exported_ms=_exported_ms(bundles, target, latencies[1]),
     )
     _write_report(report, run_dir)
     return report
@@ -216,8 +219,9 @@ def resolve(config: RunConfig) -> RunConfig:
 # --------------------------------------------------------------------------- the steps
 
 
-def _open_run(config: RunConfig, *, resume: bool, ranks: Ranks) -> Path:
-    """Make the run folder, or go on in one; another run is never overwritten."""
+def _open_run(config: RunConfig, fit: FitReport | None, *, resume: bool, ranks: Ranks) -> Path:
+    """Make the run folder, or go on in one; another run is never overwritten. Rank 0 leaves its
+    choice of a student there."""
     run_dir = Path(config.out)
     saved = run_dir / config_file.RUN_FILE
     if ranks.is_main:
@@ -229,22 +233,60 @@ def _open_run(config: RunConfig, *, resume: bool, ranks: Ranks) -> Path:
             raise ConfigError(f"{run_dir} is a file", hint="another --out")
         run_dir.mkdir(parents=True, exist_ok=True)
         config_file.save(config, saved)
+        if fit is not None and not (run_dir / _FIT_FILE).is_file():
+            with atomic_file(run_dir / _FIT_FILE) as stream:
+                values = fit.to_dict() | {"asked": _asked(config)}
+                stream.write((json.dumps(values, indent=1) + "\n").encode())
+            plot_fit(fit, run_dir / "fit.png")
     ranks.barrier()
     return run_dir
 
 
-def _fit(student: StudentConfig, target: Target, teacher: Teacher) -> FitReport:
-    side = teacher.preprocess.image_size
+def _fit(config: RunConfig, target: Target, teacher: Teacher) -> FitReport:
+    """Choose the student, or take the run's own choice: measured again, it might be another."""
+    student, side = config.student, teacher.preprocess.image_size
+    chosen = Path(config.out, _FIT_FILE)
+    if chosen.is_file():
+        return _chosen_before(chosen, _asked(config))
     return fit_student(
         target,
         latency_ms=student.latency_ms,
+        max_memory_mib=student.max_memory_mib,
         image_size=student.image_size or side,
         embed_dim=teacher.embed_dim,
         precision=target.precision,
         student=student.student,
         teacher_geometry=vit_geometry(teacher.image_tower),
         teacher_ops=trace_ops(teacher.image_tower, side, 1),
+        measure=measure_student if target.name == LOCAL else None,
     )
+
+
+def _chosen_before(path: Path, asked: dict[str, Any]) -> FitReport:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        before = values["asked"]
+        report = FitReport.from_dict(values)
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}", hint="delete it: the student is then chosen again"
+        ) from error
+    changed = [key for key in asked if asked[key] != before.get(key)]
+    if changed:
+        pairs = ", ".join(f"{key} was {before.get(key)} and is {asked[key]}" for key in changed)
+        raise CheckpointError(
+            f"cannot resume {path.parent}: {pairs}", hint="give the same flags, or another --out"
+        )
+    return report
+
+
+def _asked(config: RunConfig) -> dict[str, Any]:
+    """What the choice of a student hangs on."""
+    return {
+        "target": config.target,
+        "teacher": config.teacher,
+        **dataclasses.asdict(config.student),
+    }
 
 
 def _initial_student(
@@ -285,6 +327,15 @@ class _Saver:
 
     def __call__(self, path: Path, module: nn.Module) -> None:
         save_student(path, module, self.spec, self.preprocess, self.metadata)
+
+
+def _exported_ms(bundles: dict[str, Bundle], target: Target, here: LatencyReport) -> float:
+    """What was exported, on the target: measured on this machine, else by its float graph, whose
+    operators are the ones that estimates are made for."""
+    if target.name == LOCAL:
+        return here.p50_ms
+    path = next(iter(bundles.values())).model_path
+    return estimate_onnx(path, target, precision=target.precision).latency_ms
 
 
 def _some_images(

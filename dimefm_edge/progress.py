@@ -28,9 +28,7 @@ def counting(
     begun, done = time.perf_counter(), 0
     console = Console(stderr=True)
     is_silent = not total or (is_transient and not console.is_terminal)
-    with Progress(
-        *columns, console=console, disable=is_silent, transient=is_transient
-    ) as bar:
+    with Progress(*columns, console=console, disable=is_silent, transient=is_transient) as bar:
         task = bar.add_task(title, total=total, rate=0.0)
 
         def advance(count: int) -> None:

@@ -239,4 +239,3 @@ def _check_members(members: Sequence[zipfile.ZipInfo], name: str) -> None:
             "MiB: pictures do not",
             hint="pack fewer pictures, as JPEG or PNG",
         )
-

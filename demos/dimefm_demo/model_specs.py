@@ -36,7 +36,6 @@ class ModelSpec:
     """The run that it comes from, if any."""
 
 
-
 def find_models(names: Sequence[str], *, engines: Sequence[str]) -> list[ModelSpec]:
     """What the page shows for what the user named; nothing is loaded.
 

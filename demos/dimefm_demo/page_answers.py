@@ -60,8 +60,13 @@ def answer_picture(
     number = history[-1].picture + 1 if history else 1
     first = next(iter(found.values()))
     history = history[-_HISTORY * len(models.names) :] + [
-        Past(number, str(sent.get("path")), name, answer.total_ms - answer.labels_ms,
-             answer.top == first.top)
+        Past(
+            number,
+            str(sent.get("path")),
+            name,
+            answer.total_ms - answer.labels_ms,
+            answer.top == first.top,
+        )
         for name, answer in found.items()
     ]
     rows = [

@@ -133,9 +133,7 @@ def _build_bars(models: Models) -> list[gr.Label]:
         ]  # fmt: skip
 
 
-def _build_heat_map(
-    models: Models, picture: gr.Image, ask: Ask
-) -> tuple[gr.Image, gr.Dropdown]:
+def _build_heat_map(models: Models, picture: gr.Image, ask: Ask) -> tuple[gr.Image, gr.Dropdown]:
     """What shows where a model looked, and the label that it is shown for."""
     with gr.Accordion("Where did it look?", open=False, elem_id="heat"):
         with gr.Row():

@@ -52,9 +52,7 @@ def build_search_tab(models: Models, indexes: ServerIndexes, folder: Path) -> No
             found = gr.Gallery(show_label=False, columns=3, object_fit="contain", height=640,
                                elem_id="found", interactive=False, buttons=[])  # fmt: skip
 
-    def index_them(
-        files: Any, tree: Any, model: str, progress: Any = gr.Progress()
-    ) -> list[Any]:
+    def index_them(files: Any, tree: Any, model: str, progress: Any = gr.Progress()) -> list[Any]:
         index = _index(models.wait_for(model), sent_paths(files) + sent_paths(tree), folder,
                        progress)  # fmt: skip
         return [index, _describe(index, "of yours"), None]
@@ -127,9 +125,7 @@ def _picture(index: ImageIndex, sent: Any) -> Embeds:
     return embeds
 
 
-def _gallery(
-    index: ImageIndex, embeds: Embeds, count: int
-) -> list[tuple[Any, str]]:
+def _gallery(index: ImageIndex, embeds: Embeds, count: int) -> list[tuple[Any, str]]:
     count = min(max(1, count), _MAX_SHOWN)
     return [
         (hit.thumbnail, f"{hit.cosine:.3f}  {hit.name}")

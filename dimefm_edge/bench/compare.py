@@ -64,9 +64,7 @@ def compare(old: BenchResult, new: BenchResult, *, threshold_pct: float = 5.0) -
             f"the benches have no model in common; the old one measured: {names}",
             hint="name the models as the old bench did",
         )
-    return [
-        _compare(a, b, old=old, new=new, threshold=1 + threshold_pct / 100) for a, b in pairs
-    ]
+    return [_compare(a, b, old=old, new=new, threshold=1 + threshold_pct / 100) for a, b in pairs]
 
 
 def _compare(

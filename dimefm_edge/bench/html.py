@@ -93,9 +93,7 @@ def _state(result: BenchResult) -> str:
     return "".join(f'<p class="bad">{escape(line)}</p>' for line in said)
 
 
-def _subject_table(
-    subjects: Sequence[SubjectResult], columns: Sequence[tuple[str, str]]
-) -> str:
+def _subject_table(subjects: Sequence[SubjectResult], columns: Sequence[tuple[str, str]]) -> str:
     told = [
         (key, name) for key, name in columns if any(getattr(s, key) is not None for s in subjects)
     ]
@@ -154,9 +152,7 @@ def _accuracy(subjects: Sequence[SubjectResult]) -> list[str]:
     sets = list(dict.fromkeys(name for s in subjects for name in s.top1_pct))
     if not sets:
         return []
-    rows: list[list[Cell]] = [
-        [s.label, *(s.top1_pct.get(name) for name in sets)] for s in subjects
-    ]
+    rows: list[list[Cell]] = [[s.label, *(s.top1_pct.get(name) for name in sets)] for s in subjects]
     return ["<h2>Zero-shot top-1 %</h2>", _table(["model", *sets], rows)]
 
 

@@ -61,9 +61,7 @@ def copy(threads: int) -> Callable[[], object]:
     """A copy of a large array by so many threads, each its own part."""
     source = np.ones(COPY_BYTES // 2 // 4, np.float32)
     target = np.empty_like(source)
-    pairs = list(
-        zip(np.array_split(target, threads), np.array_split(source, threads), strict=True)
-    )
+    pairs = list(zip(np.array_split(target, threads), np.array_split(source, threads), strict=True))
     if threads == 1:
         return lambda: np.copyto(target, source)
     pool = ThreadPoolExecutor(threads)

@@ -111,9 +111,7 @@ def _of_file(
     weights = path.with_name(path.name + ".data")
     size = sum(p.stat().st_size for p in (path, weights) if p.is_file()) / 2**20
     title += f" ({option})" if option else ""
-    return Prepared(
-        loader, title, str(path), spec.kind, option or "cpu", size_mib=size, **known
-    )
+    return Prepared(loader, title, str(path), spec.kind, option or "cpu", size_mib=size, **known)
 
 
 def _quantised(path: Path, out: Path) -> Path:

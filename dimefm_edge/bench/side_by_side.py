@@ -199,9 +199,7 @@ class _Bench:
 
     def _load(self, stack: ExitStack) -> None:
         """New processes, in place of those that there may be."""
-        load = Load(
-            self.config.batch_size, self.threads, self.config.image_size, self.config.seed
-        )
+        load = Load(self.config.batch_size, self.threads, self.config.image_size, self.config.seed)
         for subject in self._alive():
             if subject.process is not None:
                 subject.process.close()
@@ -380,4 +378,3 @@ class _Bench:
                 self._summarise(subject)
             self.save(self.result)
             self._saved_at = time.monotonic()
-

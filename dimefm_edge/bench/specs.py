@@ -105,9 +105,7 @@ def _kind(name: str) -> Kind:
             raise InputError(f"no file at {file}", hint="check the path")
         return "python"
     if name.endswith(".engine"):
-        raise InputError(
-            f"{name} is an engine: it runs with its bundle", hint=f"BUNDLE@{name}"
-        )
+        raise InputError(f"{name} is an engine: it runs with its bundle", hint=f"BUNDLE@{name}")
     return subject_kind(name)
 
 

@@ -25,9 +25,7 @@ def summarise_calls(
     result.images_per_s = 1e3 * result.batch_size / result.mean_ms if result.mean_ms else None
     rounds = min(len(result.rounds_ms), len(first.rounds_ms))
     if rounds:
-        ratio = paired_ratio(
-            result.rounds_ms[:rounds], first.rounds_ms[:rounds], starts=starts
-        )
+        ratio = paired_ratio(result.rounds_ms[:rounds], first.rounds_ms[:rounds], starts=starts)
         result.ratio, result.ratio_low, result.ratio_high = ratio.value, ratio.low, ratio.high
 
 

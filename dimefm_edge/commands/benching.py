@@ -154,4 +154,3 @@ def _remarks(result: BenchResult) -> str:
         lines.append(f"not steady after warming up, so doubtful: {', '.join(unsteady)}")
     lines += [f"throttled: {name}" for name in result.throttled]
     return "\n".join([*lines, *result.notes])
-

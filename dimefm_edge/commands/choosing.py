@@ -156,12 +156,17 @@ def run_calibrate(options: CalibrateOptions) -> Outcome:
 
 def _estimate(options: EstimateOptions, target: Target, precision: str) -> LatencyEstimate:
     from dimefm_edge.latency.estimate import estimate_latency, estimate_onnx, trace_ops
-    from dimefm_edge.students import NAMED_STUDENTS, load_student, student_spec
+    from dimefm_edge.students import (
+        NAMED_STUDENTS,
+        is_student_name,
+        load_student,
+        student_spec,
+    )
     from dimefm_edge.subjects import subject_kind
 
     name, batch = options.model, options.batch_size
     size = options.image_size
-    if name in NAMED_STUDENTS or name.startswith("timm:"):
+    if is_student_name(name):
         from dimefm_edge.latency.trace import trace_student
 
         side = size or _DEFAULT_IMAGE_SIZE
@@ -216,6 +221,7 @@ def run_fit(options: FitOptions) -> Outcome:
         embed_dim=embed_dim or _DEFAULT_EMBED_DIM,
         precision=options.precision,
         families=options.families,
+        max_memory_mib=options.max_memory_mib,
         measure=measure_student if target.name == LOCAL else None,
         **from_teacher,
     )
@@ -230,6 +236,7 @@ def run_fit(options: FitOptions) -> Outcome:
             c.spec.name,
             c.params_m,
             c.gmacs,
+            c.memory_mib,
             c.latency_ms,
             f"{c.low_ms:.3g} to {c.high_ms:.3g}",
             c.measured_ms,
@@ -239,8 +246,8 @@ def run_fit(options: FitOptions) -> Outcome:
         for c in shown
     ]
     headers = (
-        "", "student", "params M", "GMACs", "estimate ms", "interval ms", "measured ms", "inherits",
-        "fits",
+        "", "student", "params M", "GMACs", "MiB", "estimate ms", "interval ms", "measured ms",
+        "inherits", "fits",
     )  # fmt: skip
     text = (
         f"{format_table(headers, rows)}\n\n* chosen for {report.target} {report.precision}, budget "

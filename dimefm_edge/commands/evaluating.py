@@ -153,9 +153,7 @@ def _own_train(source: str) -> LabelledSet | None:
     return open_labelled(source, split="train") if list_tars(folder / "train") else None
 
 
-def _if_same_classes(
-    train: LabelledSet | None, classnames: tuple[str, ...]
-) -> LabelledSet | None:
+def _if_same_classes(train: LabelledSet | None, classnames: tuple[str, ...]) -> LabelledSet | None:
     return train if train is not None and train.classnames == classnames else None
 
 

@@ -205,8 +205,7 @@ def _outcome(bundle: Bundle, out: Path) -> Outcome:
 
 def _parity(parity: dict[str, Any]) -> str:
     return (
-        f"max abs difference {parity['max_abs_diff']:.1e}, "
-        f"least cosine {parity['min_cosine']:.6f}"
+        f"max abs difference {parity['max_abs_diff']:.1e}, least cosine {parity['min_cosine']:.6f}"
     )
 
 
@@ -295,9 +294,7 @@ def _label_banks(sources: Sequence[str], teacher: Teacher | None) -> Sequence[La
 
     if teacher is None:
         return []
-    return [
-        build_label_bank(*open_classes(source), teacher.encode_texts) for source in sources
-    ]
+    return [build_label_bank(*open_classes(source), teacher.encode_texts) for source in sources]
 
 
 def _parity_images(

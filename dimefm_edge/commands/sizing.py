@@ -127,9 +127,7 @@ def _report_beside(name: str) -> Mapping[str, Any] | None:
     return report if is_its_bundle else None
 
 
-def _report_of_teacher(
-    name: str, reports: Sequence[Mapping[str, Any]]
-) -> Mapping[str, Any] | None:
+def _report_of_teacher(name: str, reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     return next((r for r in reports if r["teacher"].get("name") == name), None)
 
 

@@ -67,9 +67,7 @@ def evaluate_zero_shot(
     return score_zero_shot(features, labelled, bank)
 
 
-def score_zero_shot(
-    features: Features, labelled: LabelledSet, bank: LabelBank
-) -> ZeroShotReport:
+def score_zero_shot(features: Features, labelled: LabelledSet, bank: LabelBank) -> ZeroShotReport:
     """The report for images that are embedded already; see `evaluate_zero_shot`."""
     check_classes(bank, labelled.name, labelled.classnames)
     labels = labelled.labels[features.rows]

@@ -117,9 +117,7 @@ def export_student(
         kernels = None
         if graph.attention == "plugin":
             assert graph.sm is not None
-            kernels = write_kernels(
-                folder, written.path, precision=graph.precision, sm=graph.sm
-            )
+            kernels = write_kernels(folder, written.path, precision=graph.precision, sm=graph.sm)
         fields = {
             "name": spec.name,
             "spec": spec.to_dict(),

@@ -68,9 +68,7 @@ class AttentionMatch:
     @property
     def is_int8(self) -> bool:
         """Whether Q/DQ stand everywhere that TensorRT's int8 attention wants them."""
-        return (
-            self.has_qdq_before_bmm1 and self.has_qdq_after_softmax and self.has_qdq_around_bmm2
-        )
+        return self.has_qdq_before_bmm1 and self.has_qdq_after_softmax and self.has_qdq_around_bmm2
 
 
 def find_attentions(model: onnx.ModelProto) -> list[AttentionMatch]:

@@ -67,9 +67,7 @@ def match_products(
     waiting: dict[Any, deque[LearnedProduct]] = defaultdict(deque)
     for product in learned:
         waiting[_key(product.weight)].append(product)
-    found = [
-        waiting[key].popleft() if waiting[key := _key(weight)] else None for weight in weights
-    ]
+    found = [waiting[key].popleft() if waiting[key := _key(weight)] else None for weight in weights]
     lost = [product.name for rest in waiting.values() for product in rest]
     if lost:
         raise ExportError(

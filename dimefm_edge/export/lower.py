@@ -195,9 +195,7 @@ def _plugin(
     batch, heads, tokens, dim = _dims(q)
     rows = [_as_rows(edit, x) for x in (q, k, v)]
     shape = (batch, tokens, 3 * heads * dim)
-    packed = _packed_projection(edit, rows, shape) or edit.add(
-        "Concat", rows, shape=shape, axis=-1
-    )
+    packed = _packed_projection(edit, rows, shape) or edit.add("Concat", rows, shape=shape, axis=-1)
     # TensorRT finds a plugin by these names; its attributes are those of tensorrt_plugin.py.
     out = edit.add(
         PLUGIN_NAME, [packed], domain=PLUGIN_NAMESPACE, num_heads=heads, logit_scale=scale,
@@ -253,9 +251,7 @@ def _as_rows(edit: _Edit, x: ir.Value) -> ir.Value:
             assert rows is not None
             if rows.shape is not None and list(rows.shape)[1:] == [tokens, heads * dim]:
                 return rows
-    moved = edit.add(
-        "Transpose", [x], shape=(batch, tokens, heads, dim), perm=_HEADS_FIRST
-    )
+    moved = edit.add("Transpose", [x], shape=(batch, tokens, heads, dim), perm=_HEADS_FIRST)
     rows_shape = edit.constant(np.array([-1, tokens, heads * dim], np.int64))
     return edit.add("Reshape", [moved, rows_shape], shape=(batch, tokens, heads * dim))
 

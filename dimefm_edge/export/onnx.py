@@ -264,9 +264,7 @@ def _quant_rules(spec: GraphSpec) -> QuantRules:
     return lookup(QUANT_RULES, spec.quant_rules or "", kind="int8 rules")
 
 
-def report_fusion(
-    model: onnx.ModelProto, attentions: Sequence[AttentionMatch]
-) -> FusionReport:
+def report_fusion(model: onnx.ModelProto, attentions: Sequence[AttentionMatch]) -> FusionReport:
     """What of a graph its runtime runs as one kernel."""
     ops = _count_ops(model)
     forms: dict[str, int] = {}

@@ -348,9 +348,7 @@ def _load_rules(name: str) -> TensorRtRules:
     for op, allowed in values.get("attributes", {}).items():
         attributes[op] = {name: tuple(some) for name, some in allowed.items()}
     ranks = dict(base.ranks) if base else {}
-    ranks.update(
-        {op: (tuple(r["inputs"]), r["rank"]) for op, r in values.get("ranks", {}).items()}
-    )
+    ranks.update({op: (tuple(r["inputs"]), r["rank"]) for op, r in values.get("ranks", {}).items()})
     return TensorRtRules(
         version=values["version"],
         max_opset=values["max_opset"],

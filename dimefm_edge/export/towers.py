@@ -41,9 +41,7 @@ class LoadedTeacher:
 
 def image_tower(teacher: Teacher) -> LoadedTeacher:
     """Take a teacher's image tower, made to answer in unit length, with its preprocessing."""
-    spec = TeacherSpec(
-        file_name_of(teacher.name), teacher.preprocess.image_size, teacher.embed_dim
-    )
+    spec = TeacherSpec(file_name_of(teacher.name), teacher.preprocess.image_size, teacher.embed_dim)
     return LoadedTeacher(Normalised(teacher.image_tower), spec, teacher.preprocess)
 
 

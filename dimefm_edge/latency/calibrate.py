@@ -37,11 +37,11 @@ MODELS = (  # (timm model or named student, pixels): every kind of operator, 1 t
     ("timm:edgenext_x_small", 192), ("timm:ghostnet_100", 224), ("timm:inception_v3", 160),
     ("timm:vit_tiny_patch16_224", 224), ("timm:vit_small_patch32_224", 224),
     ("timm:vit_small_patch16_224", 224), ("timm:mixer_s32_224", 224), ("timm:resnext50_32x4d", 128),
-    ("vit:8,128,4", 64), ("vit:16,192,6", 128), ("vit:16,320,4", 160), ("vit:32,512,8", 224),
-    ("hybrid:16,1-1-1-1", 64), ("hybrid:32,1-1-2-1", 128), ("hybrid:48,2-2-4-2", 160),
-    ("hybrid:64,2-2-6-2", 224),
+    ("vit-p8-w128-d4", 64), ("vit-p16-w192-d6", 128), ("vit-p16-w320-d4", 160),
+    ("vit-p32-w512-d8", 224), ("hybrid-w16-d1.1.1.1", 64), ("hybrid-w32-d1.1.2.1", 128),
+    ("hybrid-w48-d2.2.4.2", 160), ("hybrid-w64-d2.2.6.2", 224),
 )  # fmt: skip
-"""What is measured. `vit:patch,width,depth` and `hybrid:width,depths` are students."""
+"""What is measured, by the names that `student_spec` takes."""
 EMBED_DIM = 512
 MIN_MODELS = 8
 
@@ -134,22 +134,6 @@ def calibrate(
     return CalibrationReport(path, tuple(profiles), tuple(measured), tuple(skipped))
 
 
-def spec_of(model: str, image_size: int) -> StudentSpec:
-    """The student of a name in `MODELS`."""
-    from dimefm_edge.students import hybrid_spec, student_spec, vit_spec
-
-    sizes: dict[str, Any] = {"image_size": image_size, "embed_dim": EMBED_DIM}
-    family, _, shape = model.partition(":")
-    if family == "vit":
-        patch, width, depth = map(int, shape.split(","))
-        heads = width // (32 if width < 256 else 64)
-        return vit_spec(**sizes, patch_size=patch, width=width, depth=depth, num_heads=heads)
-    if family == "hybrid":
-        first, _, depths = shape.partition(",")
-        return hybrid_spec(**sizes, width=int(first), depth=tuple(map(int, depths.split("-"))))
-    return student_spec(model, **sizes)
-
-
 def prior(precision: str) -> Vector:
     """log prices before anything is measured: published ones, scaled to this machine's peaks."""
     from dimefm_edge.latency.estimate import published_place
@@ -178,6 +162,7 @@ def export_models(
         (name, precision) -> file and spec; and the models that could not be written, with why.
     """
     from dimefm_edge.latency.trace import trace_student
+    from dimefm_edge.students import student_spec
 
     graphs: dict[tuple[str, str], tuple[Path, StudentSpec]] = {}
     skipped = []
@@ -185,7 +170,7 @@ def export_models(
         name = f"{model}@{size}"
         progress(f"export {name}")
         try:
-            spec = spec_of(model, size)
+            spec = student_spec(model, image_size=size, embed_dim=EMBED_DIM)
             costs[name] = cost_vector(trace_student(spec))
             for precision, path in export_graphs(
                 spec, folder / f"{len(costs)}", precisions

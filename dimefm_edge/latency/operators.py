@@ -204,3 +204,10 @@ def total_gmacs(ops: Iterable[Operator]) -> float:
 def total_params_m(ops: Iterable[Operator]) -> float:
     """1e6 parameters."""
     return sum(op.params for op in ops) / 1e6
+
+
+def memory_elements(ops: Iterable[Operator]) -> float:
+    """Elements that must be held at once: all weights, and the largest operator's tensors."""
+    ops = list(ops)
+    largest = max((op.read + op.written + op.scores for op in ops), default=0.0)
+    return sum(op.params for op in ops) + largest

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dimefm_edge.errors import DimeFMError, InputError, lookup
@@ -70,8 +71,8 @@ def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[Operat
 @functools.lru_cache(maxsize=4096)
 def trace_student(spec: StudentSpec, batch: int = 1) -> tuple[Operator, ...]:
     """`trace_ops` of a student as it is deployed, its branches merged. Cached by spec."""
-    if spec.family == "hybrid":
-        with torch.device("meta"):
+    if spec.family in ("hybrid", "convnet"):
+        with torch.device("meta"), _Unfilled():
             student: nn.Module = build_hybrid(spec, is_merged=True)
     else:
         student = _deployed(lambda: build_student(spec))
@@ -125,9 +126,20 @@ def _build_timm(architecture: str, kwargs: dict[str, Any]) -> nn.Module:
         return timm.create_model(architecture)
 
 
+class _Unfilled(TorchFunctionMode):
+    """Weights on the meta device hold nothing: filling them takes most of a build's time."""
+
+    _FILLS = ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self._FILLS and args and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def _deployed(build: Callable[[], nn.Module]) -> nn.Module:
     """Built on the meta device, but where branches must be merged, which takes weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         module = build()
     return reparameterise(build()) if _has_branches(module) else module
 

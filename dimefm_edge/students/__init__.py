@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -106,6 +107,7 @@ def _build_timm(spec: StudentSpec, pretrained: bool) -> nn.Module:
 STUDENTS: dict[str, Family] = {
     "vit": Family("vision transformer, can inherit from a CLIP ViT teacher", _build_vit),
     "hybrid": Family("convolutions, attention in the last stage (FastViT)", _build_hybrid),
+    "convnet": Family("convolutions only (FastViT without attention)", _build_hybrid),
     "timm": Family("any timm model: timm:NAME", _build_timm),
 }
 
@@ -118,26 +120,62 @@ NAMED_STUDENTS: dict[str, dict[str, Any]] = {
     "hybrid-nano": {"width": 32, "depth": (1, 1, 2, 1)},
     "hybrid-tiny": {"width": 48, "depth": (2, 2, 4, 2)},
     "hybrid-small": {"width": 64, "depth": (2, 2, 6, 2)},
+    "convnet-nano": {"width": 32, "depth": (1, 1, 2, 1)},
+    "convnet-tiny": {"width": 48, "depth": (2, 2, 4, 2)},
+    "convnet-small": {"width": 64, "depth": (2, 2, 6, 2)},
 }
 """Fixed sizes by name, for comparisons; `fit` makes its own."""
 
+_VIT_NAME = re.compile(r"vit-p(\d+)-w(\d+)-d(\d+)")
+_STAGED_NAME = re.compile(r"(hybrid|convnet)-w(\d+)-d(\d+)\.(\d+)\.(\d+)\.(\d+)")
+
 
 def student_spec(name: str, *, image_size: int, embed_dim: int) -> StudentSpec:
-    """The spec of a named student, or of a timm model as `timm:NAME`.
+    """The spec of a student by name.
+
+    Args:
+        name: A key of `NAMED_STUDENTS`; a shape, as `fit` names what it makes: patch, width and
+            depth (`vit-p16-w192-d6`), or width and the depths of four stages
+            (`hybrid-w32-d1.1.2.1`, `convnet-w32-d1.1.2.1`); or a timm model, `timm:NAME`.
+        image_size: Side of the input, in pixels.
+        embed_dim: Size of the embeddings.
 
     Raises:
         UnknownNameError: If the name is not known; the message offers the nearest.
     """
+    sizes: dict[str, Any] = {"image_size": image_size, "embed_dim": embed_dim}
     if name.startswith("timm:"):
         args = {"model": name.removeprefix("timm:")}
         return StudentSpec(name, "timm", image_size, embed_dim, args)
+    if shape := _VIT_NAME.fullmatch(name):
+        patch, width, depth = map(int, shape.groups())
+        return vit_spec(
+            **sizes, patch_size=patch, width=width, depth=depth, num_heads=heads_for(width)
+        )
+    if shape := _STAGED_NAME.fullmatch(name):
+        family, *counts = shape.groups()
+        width, *depths = map(int, counts)
+        return _staged_spec(family, **sizes, width=width, depth=tuple(depths))
     values = dict(lookup(NAMED_STUDENTS, name, kind="student"))
     family = name.split("-")[0]
     if family == "vit":
-        return vit_spec(
-            image_size=image_size, embed_dim=embed_dim, patch_size=patch_for(image_size), **values
-        )
-    return hybrid_spec(image_size=image_size, embed_dim=embed_dim, **values)
+        return vit_spec(**sizes, patch_size=patch_for(image_size), **values)
+    return _staged_spec(family, **sizes, **values)
+
+
+def is_student_name(name: str) -> bool:
+    """Whether `student_spec` would take it for one of its own."""
+    shapes = (_VIT_NAME, _STAGED_NAME)
+    return (
+        name in NAMED_STUDENTS
+        or name.startswith("timm:")
+        or any(shape.fullmatch(name) for shape in shapes)
+    )
+
+
+def heads_for(width: int) -> int:
+    """Heads of a ViT of that width: of 32 channels while it is narrow, else of 64 as ViT-B."""
+    return max(1, width // (32 if width < 256 else 64))
 
 
 def patch_for(image_size: int) -> int:
@@ -172,9 +210,26 @@ def hybrid_spec(
     *, image_size: int, embed_dim: int, width: int, depth: tuple[int, ...]
 ) -> StudentSpec:
     """Describe a hybrid student: channels of the first stage, blocks of the four stages."""
-    name = f"hybrid-w{width}-d{'.'.join(map(str, depth))}"
+    return _staged_spec(
+        "hybrid", image_size=image_size, embed_dim=embed_dim, width=width, depth=depth
+    )
+
+
+def convnet_spec(
+    *, image_size: int, embed_dim: int, width: int, depth: tuple[int, ...]
+) -> StudentSpec:
+    """Describe a convolutional student: as `hybrid_spec`, without attention."""
+    return _staged_spec(
+        "convnet", image_size=image_size, embed_dim=embed_dim, width=width, depth=depth
+    )
+
+
+def _staged_spec(
+    family: str, *, image_size: int, embed_dim: int, width: int, depth: tuple[int, ...]
+) -> StudentSpec:
+    name = f"{family}-w{width}-d{'.'.join(map(str, depth))}"
     args = {"width": width, "depth": list(depth)}
-    return StudentSpec(name, "hybrid", image_size, embed_dim, args)
+    return StudentSpec(name, family, image_size, embed_dim, args)
 
 
 def build_student(spec: StudentSpec, *, pretrained: bool = False) -> nn.Module:

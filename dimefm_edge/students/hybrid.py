@@ -1,8 +1,9 @@
-"""Hybrid students: timm's FastViT (arXiv 2303.14189) with width and depth as settings.
+"""Hybrid and convolutional students: timm's FastViT (arXiv 2303.14189), width and depth settable.
 
-Convolutional stages of re-parametrisable branches, attention in the last stage, where tokens
-are few. Chosen over the other hybrids in timm because it is MobileCLIP's image tower, becomes
-plain convolutions for export, and needs nothing but convolution, matmul and softmax.
+Convolutional stages of re-parametrisable branches; hybrids have attention in the last stage,
+where tokens are few, and convnets have none, as FastViT-T8 to S12. Chosen over the others in timm
+because it is MobileCLIP's image tower, becomes plain convolutions for export, and needs nothing
+but convolution, matmul and softmax.
 
 The stem's stride follows the image: FastViT's own 32x reduction leaves 2 x 2 positions of a
 64 px image, so small images are reduced by 16 or 8 instead, to 4 x 4 or more.
@@ -29,7 +30,7 @@ _LAYER_SCALE = (
 
 
 def build_hybrid(spec: StudentSpec, *, is_merged: bool = False) -> Student:
-    """Build a hybrid student with random weights.
+    """Build a student of family `hybrid` or `convnet` with random weights.
 
     Args:
         spec: What to build.
@@ -41,7 +42,8 @@ def build_hybrid(spec: StudentSpec, *, is_merged: bool = False) -> Student:
     width, depth = spec.args["width"], tuple(spec.args["depth"])
     if spec.image_size < MIN_IMAGE_SIZE:
         raise ConfigError(
-            f"student {spec.name}: hybrids need images of {MIN_IMAGE_SIZE} px or more, "
+            f"student {spec.name}: hybrids and convnets need images of {MIN_IMAGE_SIZE} px or "
+            f"more, "
             f"got {spec.image_size}",
             hint="--student vit",
         )
@@ -50,12 +52,13 @@ def build_hybrid(spec: StudentSpec, *, is_merged: bool = False) -> Student:
     if width < 4 or (8 * width) % _HEAD_DIM:
         raise ConfigError(f"student {spec.name}: width must be a multiple of 4, got {width}")
     is_small = spec.image_size < 128
-    pos_emb: Any = partial(RepConditionalPosEnc, spatial_shape=(7, 7))
+    has_attention = spec.family == "hybrid"
+    pos_emb: Any = partial(RepConditionalPosEnc, spatial_shape=(7, 7)) if has_attention else None
     trunk = FastVit(
         layers=depth,
         embed_dims=(width, 2 * width, 4 * width, 8 * width),
         mlp_ratios=(3, 3, 3, 3),
-        token_mixers=("repmixer", "repmixer", "repmixer", "attention"),
+        token_mixers=(*["repmixer"] * 3, "attention" if has_attention else "repmixer"),
         pos_embs=(None, None, None, pos_emb),
         down_patch_size=5 if is_small else 7,
         layer_scale_init_value=_LAYER_SCALE,

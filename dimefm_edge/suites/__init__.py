@@ -275,9 +275,7 @@ def _class_names(entry: SuiteSet, home: Path) -> ClassNames | None:
     return ClassNames(names, by_folder, in_order=entry.in_order)
 
 
-def _templates(
-    entry: SuiteSet, home: Path, opened: LabelledSet | MultiLabelSet
-) -> tuple[str, ...]:
+def _templates(entry: SuiteSet, home: Path, opened: LabelledSet | MultiLabelSet) -> tuple[str, ...]:
     """The set's own file first, then the benchmark's.
 
     Raises:

@@ -112,9 +112,7 @@ def compile_kernels(
     return records
 
 
-def build_kernels(
-    spec: KernelSpec, capability: int
-) -> list[tuple[str, Tiles, CompiledKernel]]:
+def build_kernels(spec: KernelSpec, capability: int) -> list[tuple[str, Tiles, CompiledKernel]]:
     """(name, tiles, Triton's result) of a spec: one kernel, or the two of a backward pass.
 
     Raises:

@@ -92,9 +92,7 @@ def backward_tiles(num_tokens: int, head_dim: int, *, itemsize: int) -> Tiles:
     rows, tile, num_warps = 32, 16, 8 if head_dim > 96 else 4
     if head_dim <= 64 and itemsize == 2:
         rows, tile, num_warps = 64, 32, 8
-    return _cut(
-        num_tokens, head_dim, rows=rows, tile=tile, itemsize=itemsize, num_warps=num_warps
-    )
+    return _cut(num_tokens, head_dim, rows=rows, tile=tile, itemsize=itemsize, num_warps=num_warps)
 
 
 def waste(num_tokens: int, head_dim: int, *, itemsize: int) -> float:

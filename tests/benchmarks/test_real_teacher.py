@@ -136,9 +136,7 @@ def test_cutmix_shares_the_target(script):
     assert 2 < mixed < 11
 
 
-def test_the_studies_teacher_has_two_stages_and_is_kept(
-    script, data_dir, tmp_path, monkeypatch
-):
+def test_the_studies_teacher_has_two_stages_and_is_kept(script, data_dir, tmp_path, monkeypatch):
     asked = []
     real = script.parse_args
 

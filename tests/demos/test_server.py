@@ -121,9 +121,7 @@ def test_a_picture_is_an_upload_and_nothing_else(picture, client, sample_dir):
         picture = {"path": str(sample_dir / "model.onnx")}
     sent = {"meta": {"_type": "gradio.FileData"}, **picture}
     body = {"data": [sent, LABELS, "{c}", 1, False, "sample", 3]}
-    status, answer = fetch(
-        f"{client.src}gradio_api/call/classify", json.dumps(body).encode()
-    )
+    status, answer = fetch(f"{client.src}gradio_api/call/classify", json.dumps(body).encode())
     assert status == 200, answer
     event = json.loads(answer)["event_id"]
     status, answer = fetch(f"{client.src}gradio_api/call/classify/{event}")
@@ -257,9 +255,10 @@ def test_nobody_gets_the_answer_of_another(demo_url, tmp_path):
 @pytest.mark.slow  # a server of its own, and 24 large pictures
 def test_a_full_queue_says_so(baked_dir):
     config = DemoConfig(models=(str(baked_dir),), max_queue=1, concurrency=1)
-    picture = "data:image/png;base64," + base64.b64encode(
-        bad.encoded(bad.scene().resize((2048, 2048)), "PNG")
-    ).decode()
+    picture = (
+        "data:image/png;base64,"
+        + base64.b64encode(bad.encoded(bad.scene().resize((2048, 2048)), "PNG")).decode()
+    )
     body = json.dumps(
         {"data": [{"path": None, "url": picture, "meta": {"_type": "gradio.FileData"}},
                   "red ladder", "{c}", 1, False, "baked", 3]}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from open_clip.transformer import VisionTransformer
 from PIL import Image
 
 from dimefm_edge.errors import BudgetError, ConfigError, UnknownNameError
-from dimefm_edge.fit import TEACHER_GMACS_SHARE, fit_student, plot_fit
+from dimefm_edge.fit import TEACHER_GMACS_SHARE, FitReport, fit_student, plot_fit
 from dimefm_edge.latency.estimate import estimate_latency, total_gmacs, trace_ops
 from dimefm_edge.latency.trace import trace_student
 from dimefm_edge.students.vit import vit_geometry
@@ -111,6 +113,26 @@ def test_an_impossible_budget_names_one_that_would_do():
     assert command == "dimefm-edge fit --target jetson-agx-orin@30w --latency-ms"
     again = fit_student("jetson-orin", latency_ms=float(enough), families=("vit",), **SIZES)
     assert again.chosen.name in str(e.value)
+
+
+def test_memory_is_a_limit_too():
+    free = fit_student("jetson-orin", latency_ms=50.0, **SIZES)
+    limit = free.chosen_candidate.memory_mib / 3
+    report = fit_student("jetson-orin", latency_ms=50.0, max_memory_mib=limit, **SIZES)
+    assert report.chosen_candidate.memory_mib <= limit
+    assert report.chosen_candidate.score < free.chosen_candidate.score
+    assert all(c.memory_mib <= limit for c in report.candidates if c.fits)
+    weights_mib = report.chosen_candidate.params_m * 1e6 * 2 / 2**20  # fp16
+    assert weights_mib < report.chosen_candidate.memory_mib < 2 * weights_mib + 10
+    with pytest.raises(BudgetError, match=r"and 0.01 MiB .* the smallest, .*, needs") as error:
+        fit_student("jetson-orin", latency_ms=50.0, max_memory_mib=0.01, **SIZES)
+    enough = float(error.value.hint.rsplit(" ", 1)[1])
+    fit_student("jetson-orin", latency_ms=50.0, max_memory_mib=enough, **SIZES)
+
+
+def test_the_report_comes_back_from_its_json(report):
+    again = FitReport.from_dict(json.loads(json.dumps(report.to_dict())))
+    assert again == report
 
 
 def test_bad_requests_are_answered():

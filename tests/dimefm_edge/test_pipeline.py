@@ -68,8 +68,8 @@ def test_the_walk_leaves_what_the_contract_says(words, tmp_path, labelled_dir, c
     run_dir = tmp_path / "run"
     files = (
         "config.toml", "checkpoint.safetensors", "training_state.pt", "metrics.jsonl",
-        "report.json", "report.md", "fit.png", "bundle/model.onnx", "bundle/manifest.json",
-        "bundle/labels.npz", "store/images/manifest.json",
+        "report.json", "report.md", "fit.png", "fit.json", "bundle/model.onnx",
+        "bundle/manifest.json", "bundle/labels.npz", "store/images/manifest.json",
     )  # fmt: skip
     for name in files:
         assert (run_dir / name).is_file(), name

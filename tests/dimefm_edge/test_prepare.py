@@ -65,9 +65,7 @@ def test_rows_of_a_corpus(opened, tmp_path):
     data = opened(RunConfig())
     build_corpus(opened.sentences, data.images, data.texts, tmp_path / "corpus", keep=0.25)
     rows = str(tmp_path / "corpus/kept_rows.npz")
-    some = opened(
-        RunConfig(data=DataConfig(text_rows=rows), train=TrainConfig(hard_negatives=0.2))
-    )
+    some = opened(RunConfig(data=DataConfig(text_rows=rows), train=TrainConfig(hard_negatives=0.2)))
     assert 0 < len(some.text_rows) <= 15
     assert np.isin(some.neighbours.rows, some.text_rows).all()
     report = json.loads((tmp_path / "corpus/report.json").read_text())

@@ -70,6 +70,18 @@ def test_retention_is_the_share_of_the_teachers_top1(teacher, student, retention
     assert accuracy("a", teacher, student).retention_pct == pytest.approx(retention)
 
 
+def test_the_exported_graph_decides_where_it_is_known():
+    over = make(budget_ms=5.0, exported_ms=5.3)
+    assert not over.fits_budget
+    assert "exported graph estimated at" in over.to_markdown()
+    within = make(budget_ms=0.1, exported_ms=0.104)  # counts differ by some percent
+    assert within.fits_budget
+    here = make(budget_ms=0.1, exported_ms=0.104, target="local")
+    assert not here.fits_budget
+    assert "exported graph measured at 0.104 ms: NOT MET." in here.to_markdown()
+    assert "was not measured there" not in " ".join(here.to_markdown().split())
+
+
 @pytest.mark.parametrize(
     ("budget_ms", "fits"), [(5.0, True), (4.36, True), (4.359, False), (0.1, False)]
 )

@@ -103,9 +103,7 @@ def test_shift_and_corruptions(counted, labelled_dir):
     assert shifted.corruptions.num_images == 2
     values = score.to_dict()
     assert values["sets"][1]["shift"]["drop_points"] == 0
-    assert values["sets"][1]["corruptions"]["mean_top1_pct"] == (
-        shifted.corruptions.mean_top1_pct
-    )
+    assert values["sets"][1]["corruptions"]["mean_top1_pct"] == (shifted.corruptions.mean_top1_pct)
     compared = figures_of(score, score)
     assert Figure("shifted", "drop from " + test.name + ", points", 0.0, False) in compared
     mce = [f.value for f in compared if f.measure == "mCE, first model 100"]
@@ -144,9 +142,7 @@ def test_a_subject_without_a_text_side(tiny_bundle_dir, labelled_dir):
 
 def test_means_and_retention_by_hand():
     def score(*values: float) -> SubjectScore:
-        sets = tuple(
-            SetScore(f"set {i}", "accuracy", v, 10, 2, 0) for i, v in enumerate(values)
-        )
+        sets = tuple(SetScore(f"set {i}", "accuracy", v, 10, 2, 0) for i, v in enumerate(values))
         recalls = {1: 10.0, 5: 20.0, 10: 30.0}
         return SubjectScore("x", "run", sets, (RetrievalReport("c", recalls, recalls, 1, 1, 1, 0),))
 

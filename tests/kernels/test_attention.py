@@ -20,6 +20,8 @@ from dimefm_kernels.reference import int8_error_bound  # noqa: E402
 
 TOLERANCES = [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)]
 SHAPES = [(1, 1, 1, 8), (2, 3, 50, 16), (1, 2, 65, 32), (1, 3, 197, 64), (2, 1, 7, 40)]
+
+
 def _qkv(shape, dtype=torch.float32, *, requires_grad=False):
     generator = torch.Generator().manual_seed(sum(shape))
     return [
@@ -120,9 +122,7 @@ def test_opcheck(op, arguments):
 def test_opcheck_of_the_backward_op():
     qkv, grad = torch.randn(2, 5, 48), torch.randn(2, 5, 16)
     out, lse = OPS.fused_attention_qkv(qkv, 2, 0.25, True)
-    torch.library.opcheck(
-        OPS.fused_attention_qkv_backward.default, (grad, qkv, out, lse, 2, 0.25)
-    )
+    torch.library.opcheck(OPS.fused_attention_qkv_backward.default, (grad, qkv, out, lse, 2, 0.25))
 
 
 def test_export_keeps_the_op_with_a_dynamic_batch():

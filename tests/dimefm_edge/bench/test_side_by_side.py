@@ -127,5 +127,3 @@ def test_memory_is_the_models_own(tmp_path):
 def test_bad_settings(settings):
     with pytest.raises(InputError, match="must"):
         BenchConfig(**settings)
-
-

@@ -39,10 +39,7 @@ def test_a_bundle_from_load_to_memory(tiny_bundle_dir, tmp_path):
 def test_errors_are_answers(tmp_path):
     noisy = tmp_path / "noisy.py"
     noisy.write_text(
-        "print('to stdout')\n"
-        "def make(batch_size):\n"
-        "    print('made')\n"
-        "    return lambda: 1 / 0\n"
+        "print('to stdout')\ndef make(batch_size):\n    print('made')\n    return lambda: 1 / 0\n"
     )
     (spec,) = parse_subjects([f"{noisy}:make"])
     load = {"prepared": asdict(prepare(spec, tmp_path)), "load": asdict(Load()), "pin": []}

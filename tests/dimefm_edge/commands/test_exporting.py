@@ -72,9 +72,7 @@ def test_a_run_with_its_teachers_text_side(tiny_run_dir, tiny_teacher_dir, tmp_p
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-def test_a_teacher_by_its_folder(
-    tiny_teacher_dir, labelled_dir, tmp_path, monkeypatch, capsys
-):
+def test_a_teacher_by_its_folder(tiny_teacher_dir, labelled_dir, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = ["export", "--teacher", str(tiny_teacher_dir), "--labels", str(labelled_dir)]
     assert cli.main(words) == 0

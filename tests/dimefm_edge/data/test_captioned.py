@@ -36,7 +36,7 @@ def _lines(rows, delimiter):
 
 FILES = {
     "captions.txt": "\n".join(_lines(TABLE, ",")),
-    "captions.csv": "\n".join(['image_name, comment', *(f'{i}, "{t}"' for i, t in TABLE)]),
+    "captions.csv": "\n".join(["image_name, comment", *(f'{i}, "{t}"' for i, t in TABLE)]),
     "captions.tsv": "\n".join(_lines(TABLE, "\t")),
     "captions.json": json.dumps(COCO),
     "results.json": json.dumps(KARPATHY),
@@ -178,5 +178,3 @@ def test_any_table_is_read_or_refused(data, name, tmp_path_factory):
     (root / name).write_bytes(b"image,caption\n" + data)
     with pytest.raises(DataError):  # no image is there
         open_captioned(str(root))
-
-

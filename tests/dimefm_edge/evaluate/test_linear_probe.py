@@ -60,7 +60,8 @@ def test_the_strength_is_that_of_the_validation_split_and_the_fit_is_on_all():
     probe = fit_linear_probe(embeds, labels, 4, name="train", seed=3)
     is_val = validation_split(labels, seed=3)
     scores = {
-        c: 100 * LogisticRegression(C=c, max_iter=1000)
+        c: 100
+        * LogisticRegression(C=c, max_iter=1000)
         .fit(embeds[~is_val], labels[~is_val])
         .score(embeds[is_val], labels[is_val])
         for c, _ in probe.tried

@@ -28,9 +28,7 @@ _VISION: dict[str, dict[str, Any]] = {
     "open_clip_resnet": {"patch_size": None, "width": 16, "layers": [1, 1, 1, 1]},
 }
 _SPECS = {
-    "vit": vit_spec(
-        image_size=SIDE, embed_dim=48, patch_size=8, width=192, depth=2, num_heads=6
-    ),
+    "vit": vit_spec(image_size=SIDE, embed_dim=48, patch_size=8, width=192, depth=2, num_heads=6),
     "hybrid": hybrid_spec(image_size=SIDE, embed_dim=48, width=16, depth=(1, 1, 1, 1)),
     "timm": StudentSpec("timm:resnet10t", "timm", SIDE, 48, {"model": "resnet10t"}),
 }

@@ -54,9 +54,7 @@ def test_a_bundle_with_a_package_runs_in_both_engines(student, tmp_path):
         assert found.shape == (count, 16)
         np.testing.assert_allclose(found, onnx.encode_image(IMAGES[:count]), atol=1e-4)
     pixels = np.full((2, 32, 32, 3), 90, np.uint8)
-    np.testing.assert_allclose(
-        native.encode_pixels(pixels), onnx.encode_pixels(pixels), atol=1e-4
-    )
+    np.testing.assert_allclose(native.encode_pixels(pixels), onnx.encode_pixels(pixels), atol=1e-4)
 
 
 @pytest.mark.slow

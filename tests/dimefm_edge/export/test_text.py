@@ -82,7 +82,10 @@ def test_a_text_tower_is_open_clips_without_its_images(kind: str, tokens: np.nda
 
 def export(module: Any, path: Path, tokens: np.ndarray, precision: str = "fp32") -> ParityReport:
     graph = export_text_onnx(
-        module, path, spec=GraphSpec(precision=precision), parity_tokens=tokens,
+        module,
+        path,
+        spec=GraphSpec(precision=precision),
+        parity_tokens=tokens,
         metadata={"teacher": "mine"},
     )
     assert graph.path == path

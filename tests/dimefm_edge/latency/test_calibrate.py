@@ -7,27 +7,32 @@ import pytest
 
 from dimefm_edge.errors import ConfigError, UnknownNameError
 from dimefm_edge.latency.calibrate import (
+    EMBED_DIM,
     MODELS,
     calibrate,
     fit_prices,
     fit_profile,
     measure_student,
-    spec_of,
 )
 from dimefm_edge.latency.operators import PRIORS, cost_vector
 from dimefm_edge.latency.profile import load_profile
 from dimefm_edge.latency.trace import trace_student
-from dimefm_edge.students import vit_spec
+from dimefm_edge.students import student_spec, vit_spec
 from dimefm_edge.targets import load_target
 
 SMALL = [
-    (f"vit:8,{width},{depth}", size) for width in (32, 64) for depth in (1, 2) for size in (16, 32)
+    (f"vit-p8-w{width}-d{depth}", size)
+    for width in (32, 64)
+    for depth in (1, 2)
+    for size in (16, 32)
 ]
 
 
 @pytest.fixture(scope="module")
 def costs():
-    return np.array([cost_vector(trace_student(spec_of(*m))) for m in MODELS if "timm" not in m[0]])
+    sizes = [(name, size) for name, size in MODELS if "timm" not in name]
+    specs = [student_spec(name, image_size=size, embed_dim=EMBED_DIM) for name, size in sizes]
+    return np.array([cost_vector(trace_student(spec)) for spec in specs])
 
 
 def test_prices_of_another_machine_are_found(costs):

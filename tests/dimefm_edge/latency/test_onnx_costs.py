@@ -43,9 +43,7 @@ def test_onnx_kernels_of_a_graph_counted_by_hand(tmp_path):
 
 def test_one_attention_node_counts_as_its_products_and_softmax(tmp_path):
     names = ("q", "k", "v")
-    node = helper.make_node(
-        "MultiHeadAttention", names, ["y"], domain="com.microsoft", num_heads=4
-    )
+    node = helper.make_node("MultiHeadAttention", names, ["y"], domain="com.microsoft", num_heads=4)
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 10, 32]) for n in names]
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 10, 32])
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]

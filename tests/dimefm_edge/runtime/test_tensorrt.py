@@ -115,9 +115,7 @@ def test_without_graphs_it_answers_the_same(
 ) -> None:
     double = fake_tensorrt("10.3")
     ctypes.c_int.in_dll(double.driver, "fake_allows_capture").value = int(is_allowed)
-    engine = TensorRtEngine(
-        build(bundle).artifact, bundle=bundle, use_cuda_graphs=not is_allowed
-    )
+    engine = TensorRtEngine(build(bundle).artifact, bundle=bundle, use_cuda_graphs=not is_allowed)
     expected = load_engine(bundle, threads=1).encode_image(images)
     for _ in range(3):
         np.testing.assert_allclose(engine.encode_image(images[:2]), expected[:2], atol=2e-3)
@@ -145,9 +143,7 @@ def test_threads_take_turns(bundle: Bundle, images: np.ndarray, fake_tensorrt: F
     assert failed == []
 
 
-def test_close_gives_the_gpu_back(
-    bundle: Bundle, images: np.ndarray, fake_tensorrt: Fake
-) -> None:
+def test_close_gives_the_gpu_back(bundle: Bundle, images: np.ndarray, fake_tensorrt: Fake) -> None:
     double = fake_tensorrt("10.3")
     engine = TensorRtEngine(build(bundle).artifact, bundle=bundle)
     engine.encode_image(images[:2])

@@ -124,9 +124,7 @@ def test_version_10_lowers_an_fp32_graph_and_keeps_its_end(
     assert len(called(double, "ILayer.set_output_type")) == len(kept)
 
 
-def test_version_11_runs_the_types_that_the_graph_says(
-    fp32: Bundle, fake_tensorrt: Fake
-) -> None:
+def test_version_11_runs_the_types_that_the_graph_says(fp32: Bundle, fake_tensorrt: Fake) -> None:
     double = fake_tensorrt("11.4")
     with pytest.raises(ConfigError, match="is an fp32 graph and cannot become an fp16") as caught:
         build_engine(fp32, EngineOptions(precision="fp16"))
@@ -200,9 +198,7 @@ def test_out_names_another_place(fp16: Bundle, fake_tensorrt: Fake, tmp_path: Pa
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_what_the_parser_refuses_is_listed(
-    version: str, fp16: Bundle, fake_tensorrt: Fake
-) -> None:
+def test_what_the_parser_refuses_is_listed(version: str, fp16: Bundle, fake_tensorrt: Fake) -> None:
     double = fake_tensorrt(version)
     double.parser_errors = [(f"Op{i}", f"node_{i}", "no importer registered") for i in range(7)]
     with pytest.raises(ExportError, match="cannot read the graph of") as caught:
@@ -260,9 +256,7 @@ def test_an_fp16_graph_cannot_be_raised(fp16: Bundle, fake_tensorrt: Fake) -> No
 
 
 @pytest.mark.parametrize(("cores", "found"), [(0, "none"), (1, "1")])
-def test_a_dla_that_is_not_there(
-    cores: int, found: str, fp16: Bundle, fake_tensorrt: Fake
-) -> None:
+def test_a_dla_that_is_not_there(cores: int, found: str, fp16: Bundle, fake_tensorrt: Fake) -> None:
     fake_tensorrt("10.3").num_dla_cores = cores
     with pytest.raises(ConfigError, match=f"no DLA 1 on Orin: TensorRT finds {found}") as caught:
         build_engine(fp16, EngineOptions(dla_core=1))

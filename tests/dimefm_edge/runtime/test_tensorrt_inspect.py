@@ -64,9 +64,7 @@ def test_fused_attention_is_told_from_loose() -> None:
 
 def test_a_layer_named_attention_is_not_thereby_fused() -> None:
     names = ["bmm1_0", "softmax_0", "scaled_dot_product_attention"]
-    loose = parse_layers(
-        text(*(layer(f"node_{n}", "gemm", "sm80_xmma_gemm", n) for n in names))
-    )
+    loose = parse_layers(text(*(layer(f"node_{n}", "gemm", "sm80_xmma_gemm", n) for n in names)))
     assert attention_fusion(loose, [names]).fused == 0
 
 

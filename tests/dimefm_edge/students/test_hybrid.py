@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dimefm_edge.errors import ConfigError
-from dimefm_edge.students import build_student, hybrid_spec, vit_spec
+from dimefm_edge.students import build_student, convnet_spec, hybrid_spec, vit_spec
 from dimefm_edge.students.hybrid import build_hybrid, reparameterise
 
 
@@ -21,6 +21,22 @@ def test_the_last_stage_has_enough_positions(image_size):
     features = student.trunk.forward_features(torch.randn(1, 3, image_size, image_size))
     assert min(features.shape[-2:]) >= 4
     assert student(torch.randn(1, 3, image_size, image_size)).shape == (1, 16)
+
+
+def test_a_convnet_has_no_attention_and_merges_into_plain_convolutions():
+    spec = convnet_spec(image_size=64, embed_dim=16, width=8, depth=(1, 1, 1, 1))
+    assert spec.name == "convnet-w8-d1.1.1.1"
+    student = build_student(spec).eval()
+    assert not any("attn" in name or "attention" in name for name, _ in student.named_modules())
+    assert any("attn" in name.lower() for name, _ in build_student(tiny()).named_modules()) or any(
+        type(m).__name__ == "Attention" for m in build_student(tiny()).modules()
+    )
+    merged, image = reparameterise(student), torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(merged(image), student(image), atol=1e-5, rtol=0)
+    built = build_hybrid(spec, is_merged=True).state_dict()
+    assert {k: v.shape for k, v in built.items()} == {
+        k: v.shape for k, v in merged.state_dict().items()
+    }
 
 
 def test_merged_branches_answer_the_same_with_fewer_parameters():

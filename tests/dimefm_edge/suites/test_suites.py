@@ -284,8 +284,10 @@ def test_a_suite_of_ones_own(tmp_path):
     )
     write(tmp_path, {f"b/{n}/0.png": png(0) for n in ("big_cat", "dog")})
     write(tmp_path, {f"c/test/{n}/0.png": png(0) for n in ("x", "y")})
-    write(tmp_path, {"c/classnames.txt": b"big cat\ndog\n", **{f"c/{k}": v
-                                                               for k, v in TEMPLATE.items()}})
+    write(
+        tmp_path,
+        {"c/classnames.txt": b"big cat\ndog\n", **{f"c/{k}": v for k, v in TEMPLATE.items()}},
+    )
     found, missing = opened(str(tmp_path / "mine.toml"), tmp_path)
     assert not missing
     assert found["clean"].test.classnames == found["drawn"].test.classnames == ("big cat", "dog")

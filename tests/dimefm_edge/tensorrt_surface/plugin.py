@@ -39,8 +39,13 @@ def make_plugin_module(record: dict[str, list[str]] | None) -> types.ModuleType 
     module = types.ModuleType("tensorrt.plugin")
     registry: dict[str, Any] = {}
     module.__dict__["_lib"] = types.SimpleNamespace(QDP_REGISTRY=registry)
-    answers = {"register": _register(registry), "aot_impl": _aot_impl(registry), "min": _least,
-               "SymIntExprs": lambda length: [None] * length, "SymInt32": lambda value: value}
+    answers = {
+        "register": _register(registry),
+        "aot_impl": _aot_impl(registry),
+        "min": _least,
+        "SymIntExprs": lambda length: [None] * length,
+        "SymInt32": lambda value: value,
+    }
     for name, parameters in record.items():
         module.__dict__[name] = _checked(name, parameters, answers.get(name))
     return module

@@ -1,0 +1,148 @@
+"""What `fit` tries of each family: students from small to large, by the teacher's measures.
+
+Used by fit.py; latency, memory and quality are judged there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from dimefm_edge.errors import lookup
+from dimefm_edge.students import (
+    NAMED_STUDENTS,
+    StudentSpec,
+    convnet_spec,
+    heads_for,
+    hybrid_spec,
+    patch_for,
+    student_spec,
+    vit_spec,
+)
+
+FAMILIES = ("vit", "hybrid", "convnet")
+"""Looked at by default."""
+
+_VIT_WIDTHS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 576, 640, 704, 768, 1024)
+_VIT_DEPTHS = tuple(range(2, 13))
+_MAX_WIDTH_PER_LAYER = 96
+"""Wide and shallow ViTs fill a budget with arithmetic that they cannot use; ViT-B has 64."""
+_MIN_DEPTH = 2
+_STAGED_WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96)
+_STAGED_DEPTHS = ((1, 1, 1, 1), (1, 1, 2, 1), (2, 2, 4, 2), (2, 2, 6, 2), (3, 3, 9, 3))
+_EDGE_MODELS = (
+    "mobilenetv3_small_050", "mobilenetv3_small_100", "mobilenetv3_large_100",
+    "mobilenetv4_conv_small", "mobilenetv4_conv_medium", "mobilenetv4_conv_large",
+    "efficientnet_lite0", "efficientnet_lite2", "efficientvit_b0", "efficientvit_b1",
+    "efficientvit_b2", "repvit_m0_9", "repvit_m1_1", "repvit_m2_3", "resnet10t", "resnet18d",
+    "resnet34d", "resnet50d", "regnetx_004", "regnety_008", "convnext_atto", "convnext_pico",
+    "convnext_tiny", "edgenext_x_small", "mobilevitv2_100", "vit_tiny_patch16_224",
+    "vit_small_patch16_224", "vit_base_patch16_224",
+)  # fmt: skip
+"""timm models that people put on devices."""
+
+Found = Iterator[tuple[StudentSpec, bool]]
+Grid = Callable[[int, int, "dict[str, Any] | None"], Found]
+
+
+def _vit_grid(image_size: int, embed_dim: int, teacher: dict[str, Any] | None) -> Found:
+    """The teacher's own geometry with fewer layers first, then everything else."""
+    sizes: dict[str, Any] = {"image_size": image_size, "embed_dim": embed_dim}
+    shape: dict[str, Any]
+    if teacher is not None and image_size % teacher["patch_size"] == 0:
+        keys = ("patch_size", "width", "num_heads", "mlp_ratio", "act")
+        shared = {key: teacher[key] for key in keys}
+        for depth in range(_MIN_DEPTH, teacher["depth"] + 1):
+            yield vit_spec(**sizes, **shared, depth=depth), True
+    patch = patch_for(image_size)
+    for patch_size in (p for p in (patch, 2 * patch) if image_size % p == 0):
+        for width in _VIT_WIDTHS:
+            shape = {"patch_size": patch_size, "width": width, "num_heads": heads_for(width)}
+            for depth in (d for d in _VIT_DEPTHS if width <= _MAX_WIDTH_PER_LAYER * d):
+                yield vit_spec(**sizes, **shape, depth=depth), False
+
+
+def _hybrid_grid(image_size: int, embed_dim: int, teacher: dict[str, Any] | None) -> Found:
+    for sizes in _staged(image_size, embed_dim):
+        yield hybrid_spec(**sizes), False
+
+
+def _convnet_grid(image_size: int, embed_dim: int, teacher: dict[str, Any] | None) -> Found:
+    for sizes in _staged(image_size, embed_dim):
+        yield convnet_spec(**sizes), False
+
+
+def _staged(image_size: int, embed_dim: int) -> Iterator[dict[str, Any]]:
+    from dimefm_edge.students.hybrid import MIN_IMAGE_SIZE
+
+    if image_size < MIN_IMAGE_SIZE:
+        return
+    for width in _STAGED_WIDTHS:
+        for depth in _STAGED_DEPTHS:
+            yield {
+                "image_size": image_size, "embed_dim": embed_dim, "width": width, "depth": depth,
+            }  # fmt: skip
+
+
+def _timm_grid(image_size: int, embed_dim: int, teacher: dict[str, Any] | None) -> Found:
+    for name in _EDGE_MODELS:
+        yield student_spec(f"timm:{name}", image_size=image_size, embed_dim=embed_dim), False
+
+
+GRIDS: dict[str, Grid] = {
+    "vit": _vit_grid,
+    "hybrid": _hybrid_grid,
+    "convnet": _convnet_grid,
+    "timm": _timm_grid,
+}
+"""What is tried of each family: (image_size, embed_dim, teacher_geometry) -> spec, inherits."""
+
+
+def student_grid(
+    families: Sequence[str], *, image_size: int, embed_dim: int, teacher: dict[str, Any] | None
+) -> list[tuple[StudentSpec, bool]]:
+    """Every family's students, and whether each can inherit from the teacher.
+
+    Args:
+        families: Keys of `GRIDS`, or `timm:NAME` for one model.
+        image_size: Side of the input, in pixels.
+        embed_dim: Size of the teacher's embeddings.
+        teacher: From `vit_geometry`; None if it is no ViT.
+
+    Returns:
+        Students of unlike names; of two with one name, the one that inherits.
+
+    Raises:
+        UnknownNameError: If a family is not known.
+    """
+    specs: dict[str, tuple[StudentSpec, bool]] = {}
+    for family in families:
+        if family.startswith("timm:"):
+            spec = student_spec(family, image_size=image_size, embed_dim=embed_dim)
+            specs.setdefault(spec.name, (spec, False))
+            continue
+        grid = lookup(GRIDS, family, kind="student family to fit")
+        for spec, inherits in grid(image_size, embed_dim, teacher):
+            specs.setdefault(spec.name, (spec, inherits))
+    return list(specs.values())
+
+
+def find_student(
+    name: str,
+    *,
+    image_size: int,
+    embed_dim: int,
+    teacher: dict[str, Any] | None,
+) -> tuple[StudentSpec, bool]:
+    """One student by the name that it has in a grid, or that `student_spec` takes.
+
+    Raises:
+        UnknownNameError: If it is neither; the message offers the nearest.
+    """
+    sizes: dict[str, Any] = {"image_size": image_size, "embed_dim": embed_dim}
+    for spec, inherits in student_grid(FAMILIES, **sizes, teacher=teacher):
+        if spec.name == name:
+            return spec, inherits
+    if "-" not in name and not name.startswith("timm:"):
+        lookup(dict.fromkeys(("auto", *GRIDS, *NAMED_STUDENTS)), name, kind="student")
+    return student_spec(name, **sizes), False

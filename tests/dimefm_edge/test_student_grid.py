@@ -1,0 +1,62 @@
+"""The grid: families, the teacher's own shape, timm's models, and students by name."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+
+from dimefm_edge.errors import UnknownNameError
+from dimefm_edge.student_grid import _EDGE_MODELS, GRIDS, find_student, student_grid
+from dimefm_edge.students import STUDENTS, build_student, is_student_name, student_spec
+
+SIZES = {"image_size": 64, "embed_dim": 32, "teacher": None}
+TEACHER = {
+    "patch_size": 8, "width": 96, "num_heads": 4, "mlp_ratio": 3.0, "act": "quick_gelu", "depth": 5,
+}  # fmt: skip
+
+
+def test_every_family_has_a_grid_of_students_of_its_own():
+    assert set(GRIDS) == set(STUDENTS)
+    for family in GRIDS:
+        found = student_grid([family], **SIZES)
+        assert len(found) > 10
+        assert {spec.family for spec, _ in found} == {family}
+        assert not any(inherits for _, inherits in found)
+
+
+def test_names_say_the_shape_and_build_it_again():
+    for spec, _ in student_grid(("vit", "hybrid", "convnet", "timm"), **SIZES):
+        assert is_student_name(spec.name)
+        assert student_spec(spec.name, image_size=64, embed_dim=32) == spec
+
+
+def test_the_teachers_own_shape_takes_the_place_of_ours():
+    found = dict(student_grid(["vit"], **SIZES | {"teacher": TEACHER}))
+    heirs = [spec for spec, inherits in found.items() if inherits]
+    assert [spec.args["depth"] for spec in heirs] == [2, 3, 4, 5]
+    assert {spec.args["mlp_ratio"] for spec in heirs} == {3.0}
+    spec, inherits = find_student("vit-p8-w96-d4", **SIZES | {"teacher": TEACHER})
+    assert inherits
+    assert spec.args["act"] == "quick_gelu"
+    assert not find_student("vit-p8-w96-d4", **SIZES)[1]
+
+
+def test_timm_models_are_timms_and_one_can_be_named():
+    assert set(_EDGE_MODELS) <= set(timm.list_models())
+    (found,) = student_grid(["timm:resnet10t"], **SIZES)
+    assert found[0].name == "timm:resnet10t"
+
+
+@pytest.mark.parametrize("name", ["vit-p16-w48-d1", "hybrid-w8-d1.1.1.1", "convnet-w8-d1.2.1.1"])
+def test_shapes_of_no_grid_can_be_named(name):
+    spec, _ = find_student(name, **SIZES)
+    assert spec.name == name
+    build_student(spec)
+
+
+def test_unknown_names_are_answered():
+    with pytest.raises(UnknownNameError, match=r"family to fit 'convnets'.*'convnet'"):
+        student_grid(["convnets"], **SIZES)
+    with pytest.raises(UnknownNameError, match=r"unknown student 'vit-p8-w96'"):
+        find_student("vit-p8-w96", **SIZES)
+    assert not is_student_name("vit-p8-w96")
