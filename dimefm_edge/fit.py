@@ -18,9 +18,12 @@ from typing import Any
 
 from dimefm_edge.errors import BudgetError, ConfigError
 from dimefm_edge.latency.estimate import Place, estimate_at, place_on
-from dimefm_edge.latency.operators import Operator, memory_elements, total_gmacs
+from dimefm_edge.latency.operators import (
+    Operator,
+    total_gmacs,
+)
 from dimefm_edge.student_grid import FAMILIES, GRIDS, find_student, student_grid
-from dimefm_edge.students import StudentSpec, vit_spec
+from dimefm_edge.students import StudentSpec
 from dimefm_edge.targets import Target, load_target
 
 logger = logging.getLogger(__name__)
@@ -316,31 +319,16 @@ def _limits(
 def _candidate(
     spec: StudentSpec, place: Place, precision: str, limits: _Limits, *, inherits: bool
 ) -> FitCandidate:
-    figures = _estimate(spec, place)
-    memory_mib = figures.pop("memory_elements") * _BYTES.get(precision, 1) / 2**20
-    one = FitCandidate(spec, **figures, memory_mib=memory_mib, inherits=inherits, fits=False)
+    from dimefm_edge.latency.student_counts import count_student
+
+    counts = count_student(spec)
+    latency, low, high = place.estimate(counts.costs)
+    one = FitCandidate(
+        spec, latency, low, high, gmacs=counts.gmacs, params_m=counts.params_m,
+        memory_mib=counts.memory_elements * _BYTES.get(precision, 1) / 2**20,
+        inherits=inherits, fits=False,
+    )  # fmt: skip
     return replace(one, fits=limits.allow(one) and one.latency_ms <= limits.budget_ms)
-
-
-def _estimate(spec: StudentSpec, place: Place) -> dict[str, float]:
-    """Estimate a student; a ViT from two shallow ones, since every block costs the same."""
-    from dimefm_edge.latency.trace import trace_student
-
-    depth = spec.args["depth"] if spec.family == "vit" else 0
-    if depth <= 2:
-        return _figures(trace_student(spec), place)
-    sizes: dict[str, Any] = {"image_size": spec.image_size, "embed_dim": spec.embed_dim}
-    one, two = (
-        _figures(trace_student(vit_spec(**sizes, **spec.args | {"depth": d})), place)
-        for d in (1, 2)
-    )
-    return {key: one[key] + (depth - 1) * (two[key] - one[key]) for key in one}
-
-
-def _figures(ops: Sequence[Operator], place: Place) -> dict[str, float]:
-    estimate = asdict(estimate_at(ops, place))
-    names = ("latency_ms", "low_ms", "high_ms", "gmacs", "params_m")
-    return {name: estimate[name] for name in names} | {"memory_elements": memory_elements(ops)}
 
 
 def _pareto(candidates: Sequence[FitCandidate]) -> tuple[FitCandidate, ...]:

@@ -5,6 +5,9 @@ costs (operators.py), each at a price:
 
     ms = sum over costs of  exp(prior + offsets of the context's levels) x count
 
+In a context that rows were measured in, models alike have a say too (analogy.py): the answer is
+the weighted mean of both logs.
+
 Offsets are shared along a hierarchy (all devices of a kind; of a kind and precision; of a runtime
 and precision; the device; the very context), so that a context with few rows leans on its kin.
 `benchmarks/fit_latencies.py` fits them by maximum a posteriori with Student-t residuals, says
@@ -25,12 +28,15 @@ from typing import Any
 import numpy as np
 
 from dimefm_edge.errors import lookup
+from dimefm_edge.latency.analogy import Analogy, Constants, build_analogy
 from dimefm_edge.latency.operators import COST_NAMES, COSTS, PRIORS, Vector
 
 SETUP_SPREAD = 0.35
 """80% of the Jetsons' contexts in the fit lie within this of what their device, runtime and
 precision say, in log ms (of all contexts, 0.22): with transfers or without, which version, which
 clocks. Part of the interval where the very context is not known."""
+ANALOGY_SHARE = 0.3
+"""Weight of the analogy beside the sum of costs, where a model of the rows is near."""
 MODEL_PATH = Path(__file__).with_name("published.json")
 
 _RUNTIMES = (  # the first that occurs in a runtime's name, in lower case, and its family
@@ -82,6 +88,7 @@ class Context:
     def levels(self) -> dict[str, str]:
         """The context's place in the hierarchy: level -> key."""
         return {
+            "all": "all",
             "hardware": self.hardware,
             "hardware-precision": f"{self.hardware}/{self.precision}",
             "runtime-precision": f"{self.runtime}/{self.precision}",
@@ -129,6 +136,7 @@ class PublishedModel:
     spreads: Mapping[str, tuple[float, float]]
     """Hardware and precision -> half width of the 80% interval in log ms, for models that the
     fit has seen and for others, by cross-validation."""
+    analogy: Analogy | None = None
 
     def knows(self, context: Context) -> bool:
         """Whether the device was in the fit."""
@@ -144,7 +152,7 @@ class PublishedModel:
 
     def log_prices(self, context: Context) -> Vector:
         """log ms of one unit of each cost there, shape (len(COSTS),)."""
-        total = PRIORS + self.offsets["all"]["all"]
+        total = PRIORS
         for level, key in context.levels.items():
             if key in self.offsets[level]:
                 total = total + self.offsets[level][key]
@@ -153,8 +161,11 @@ class PublishedModel:
     def latency_ms(self, context: Context, costs: Vector, *, model: str = "") -> float:
         """ms of one call; `model` (`name@image size`) adds what is known of that very model."""
         costs = with_fallback(costs, context)
-        price = float(np.exp(self.log_prices(context)) @ costs)
-        return price * math.exp(self._residual(context, model))
+        log_ms = math.log(float(np.exp(self.log_prices(context)) @ costs))
+        if self.analogy is not None and context.name in self.offsets["context"]:
+            alike, near = self.analogy.predict_near(context.levels, costs, model=model)
+            log_ms += ANALOGY_SHARE * near * (alike - log_ms)
+        return math.exp(log_ms + self._residual(context, model))
 
     def spread(self, context: Context, *, model: str = "") -> float:
         """Half width of the 80% interval in log ms."""
@@ -201,7 +212,16 @@ def parse_published(values: Mapping[str, Any]) -> PublishedModel:
         for level, keys in values["offsets"].items()
     }
     spreads = {key: (float(a), float(b)) for key, (a, b) in values["spreads"].items()}
-    return PublishedModel(offsets, values["residuals"], spreads)
+    analogy = _parse_analogy(values["analogy"]) if "analogy" in values else None
+    return PublishedModel(offsets, values["residuals"], spreads, analogy)
+
+
+def _parse_analogy(values: Mapping[str, Any]) -> Analogy:
+    contexts = [context_of(*name.split(" | ")).levels for name in values["contexts"]]
+    names = values["names"]
+    rows = [(place, contexts[c], names[n], weight) for place, c, n, weight in values["rows"]]
+    constants = Constants.from_dict(values["constants"])
+    return build_analogy(constants, values["mean"], np.array(values["models"]), rows)
 
 
 def _vector(named: Mapping[str, float]) -> Vector:

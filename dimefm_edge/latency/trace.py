@@ -79,6 +79,20 @@ def trace_student(spec: StudentSpec, batch: int = 1) -> tuple[Operator, ...]:
     return tuple(_trace(student, spec.image_size, batch))
 
 
+def trace_stages(
+    spec: StudentSpec, batch: int = 1
+) -> tuple[tuple[Operator, ...], tuple[tuple[Operator, ...], ...]]:
+    """Operators of a hybrid or convnet, and those of the second block of each of its stages.
+
+    Blocks of a stage are alike: with two in every stage, these tell students of any depth.
+    """
+    with torch.device("meta"), _Unfilled():
+        student: Any = build_hybrid(spec, is_merged=True)
+    seconds = [stage.blocks[1] for stage in student.trunk.stages]
+    ops, spans = _trace_spans(student, spec.image_size, batch, seconds)
+    return tuple(ops), tuple(tuple(ops[span]) for span in spans)
+
+
 def trace_timm(name: str, image_size: int, batch: int = 1) -> tuple[Operator, ...]:
     """`trace_ops` of a timm model by name, with its own classifier left out."""
     return trace_student(student_spec(f"timm:{name}", image_size=image_size, embed_dim=1), batch)
@@ -150,6 +164,13 @@ def _has_branches(module: nn.Module) -> bool:
 
 
 def _trace(module: nn.Module, image_size: int, batch: int) -> list[Operator]:
+    return _trace_spans(module, image_size, batch, [])[0]
+
+
+def _trace_spans(
+    module: nn.Module, image_size: int, batch: int, parts: list[nn.Module]
+) -> tuple[list[Operator], list[slice]]:
+    """All operators, and where those of each part of the module are among them."""
     metas = {
         name: torch.empty_like(value, device="meta", dtype=_float32_if_float(value))
         for name, value in (*module.named_parameters(), *module.named_buffers())
@@ -159,13 +180,26 @@ def _trace(module: nn.Module, image_size: int, batch: int) -> list[Operator]:
     recorder = _Recorder([value for name, value in metas.items() if name in weights])
     was_training = [m for m in module.modules() if m.training]
     module.eval()
+    begun: dict[int, int] = {}
+    spans: dict[int, slice] = {}
+
+    def enter(part: nn.Module, *_: Any) -> None:
+        begun[id(part)] = len(recorder.ops)
+
+    def leave(part: nn.Module, *_: Any) -> None:
+        spans[id(part)] = slice(begun[id(part)], len(recorder.ops))
+
+    hooks = [part.register_forward_pre_hook(enter) for part in parts]
+    hooks += [part.register_forward_hook(leave) for part in parts]
     try:
         with torch.no_grad(), recorder:
             torch.func.functional_call(module, metas, (image,))
     finally:
         for child in was_training:
             child.training = True
-    return recorder.ops
+        for hook in hooks:
+            hook.remove()
+    return recorder.ops, [spans[id(part)] for part in parts]
 
 
 def _float32_if_float(value: Tensor) -> torch.dtype:
