@@ -169,6 +169,7 @@ class _Bench:
             self._recorder.stop()
             self.result.trace = self._recorder.trace()
             self.result.throttled = self._recorder.throttled()
+        self.sensors.close()
         if self.result.yardstick_ms:
             best = float(np.percentile(self.result.yardstick_ms, 5))
             self.result.peak_gflop_per_s = GEMM_FLOP / best / 1e6
