@@ -43,7 +43,7 @@ class BenchConfig:
     data: tuple[str, ...] = ()
     """Labelled sets: also measure zero-shot accuracy."""
     operators: bool = False
-    """Also profile each graph operator by operator. On with --out."""
+    """Also profile each model operator by operator, by its own runtime. On with --out."""
     out: Path | None = None
     """Folder for bench.json, bench.csv and report.html, which holds every plot."""
     time_limit_s: float = 600.0

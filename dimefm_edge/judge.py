@@ -20,7 +20,7 @@ from dimefm_edge.evaluate.zero_shot import ZeroShotReport, evaluate_zero_shot
 from dimefm_edge.export import export_onnx, graph_spec
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.latency.estimate import estimate_latency, trace_ops
-from dimefm_edge.latency.measure import LatencyReport, measure_interleaved
+from dimefm_edge.latency.measure import LatencyReport, measure_blocks
 from dimefm_edge.preprocess import PreprocessSpec
 from dimefm_edge.report import AccuracyRow, ModelRow
 from dimefm_edge.runtime import Bundle, load_engine
@@ -92,7 +92,7 @@ def compare_latency(teacher: Teacher, bundle: Bundle) -> tuple[LatencyReport, La
         except (ExportError, ParityError) as error:
             logger.warning("the teacher is measured in PyTorch: %s", error)
             name, call = "PyTorch", lambda: _run_eager(tower, image)
-        first, second = measure_interleaved(
+        first, second = measure_blocks(
             {name: call, "student": lambda: student.encode_image(small)}
         )
     return first, second

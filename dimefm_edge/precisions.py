@@ -31,7 +31,7 @@ from dimefm_edge.export import export_student, graph_spec
 from dimefm_edge.export.integer_kernels import count_integer_kernels
 from dimefm_edge.files import atomic_file
 from dimefm_edge.labels import LabelBank
-from dimefm_edge.latency.measure import measure_interleaved
+from dimefm_edge.latency.measure import measure_blocks
 from dimefm_edge.report import PrecisionRow
 from dimefm_edge.runtime import Bundle, load_bundle, load_engine
 from dimefm_edge.students import CHECKPOINT_FILE, LoadedStudent, load_student
@@ -322,7 +322,7 @@ def compare_precisions(
         name: lambda engine=engine: engine.encode_image(images[:1])  # type: ignore[misc]
         for name, engine in engines.items()
     }
-    latencies = dict(zip(calls, measure_interleaved(calls, max_seconds=_MAX_SECONDS), strict=True))
+    latencies = dict(zip(calls, measure_blocks(calls, max_seconds=_MAX_SECONDS), strict=True))
     first = next(iter(engines.values())).encode_image(images)
     rows = []
     for name, bundle in bundles.items():

@@ -105,17 +105,21 @@ def resample(
         out: (C, rows.size, columns.size) float32 that becomes the answer, in [0, 255].
     """
     height, width = rows.stop - rows.start, columns.stop - columns.start
-    lines = _scratch.take("lines", (height, width))
+    pieces = _pieces(height, columns)
+    lines = _scratch.take("lines", (pieces[0].stop, width))
     narrow = _scratch.take("narrow", (len(planes), height, columns.size))
     for plane, answer in zip(planes, narrow, strict=True):
-        lines[...] = plane
-        for some in _pieces(height, columns):
-            for outs, taken, weights in columns.blocks:
-                np.matmul(lines[some, taken], weights.T, out=answer[some, outs])
-    np.clip(narrow, 0, 255, out=narrow)  # a cubic overshoots at edges; Pillow clips here too
+        for some in pieces:  # which stay in the cache from the first step to the last
+            made = answer[some]
+            taken = lines[: len(made)]
+            taken[...] = plane[some]
+            for outs, reads, weights in columns.blocks:
+                np.matmul(taken[:, reads], weights.T, out=made[:, outs])
+            # A cubic overshoots at edges; Pillow clips here too.
+            np.clip(made, 0, 255, out=made)
     for some in _pieces(columns.size, rows):
-        for outs, taken, weights in rows.blocks:
-            np.matmul(weights, narrow[:, taken, some], out=out[:, outs, some])
+        for outs, reads, weights in rows.blocks:
+            np.matmul(weights, narrow[:, reads, some], out=out[:, outs, some])
     np.clip(out, 0, 255, out=out)
 
 

@@ -230,7 +230,7 @@ _PLOTS: tuple[tuple[str, str, _Draw, _Has], ...] = (
      lambda r, s: any(x.top1_pct for x in s)),
     ("Stages", "From a file to labels, one image at a time.", _stages,
      lambda r, s: any(x.stages_ms for x in s)),
-    ("Where calls spend their time", "By ONNX Runtime's profiler.", _kinds,
+    ("Where calls spend their time", "By each runtime's own profiler.", _kinds,
      lambda r, s: any(x.operators for x in s)),
     ("Roofline", "Lines: what a float32 product and a copy reached here. Int8 may lie above.",
      _roofline, lambda r, s: bool(

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dimefm_edge.bench.specs import SubjectSpec
 from dimefm_edge.errors import (
+    CheckpointError,
     DimeFMError,
     ExportError,
     MissingExtraError,
@@ -104,6 +105,8 @@ def _prepare_bundle(spec: SubjectSpec, folder: Path, runtime: str, option: str) 
 def _of_file(
     path: Path, spec: SubjectSpec, folder: Path, runtime: str, option: str, **known: Any
 ) -> Prepared:
+    if not path.is_file():
+        raise CheckpointError(f"no ONNX file at {path}", hint="check the path")
     known["counted_on"] = str(path)
     if runtime == "dynamic-int8":
         path = _quantised(path, folder / "dynamic-int8.onnx")

@@ -54,7 +54,9 @@ class Runnable:
     fixed_batch: int | None = None
     """Images that a call must have, where the graph fixes them."""
     owner: object = None
-    """Kept alive with it."""
+    """The bundle, session or module; kept alive with it."""
+    engine: object = None
+    """A bundle's engine."""
 
 
 def load_runnable(prepared: Prepared, load: Load) -> Runnable:
@@ -97,7 +99,7 @@ def _load_bundle(prepared: Prepared, load: Load) -> Runnable:
 
     encode: Callable[[Any], Any] = engine.encode_image if takes_numbers else engine.encode_pixels
     return Runnable(lambda feed: encode(feed["image"]), make, of_pixels,
-        takes_pixels=not takes_numbers, fixed_batch=fixed, owner=bundle)  # fmt: skip
+        takes_pixels=not takes_numbers, fixed_batch=fixed, owner=bundle, engine=engine)  # fmt: skip
 
 
 def _load_onnx(prepared: Prepared, load: Load) -> Runnable:
@@ -144,33 +146,40 @@ def _load_onnx(prepared: Prepared, load: Load) -> Runnable:
     return runnable
 
 
-def _load_openvino(prepared: Prepared, load: Load) -> Runnable:
+def compile_openvino(path: str, load: Load, **more: Any) -> Any:
+    """A graph compiled for the CPU, in float32, for latency; `more`: OpenVINO's own settings.
+
+    Raises:
+        CheckpointError: If OpenVINO cannot load it.
+        MissingExtraError: If OpenVINO is not installed.
+    """
     try:
         import openvino
     except ImportError as error:
         raise MissingExtraError("OpenVINO is not installed", hint="pip install openvino") from error
-    side = prepared.image_size or load.image_size
+    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": load.threads}
+    # By default OpenVINO may compute float graphs in bf16 where the CPU has it.
+    settings["INFERENCE_PRECISION_HINT"] = "f32"
     try:
         core = openvino.Core()
-        model = core.read_model(prepared.path)
-        shapes = {}
-        for entry in model.inputs:
-            shape = tuple(d.get_length() if d.is_static else None for d in entry.partial_shape)
-            shapes[entry.any_name] = (shape, np.dtype(entry.element_type.to_dtype()))
-        fixed = {shape[0] for shape, _ in shapes.values() if shape and shape[0] is not None}
-        if fixed:
-            _check_batch(prepared.path, fixed, load.batch_size)
-        settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": load.threads}
-        # By default OpenVINO may compute float graphs in bf16 where the CPU has it.
-        settings["INFERENCE_PRECISION_HINT"] = "f32"
-        compiled = core.compile_model(model, "CPU", settings)
-    except InputError:
-        raise
+        return core.compile_model(core.read_model(path), "CPU", settings | more)
     except Exception as error:  # RuntimeError and whatever its plugins raise
         raise CheckpointError(
-            f"OpenVINO cannot load {prepared.path}: {str(error).strip().splitlines()[0]}",
+            f"OpenVINO cannot load {path}: {str(error).strip().splitlines()[0]}",
             hint="leave @openvino out",
         ) from error
+
+
+def _load_openvino(prepared: Prepared, load: Load) -> Runnable:
+    side = prepared.image_size or load.image_size
+    compiled = compile_openvino(prepared.path, load)
+    shapes = {}
+    for entry in compiled.inputs:
+        shape = tuple(d.get_length() if d.is_static else None for d in entry.partial_shape)
+        shapes[entry.any_name] = (shape, np.dtype(entry.element_type.to_dtype()))
+    fixed = {shape[0] for shape, _ in shapes.values() if shape and shape[0] is not None}
+    if fixed:
+        _check_batch(prepared.path, fixed, load.batch_size)
     request = compiled.create_infer_request()
     return Runnable(
         lambda feed: request.infer(feed, share_inputs=True)[0],

@@ -1,7 +1,7 @@
 """Power, temperature, clocks and throttling, where this machine tells them; why not, where not.
 
-Read from Linux's own files (RAPL's counters, a Jetson's INA3221 rails as jtop reads them, CPU
-throttle counts, the Raspberry Pi's firmware), psutil, and NVML where nvidia-ml-py is installed.
+Read from Linux's own files (RAPL's counters, a Jetson's INA3221 rails, CPU throttle counts, the
+Raspberry Pi's firmware), psutil, NVML where nvidia-ml-py is installed, and a Jetson's jtop.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dimefm_edge.bench.jetson import Jtop, open_jtop
+
 _INTERVAL_S = 0.1
 _TOTAL_RAILS = ("VDD_IN", "POM_5V_IN", "VIN_SYS_5V0_TOTAL")
+_JETSON = "etc/nv_tegra_release"
 _RPI_THROTTLED = "sys/devices/platform/soc/soc:firmware/get_throttled"
 _RPI_BITS = {0: "under-voltage", 1: "its clock was capped", 2: "throttled", 3: "too hot"}
 
@@ -44,10 +47,11 @@ class Sensors:
     _throttle: dict[str, Callable[[], int]] = field(default_factory=dict)
     _wrap_j: dict[str, float] = field(default_factory=dict)
     _gpu: Any = None
+    _jtop: Jtop | None = None
 
     @property
     def has_power(self) -> bool:
-        return bool(self._energy or self._power or self._gpu)
+        return bool(self._energy or self._power or self._gpu or self._jtop)
 
     def read(self) -> Reading:
         """Everything that answers now."""
@@ -59,7 +63,16 @@ class Sensors:
             temperatures |= more.get("temperature_c", {})
             clocks |= more.get("clock_mhz", {})
             power |= more.get("power_w", {})
+        if self._jtop is not None:
+            with contextlib.suppress(Exception):  # its service may end while the bench goes on
+                power |= self._jtop.power_w()
+                temperatures |= self._jtop.temperature_c()
         return Reading(time.monotonic(), _each(self._energy), power, temperatures, clocks)
+
+    def close(self) -> None:
+        """Leave services that were asked."""
+        if self._jtop is not None:
+            self._jtop.close()
 
     def gpu_memory_mib(self, pid: int) -> float | None:
         """What a process holds of the GPU, where NVML tells."""
@@ -94,9 +107,13 @@ def find_sensors(root: Path = Path("/")) -> Sensors:
     """
     sensors = Sensors()
     _find_rapl(sensors, root)
-    _find_rails(sensors, root)
+    sensors._jtop = open_jtop(sensors.notes)
+    if sensors._jtop is None:
+        _find_rails(sensors, root)
     _find_throttle(sensors, root)
     sensors._gpu = _find_gpu(sensors)
+    if not sensors.has_power and (root / _JETSON).exists():
+        sensors.notes.append("power: sudo pip3 install jetson-stats  (it reads this board's rails)")
     if not sensors.has_power and not sensors.notes:
         sensors.notes.append("energy: this machine has no counter that Linux shows")
     return sensors

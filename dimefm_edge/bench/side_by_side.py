@@ -137,10 +137,14 @@ class _Bench:
         self._recorder = Recorder(self.sensors)
         rounds = max(_MIN_ROUNDS, round(self.config.seconds / TURN_S))
         restarts = min(self.config.restarts, rounds // _MIN_ROUNDS)
+        self._load(stack)
+        if not self._alive():
+            return
         with counting("timing", rounds) as advance:
             for number in range(restarts):
                 part = (number + 1) * rounds // restarts - number * rounds // restarts
-                self._load(stack)
+                if number:
+                    self._load(stack)
                 self._warm_up()
                 self._rounds(yardstick, part, advance)
         self._memory()
@@ -165,6 +169,7 @@ class _Bench:
             self._recorder.stop()
             self.result.trace = self._recorder.trace()
             self.result.throttled = self._recorder.throttled()
+        self.sensors.close()
         if self.result.yardstick_ms:
             best = float(np.percentile(self.result.yardstick_ms, 5))
             self.result.peak_gflop_per_s = GEMM_FLOP / best / 1e6

@@ -13,7 +13,7 @@ from dimefm_edge.files import atomic_file
 from dimefm_edge.tables import Cell, format_table
 
 if TYPE_CHECKING:
-    from dimefm_edge.bench.results import BenchResult
+    from dimefm_edge.bench.results import BenchResult, SubjectResult
     from dimefm_edge.options import BenchOptions, CompareOptions
 
 _FAILED, _OVER, _STOPPED = 1, 3, 130
@@ -126,6 +126,9 @@ def _more_tables(result: BenchResult) -> list[str]:
         ]  # fmt: skip
         headers = ("LoadGen", "scenario", "p50 ms", "p90 ms", "p99 ms", "samples/s", "it says")
         tables.append(format_table(headers, lines))
+    profiled = [s for s in result.subjects if s.operators]
+    if profiled and result.config.get("operators"):
+        tables += _operator_tables(profiled)
     accurate = [s for s in result.subjects if s.top1_pct]
     if accurate:
         sets = list(dict.fromkeys(name for s in accurate for name in s.top1_pct))
@@ -133,6 +136,23 @@ def _more_tables(result: BenchResult) -> list[str]:
             [s.label, *(s.top1_pct.get(name) for name in sets)] for s in accurate
         ]
         tables.append(format_table(("zero-shot top-1 %", *sets), told))
+    return tables
+
+
+def _operator_tables(profiled: list[SubjectResult]) -> list[str]:
+    """Shares by kind, side by side; then the slowest nodes of each."""
+    kinds = list(dict.fromkeys(kind for s in profiled for kind in s.operators["kinds"]))
+    shares: list[list[Cell]] = [
+        [s.label, *(100 * s.operators["kinds"].get(kind, 0.0) for kind in kinds)]
+        for s in profiled
+    ]
+    tables = [format_table(("% of operators' time", *kinds), shares)]
+    for s in profiled:
+        rows: list[list[Cell]] = [
+            [n["node"], n["operator"], n["ms"], 100 * n["share"]] for n in s.operators["top"]
+        ]
+        headers = (f"slowest of {s.label}", "operator", "ms", "%")
+        tables.append(format_table(headers, rows))
     return tables
 
 

@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 _WARMUP_WINDOW = 5
 _STEADY_WITHIN = 0.05
+_BLOCKS, _BLOCK_S = 20, 0.1
 _PACKAGES = (
     "dimefm_edge", "numpy", "pillow", "onnxruntime", "torch", "torchvision", "timm",
     "open_clip_torch", "onnx", "tensorrt",
@@ -118,6 +119,36 @@ def measure_interleaved(
     ]
 
 
+def measure_blocks(
+    subjects: Mapping[str, Callable[[], object]], *, max_seconds: float = 10.0
+) -> list[LatencyReport]:
+    """Time subjects in turn, a block of calls at a time, and summarise each; a call is one image.
+
+    For runtimes in one process, whose threads would slow each other call by call: `sample_blocks`.
+
+    Args:
+        subjects: As in `measure_interleaved`.
+        max_seconds: Per subject, for its timed calls; warming up takes at most as long again.
+
+    Raises:
+        ValueError: If there is no subject, or `max_seconds` is not positive.
+    """
+    if not subjects or not max_seconds > 0:
+        raise ValueError("measuring needs a subject and max_seconds > 0")
+    warmups = {name: warm_up(call, max_seconds) for name, call in subjects.items()}
+    samples = sample_blocks(
+        subjects, rounds=_BLOCKS, block_seconds=min(_BLOCK_S, max_seconds / _BLOCKS),
+        max_seconds=max_seconds * len(subjects),
+    )  # fmt: skip
+    peak = peak_rss_mib()
+    return [
+        _summarise(
+            name, samples[name], batch_size=1, warmup=warmups[name], peak=peak, size=None
+        )
+        for name in subjects
+    ]  # fmt: skip
+
+
 def sample_interleaved(
     subjects: Mapping[str, Callable[[], object]],
     *,
@@ -155,6 +186,7 @@ def sample_blocks(
     *,
     rounds: int = 5,
     block_seconds: float = 0.1,
+    max_seconds: float = float("inf"),
 ) -> dict[str, Samples]:
     """Time many subjects in turn, each a few calls at a time, the first of them not counted.
 
@@ -165,13 +197,17 @@ def sample_blocks(
         subjects: As in `measure_interleaved`.
         rounds: Blocks of each subject.
         block_seconds: Of one block's timed calls; at least three are made.
+        max_seconds: Of all rounds: a round that would begin later is left out, but the first.
 
     Returns:
         Milliseconds of each call, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in subjects}
+    end = time.perf_counter() + max_seconds
     with _no_garbage_collection():
-        for _ in range(rounds):
+        for round_idx in range(rounds):
+            if round_idx and time.perf_counter() >= end:
+                break
             for name, call in subjects.items():
                 call()
                 call()

@@ -24,6 +24,7 @@ from dimefm_edge.preprocess import normalise_pixels
 from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.cuda import Cuda
 from dimefm_edge.runtime.tensorrt_cache import EngineArtifact, find_engine, load_artifact
+from dimefm_edge.runtime.tensorrt_inspect import EngineLayer, inspect_engine
 from dimefm_edge.runtime.tensorrt_machine import (
     Log,
     image_shape,
@@ -190,6 +191,10 @@ class TensorRtEngine:
                 self._enqueue(context, batch_size)
                 self._cuda.synchronise(self._stream)
         return {name: total / repeats for name, total in sums.items()}
+
+    def layers(self) -> list[EngineLayer]:
+        """The engine's layers, in order, as its inspector tells them."""
+        return inspect_engine(self._trt, self._engine)
 
     def close(self) -> None:
         """Give back the GPU's memory; the engine cannot be used any more."""

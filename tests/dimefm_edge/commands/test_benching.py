@@ -47,6 +47,21 @@ def test_bench_of_one_that_fails_is_told_and_exits_1(tmp_path, capsys):
     assert "no such accelerator" in capsys.readouterr().err
 
 
+def test_a_missing_file_is_told_and_nothing_else(tmp_path):
+    """No bar of timing that never began, and no second spent on the machine's own figures."""
+    gone = tmp_path / "gone.onnx"
+    words = [sys.executable, "-m", "dimefm_edge", "bench", str(gone)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == f"error: no ONNX file at {gone}\n  try: check the path\n"
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_empty_bar(capsys):
+    assert cli.main(["bench", f"{SUBJECTS}:raises", "--seconds", "0.3"]) == 1
+    assert "timing" not in capsys.readouterr().err
+
+
 def test_compare(tmp_path, capsys):
     benches = []
     for place, model in enumerate((QUICK, QUICK, SLOWER)):

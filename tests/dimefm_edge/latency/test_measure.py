@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import pytest
 from dimefm_edge.latency import measure
 from dimefm_edge.latency.measure import (
     machine_info,
+    measure_blocks,
     measure_interleaved,
     measure_latency,
     peak_rss_mib,
@@ -277,3 +279,35 @@ def test_blocks_leave_out_the_first_calls_and_take_turns():
     )
     assert {name: len(times) for name, times in samples.items()} == {"a": 6, "b": 6}
     assert "".join(order) == "aaaaabbbbb" * 2
+
+
+def test_blocks_that_take_too_long_end_early_but_not_before_the_first(clock):
+    subjects = {name: clock.subject(name, 100) for name in "ab"}
+    samples = sample_blocks(subjects, rounds=9, block_seconds=0.1, max_seconds=1.5)
+    assert {name: len(times) for name, times in samples.items()} == {"a": 6, "b": 6}
+    samples = sample_blocks(subjects, rounds=9, block_seconds=0.1, max_seconds=0.01)
+    assert {name: len(times) for name, times in samples.items()} == {"a": 3, "b": 3}
+
+
+def test_reports_of_blocks(clock):
+    subjects = {"a": clock.subject("a", 5), "b": clock.subject("b", 10)}
+    first, second = measure_blocks(subjects, max_seconds=100)
+    assert [first.name, second.name] == ["a", "b"]
+    assert (first.runs, second.runs) == pytest.approx((20 * 20, 20 * 10), rel=0.05)
+    assert (first.p50_ms, second.p50_ms) == pytest.approx((5, 10))
+    assert first.is_steady
+    assert first.warmup_runs == 10
+    blocks = [len(list(block)) for _, block in itertools.groupby(clock.calls[20:])]
+    assert len(blocks) == 2 * 20
+    assert set(blocks) <= {22, 23, 12, 13}  # the first two of each are not counted
+    first, second = measure_blocks({"a": subjects["a"], "b": clock.subject("b", 2000)},
+                                   max_seconds=1)  # fmt: skip
+    assert second.runs == 3
+
+
+@pytest.mark.parametrize(("names", "max_seconds"), [("", 1.0), ("a", 0.0), ("a", float("nan"))])
+def test_blocks_of_nothing_are_refused(clock, names, max_seconds):
+    subjects = {name: clock.subject(name, 1) for name in names}
+    with pytest.raises(ValueError, match="measuring needs a subject"):
+        measure_blocks(subjects, max_seconds=max_seconds)
+    assert clock.calls == []
