@@ -92,9 +92,7 @@ def compare_latency(teacher: Teacher, bundle: Bundle) -> tuple[LatencyReport, La
         except (ExportError, ParityError) as error:
             logger.warning("the teacher is measured in PyTorch: %s", error)
             name, call = "PyTorch", lambda: _run_eager(tower, image)
-        first, second = measure_blocks(
-            {name: call, "student": lambda: student.encode_image(small)}
-        )
+        first, second = measure_blocks({name: call, "student": lambda: student.encode_image(small)})
     return first, second
 
 

@@ -41,8 +41,7 @@ def summarise(times: Sequence[OperatorTime]) -> dict[str, Any]:
         "operators_ms": sum(entry.ms for entry in times),
         "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
         "top": [
-            {"node": e.node, "operator": e.operator, "ms": e.ms, "share": e.ms / total}
-            for e in top
+            {"node": e.node, "operator": e.operator, "ms": e.ms, "share": e.ms / total} for e in top
         ],
     }
 

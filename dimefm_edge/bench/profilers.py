@@ -61,9 +61,7 @@ def profile_nodes(prepared: Prepared, runnable: Runnable, load: Load) -> list[Op
 # ------------------------------------------------------------------------ ONNX Runtime
 
 
-def _profile_onnxruntime(
-    prepared: Prepared, runnable: Runnable, load: Load
-) -> list[OperatorTime]:
+def _profile_onnxruntime(prepared: Prepared, runnable: Runnable, load: Load) -> list[OperatorTime]:
     from dimefm_edge.runtime.onnxruntime import load_session
 
     path = prepared.path

@@ -143,8 +143,7 @@ def _operator_tables(profiled: list[SubjectResult]) -> list[str]:
     """Shares by kind, side by side; then the slowest nodes of each."""
     kinds = list(dict.fromkeys(kind for s in profiled for kind in s.operators["kinds"]))
     shares: list[list[Cell]] = [
-        [s.label, *(100 * s.operators["kinds"].get(kind, 0.0) for kind in kinds)]
-        for s in profiled
+        [s.label, *(100 * s.operators["kinds"].get(kind, 0.0) for kind in kinds)] for s in profiled
     ]
     tables = [format_table(("% of operators' time", *kinds), shares)]
     for s in profiled:

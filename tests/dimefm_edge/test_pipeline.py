@@ -279,6 +279,15 @@ def test_a_truncated_checkpoint_is_named(words, tmp_path, capsys):
         said = capsys.readouterr().err
         assert "checkpoint.safetensors" in said
         assert "Traceback" not in said
+    # Nor is another student chosen on the way, or one from a damaged choice.
+    assert cli.main([*_replaced(words, "--latency-ms", 2), "--resume"]) == 2
+    assert "latency_ms was 1.0 and is 2.0" in " ".join(capsys.readouterr().err.split())
+    fit = tmp_path / "run" / "fit.json"
+    kept = fit.read_bytes()
+    fit.write_bytes(kept[:200])
+    assert cli.main([*words, "--resume"]) == 2
+    assert "fit.json is damaged" in " ".join(capsys.readouterr().err.split())
+    fit.write_bytes(kept)
     state = tmp_path / "run" / "training_state.pt"
     state.write_bytes(state.read_bytes()[:2000])
     assert cli.main([*words, "--resume"]) == 2
