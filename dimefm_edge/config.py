@@ -89,6 +89,38 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
+class TextStudentConfig:
+    """The text encoder that is distilled beside the image student, for labels on the device."""
+
+    text_student: str = "none"
+    """`none`: the text side stays the teacher's. `auto` sizes one after the teacher's text tower;
+    or `text-wWIDTH-dDEPTH`, with `-eTOKEN_DIM` for a token embedding of two factors."""
+    text_init: Literal["auto", "random"] = "auto"
+    """Initial weights: auto inherits from the teacher's text tower where the shapes allow it."""
+    text_steps: int | None = None
+    """Steps of `text_batch_size` sentences. Default: as many as the image student's."""
+    text_images: int = 512
+    """Images per step that sentences are compared with."""
+    text_lr: float = 1e-3
+    """Peak learning rate (AdamW)."""
+    text_vl_weight: float = 0.7
+    """Vision-language score term, text to image: student text against teacher image."""
+    text_pvl_weight: float = 0.3
+    """Pseudo vision-language term: student text against teacher text."""
+    text_feature_weight: float = 0.0
+    """Regression of the teacher's text embedding."""
+
+    def __post_init__(self) -> None:
+        for name in ("text_steps", "text_images", "text_lr"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} must be positive, got {value}")
+        weights = (self.text_vl_weight, self.text_pvl_weight, self.text_feature_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ConfigError("text weights must not be negative, and one must be positive")
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """Weights and temperatures of the distillation terms (DIME-FM, arXiv 2303.18232)."""
 
@@ -243,6 +275,7 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
+    text: TextStudentConfig = field(default_factory=TextStudentConfig)
 
     def __post_init__(self) -> None:
         if self.loss.contrastive_weight and not self.data.labelled:
