@@ -2,7 +2,7 @@
 
     target + budget -> fit -> StudentSpec
     images, sentences -> teacher -> embedding store
-    StudentSpec + store -> distill (-> train in int8) -> checkpoint
+    StudentSpec + store -> distill (-> train in int8) (-> a text student) -> checkpoint
     checkpoint -> export -> bundle -> measured, reported
 
 Read `run` first; every step below it is also a command of its own.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import time
@@ -54,13 +55,22 @@ from dimefm_edge.prepare import embed_pools, open_data
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.report import RunReport
 from dimefm_edge.students import StudentSpec, build_student, save_student
+from dimefm_edge.students.text_checkpoint import load_text_student
 from dimefm_edge.students.vit import inherit_from_teacher, vit_geometry
 from dimefm_edge.targets import Target, load_target
 from dimefm_edge.teacher import TEXT_TEACHER_KEY, Teacher, load_teacher
+from dimefm_edge.text_stage import (
+    TextScorer,
+    compare_text,
+    plan_text,
+    teacher_features,
+    train_text,
+)
 
 logger = logging.getLogger(__name__)
 
 _SCENES = "scenes"
+_NUM_PARITY_SENTENCES = 64
 _TRAIN = {
     "epochs": config_file.DEFAULT_EPOCHS,
     "min_crop": config_file.DEFAULT_MIN_CROP,
@@ -86,6 +96,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     config = resolve(config)
     target = load_target(config.target)
     teacher = load_teacher(config.teacher)
+    text_plan = plan_text(config.text, config.train, teacher, ranks)
     labelled = open_labelled(config.data.labelled) if config.data.labelled else None
     pool = labelled.pool if labelled else open_images(
         config.data.images, column=config.data.image_column
@@ -112,6 +123,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         config.student, fit.chosen, teacher, seed=config.train.seed
     )
     evaluate = Scorer(eval_sets, banks, preprocess) if eval_sets else None
+    metadata = _metadata(config, teacher)
     with clock("train"):
         trained = distill(
             student,
@@ -119,7 +131,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             loss=config.loss,
             train=config.train,
             run_dir=run_dir,
-            save_weights=_Saver(fit.chosen, preprocess, _metadata(config, teacher)),
+            save_weights=_Saver(fit.chosen, preprocess, metadata),
             evaluate=evaluate,
             resume=resume,
             ranks=ranks,
@@ -147,6 +159,25 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
                 resume=resume,
                 ranks=ranks,
             )
+    trained_text = None
+    if text_plan is not None:
+        with clock("train the text student"):
+            features = teacher_features(teacher, eval_sets) if ranks.is_main else ()
+            trained_text = train_text(
+                run_dir,
+                text_plan,
+                teacher,
+                data,
+                sentences,
+                config=config.text,
+                train=config.train,
+                steps=trained.steps,
+                store_dir=store_dir,
+                evaluate=TextScorer(eval_sets, features, text_plan.tokenizer) if features else None,
+                metadata=metadata,
+                resume=resume,
+                ranks=ranks,
+            )
     if not ranks.is_main:
         return None
     with clock("export"):
@@ -159,6 +190,8 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             images=images,
             logit_scale=teacher.logit_scale,
             extra={"target": target.name, "teacher": teacher.name, "budget_ms": fit.budget_ms},
+            text_student=load_text_student(run_dir) if trained_text else None,
+            sentences=list(itertools.islice(sentences, _NUM_PARITY_SENTENCES)),
         )
         bundle = list(bundles.values())[-1]
     with clock("evaluate"):
@@ -169,6 +202,11 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             bundles, eval_sets, banks, images[-NUM_PARITY_IMAGES:],
             outcome={row.student.name: row.student.top1_pct for row in accuracy},
         )  # fmt: skip
+        text = None
+        if trained_text is not None:
+            text = compare_text(
+                run_dir, trained_text, teacher, bundle, eval_sets, banks, features
+            )
     report = RunReport(
         run_dir=str(run_dir),
         bundle=str(bundle.path),
@@ -192,6 +230,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         precisions=precisions,
         kept_float=kept_float(run_dir, config.quant),
         int8_training=dataclasses.asdict(trained_int8) if trained_int8 else None,
+        text=text,
     )
     _write_report(report, run_dir)
     return report
