@@ -270,6 +270,9 @@ def test_two_ranks_equal_one_process_of_the_double_batch(
     case.run_case(tmp_path / "one", is_int8="--int8" in flags, is_text="--text" in flags)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for key, value in one.items():
+        if key.endswith("in_proj_bias"):
+            # A bias of all keys moves no softmax: its gradient is rounding, which Adam scales up.
+            value, two[key] = (torch.stack(t.chunk(3))[[0, 2]] for t in (value, two[key]))
         torch.testing.assert_close(two[key], value, rtol=2e-4, atol=2e-6, msg=key)
     rows = [[r for r in read_metrics(tmp_path / n) if "loss" in r] for n in ("one", "two")]
     losses = [[r["loss"] for r in part] for part in rows]
