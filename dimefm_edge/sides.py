@@ -141,8 +141,10 @@ class TextSide:
         )
 
     def identity(self) -> dict[str, Any]:
+        told = {"text_student", "text_steps"}  # by its size and by the steps of `train`
+        settings = dataclasses.asdict(self._loss)
         return {
-            **dataclasses.asdict(self._loss),
+            **{k: v for k, v in settings.items() if k not in told},
             **_stores(self._data),
             **self._data.extras(),
         }
