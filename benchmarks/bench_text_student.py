@@ -4,7 +4,7 @@ Each arm is distilled from the same stores of unpaired images and sentences, tes
 the teacher's images, and exported. Resumable, arm by arm.
 
     python benchmarks/bench_text_student.py --json | python benchmarks/record.py text_student
-    python benchmarks/bench_text_student.py --sizes ViT-B-32:random --json \\
+    python benchmarks/bench_text_student.py --sizes sample ViT-B-32:random --json \\
         | python benchmarks/record.py text_student_sizes
 
 `--sizes` trains nothing: parameters, files and latency of what `auto` makes of a teacher.
@@ -48,19 +48,18 @@ from dimefm_edge.text_stage import (
     train_text,
 )
 
+_ONE = {"text_student": "text-w128-d1-e32"}
+_ALONE = {"text_vl_weight": 0.0, "text_pvl_weight": 0.0}
 ARMS: dict[str, dict[str, Any]] = {
-    "auto": {"text_student": "auto"},
-    "one layer, whole token table": {"text_student": "text-w128-d1"},
+    "one layer": _ONE,
     "two layers": {"text_student": "text-w128-d2-e32"},
-    "auto from random weights": {"text_student": "auto", "text_init": "random"},
-    "auto, vl alone": {"text_student": "auto", "text_pvl_weight": 0.0},
-    "auto, pvl alone": {"text_student": "auto", "text_vl_weight": 0.0},
-    "auto, feature alone": {
-        "text_student": "auto", "text_vl_weight": 0.0, "text_pvl_weight": 0.0,
-        "text_feature_weight": 3.0,
-    },
-    "auto with feature": {"text_student": "auto", "text_feature_weight": 3.0},
-}  # fmt: skip
+    "one layer, whole token table": {"text_student": "text-w128-d1"},
+    "one layer, random weights": {**_ONE, "text_init": "random"},
+    "one layer, vl alone": {**_ONE, "text_pvl_weight": 0.0},
+    "one layer, pvl alone": {**_ONE, "text_vl_weight": 0.0},
+    "one layer, feature alone": {**_ONE, **_ALONE, "text_feature_weight": 3.0},
+    "one layer, with feature": {**_ONE, "text_feature_weight": 3.0},
+}
 _SENTENCE = "a photo of a red ball on a green table."
 
 
