@@ -48,17 +48,18 @@ from dimefm_edge.text_stage import (
     train_text,
 )
 
-_ONE = {"text_student": "text-w128-d1-e32"}
-_ALONE = {"text_vl_weight": 0.0, "text_pvl_weight": 0.0}
+_ONE, _TWO = {"text_student": "text-w128-d1-e32"}, {"text_student": "text-w128-d2-e32"}
+_NO_VL, _NO_PVL = {"text_vl_weight": 0.0}, {"text_pvl_weight": 0.0}
+_NO_FEATURE = {"text_feature_weight": 0.0}
 ARMS: dict[str, dict[str, Any]] = {
     "one layer": _ONE,
-    "two layers": {"text_student": "text-w128-d2-e32"},
+    "one layer, vl and pvl": {**_ONE, **_NO_FEATURE},
+    "one layer, feature alone": {**_ONE, **_NO_VL, **_NO_PVL},
+    "one layer, vl alone": {**_ONE, **_NO_PVL, **_NO_FEATURE},
+    "one layer, pvl alone": {**_ONE, **_NO_VL, **_NO_FEATURE},
+    "two layers, vl and pvl": {**_TWO, **_NO_FEATURE},
+    "one layer, vl and pvl, random weights": {**_ONE, **_NO_FEATURE, "text_init": "random"},
     "one layer, whole token table": {"text_student": "text-w128-d1"},
-    "one layer, random weights": {**_ONE, "text_init": "random"},
-    "one layer, vl alone": {**_ONE, "text_pvl_weight": 0.0},
-    "one layer, pvl alone": {**_ONE, "text_vl_weight": 0.0},
-    "one layer, feature alone": {**_ONE, **_ALONE, "text_feature_weight": 3.0},
-    "one layer, with feature": {**_ONE, "text_feature_weight": 3.0},
 }
 _SENTENCE = "a photo of a red ball on a green table."
 

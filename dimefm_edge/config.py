@@ -107,7 +107,7 @@ class TextStudentConfig:
     """Vision-language score term, text to image: student text against teacher image."""
     text_pvl_weight: float = 0.3
     """Pseudo vision-language term: student text against teacher text."""
-    text_feature_weight: float = 0.0
+    text_feature_weight: float = 3.0
     """Regression of the teacher's text embedding."""
 
     def __post_init__(self) -> None:

@@ -223,9 +223,9 @@ def test_text_terms_are_zero_when_equal_and_do_not_see_the_order(
 
 def test_the_text_sum_is_weighted_and_terms_of_no_weight_are_left_out() -> None:
     terms = text_distillation_loss(S, T, X, config=TextStudentConfig(), logit_scale=100.0)
-    assert set(terms) == {"vl", "pvl", "loss"}
+    assert set(terms) == {"vl", "pvl", "feature", "loss"}
     vl, pvl = text_vl_loss(S, T, X, logit_scale=100.0), pvl_loss(S, T, logit_scale=100.0)
-    torch.testing.assert_close(terms["loss"], 0.7 * vl + 0.3 * pvl)
+    torch.testing.assert_close(terms["loss"], 0.7 * vl + 0.3 * pvl + 3.0 * feature_loss(S, T))
     alone = TextStudentConfig(text_vl_weight=0, text_pvl_weight=0, text_feature_weight=2.0)
     terms = text_distillation_loss(S, T, X, config=alone, logit_scale=100.0)
     assert set(terms) == {"feature", "loss"}

@@ -232,7 +232,7 @@ def test_wrong_names_and_settings(teacher_dir: Path) -> None:
     with pytest.raises(ConfigError, match="text_images must be positive, got 0"):
         TextStudentConfig(text_images=0)
     with pytest.raises(ConfigError, match="one must be positive"):
-        TextStudentConfig(text_vl_weight=0, text_pvl_weight=0)
+        TextStudentConfig(text_vl_weight=0, text_pvl_weight=0, text_feature_weight=0)
 
 
 def test_the_settings_of_the_stage() -> None:
