@@ -29,6 +29,7 @@ from dimefm_edge.distributed import Ranks
 from dimefm_edge.embed import embed_images, embed_texts
 from dimefm_edge.latency.estimate import trace_ops
 from dimefm_edge.latency.operators import total_gmacs
+from dimefm_edge.sides import side_of
 from dimefm_edge.students import build_student, vit_spec
 from dimefm_edge.teacher import load_teacher
 
@@ -65,17 +66,9 @@ def main() -> None:
             images, texts, decoded if args.uncached else cached, teacher.preprocess,
             teacher.logit_scale,
         )  # fmt: skip
-        loop = _Loop(
-            build_student(spec),
-            data,
-            LossConfig(),
-            train,
-            root,
-            lambda *_: None,
-            None,
-            Ranks(),
-            None,
-        )
+        ranks, device = Ranks(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        side = side_of(data, LossConfig(), train, ranks, device)
+        loop = _Loop(build_student(spec), side, train, root, lambda *_: None, None, ranks, device)
         whole, bare, wait = [], [], []
         batches = prefetch(BatchPlan(data, train, Ranks()).batches(0, args.steps))
         for _ in range(args.steps):

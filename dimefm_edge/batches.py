@@ -7,12 +7,12 @@ agree on the global batch without talking. Used by distill.py.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,20 +23,21 @@ from torch import Tensor
 
 from dimefm_edge.config import DEFAULT_MIN_CROP, TrainConfig
 from dimefm_edge.data.augment import random_crops, seeded_generator
+from dimefm_edge.data.epochs import Epochs, Rows, rows_fingerprint
 from dimefm_edge.data.images import ImagePool, PixelCache, decode_batches
 from dimefm_edge.data.neighbours import NeighbourTable
 from dimefm_edge.data.pairs import Pairs
 from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.data.views import Views
-from dimefm_edge.distributed import Ranks
+from dimefm_edge.distributed import Ranks, piece_of_ranks
 from dimefm_edge.errors import DataError
 from dimefm_edge.preprocess import PreprocessSpec
 
-Rows = npt.NDArray[np.int64]
+T = TypeVar("T")
 PixelSource = Callable[[Iterable[Rows]], Iterator[npt.NDArray[np.uint8]]]
 """Turns batches of rows into their (B, S, S, 3) uint8 pixels, in order."""
 
-# One stream of random numbers each; distill.py has 3.
+# One stream of random numbers each; distill.py has 3, text_batches.py 7 and 8.
 _IMAGES, _TEXTS, _CROPS, _PAIRS, _VIEWS, _MIXES = 0, 1, 2, 4, 5, 6
 _PREFETCH_BATCHES = 3
 
@@ -73,7 +74,7 @@ class DistillData:
         for name in ("image_rows", "text_rows"):
             rows = getattr(self, name)
             if rows is not None:
-                found[name] = hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()[:16]
+                found[name] = rows_fingerprint(rows)
         return found
 
 
@@ -105,7 +106,7 @@ class Batch:
             "labels": self.labels,
         }
         return {
-            name: rows.to(device).view(num_ranks, -1, *rows.shape[1:])[:, piece].flatten(0, 1)
+            name: piece_of_ranks(rows.to(device), piece, num_ranks)
             for name, rows in sides.items()
             if rows is not None
         }
@@ -132,19 +133,13 @@ class BatchPlan:
         if train.hard_negatives and data.neighbours is None:
             raise ValueError("hard_negatives needs a table of neighbours")
         self._data, self._train, self._ranks = data, train, ranks
-        self._valid_rows = data.usable_images()
-        self._epochs: dict[int, Rows] = {}
+        self._epochs = Epochs(
+            data.usable_images(), batch_size=train.batch_size, seed=train.seed, stream=_IMAGES
+        )
 
     def image_rows(self, step: int) -> Rows:
         """(batch_size,) rows of the global batch: consecutive pieces of shuffled epochs."""
-        count, start = self._train.batch_size, step * self._train.batch_size
-        pieces: list[Rows] = []
-        while count:
-            epoch, offset = divmod(start, len(self._valid_rows))
-            piece = self._order(epoch)[offset : offset + count]
-            pieces.append(piece)
-            start, count = start + len(piece), count - len(piece)
-        return np.concatenate(pieces)
+        return self._epochs.rows(step)
 
     def local_rows(self, step: int) -> Rows:
         """This rank's part of `image_rows`."""
@@ -214,14 +209,6 @@ class BatchPlan:
         for step, batch_pixels in zip(range(start, stop), pixels, strict=True):
             yield self.batch(step, batch_pixels)
 
-    def _order(self, epoch: int) -> Rows:
-        if epoch not in self._epochs:
-            rng = np.random.default_rng([self._train.seed, _IMAGES, epoch])
-            # Pixels are fetched ahead of their batches: the epoch before is still asked for.
-            self._epochs = {e: rows for e, rows in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = rng.permutation(self._valid_rows)
-        return self._epochs[epoch]
-
 
 def mixed(image_embeds: Tensor, count: int, rng: np.random.Generator) -> Tensor:
     """Points between the embeddings of two images, which stand in for sentences about both
@@ -263,12 +250,12 @@ class DecodedPixels:
             yield batch.pixels
 
 
-def prefetch(batches: Iterator[Batch]) -> Generator[Batch]:
+def prefetch(batches: Iterator[T]) -> Generator[T]:
     """Prepare batches in a thread; its errors are raised here."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(_PREFETCH_BATCHES)
+    ready: queue.Queue[T | BaseException | None] = queue.Queue(_PREFETCH_BATCHES)
     stopped = threading.Event()
 
-    def offer(item: Batch | BaseException | None) -> None:
+    def offer(item: T | BaseException | None) -> None:
         while not stopped.is_set():
             with contextlib.suppress(queue.Full):
                 return ready.put(item, timeout=0.1)

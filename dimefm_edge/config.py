@@ -76,7 +76,7 @@ class StudentConfig:
     """Budget for one image on the target, in ms. Default: the smaller of the target's own
     and half of the teacher's estimated latency there."""
     max_memory_mib: float | None = None
-    """Limit of the student's weights and its largest operator's tensors on the target, in MiB."""
+    """Limit of its weights and its largest operator's tensors on the target, in MiB."""
     image_size: int | None = None
     """Input side in pixels. Default: the teacher's."""
     init: Literal["auto", "random", "teacher", "pretrained"] = "auto"
@@ -84,12 +84,36 @@ class StudentConfig:
     asks timm for its own."""
 
     def __post_init__(self) -> None:
-        if self.latency_ms is not None and self.latency_ms <= 0:
-            raise ConfigError(f"latency_ms must be positive, got {self.latency_ms}")
-        if self.max_memory_mib is not None and self.max_memory_mib <= 0:
-            raise ConfigError(f"max_memory_mib must be positive, got {self.max_memory_mib}")
-        if self.image_size is not None and self.image_size <= 0:
-            raise ConfigError(f"image_size must be positive, got {self.image_size}")
+        _require_positive(self, "latency_ms", "max_memory_mib", "image_size")
+
+
+@dataclass(frozen=True)
+class TextStudentConfig:
+    """The text encoder that is distilled beside the image student, for labels on the device."""
+
+    text_student: str = "none"
+    """`none`: the text side stays the teacher's. `auto` sizes one after the teacher's text tower;
+    or `text-wWIDTH-dDEPTH`, with `-eTOKEN_DIM` for a token embedding of two factors."""
+    text_init: Literal["auto", "random"] = "auto"
+    """Initial weights: auto inherits from the teacher's text tower where the shapes allow it."""
+    text_steps: int | None = None
+    """Steps of `text_batch_size` sentences. Default: as many as the image student's."""
+    text_images: int = 512
+    """Images per step that sentences are compared with."""
+    text_lr: float = 1e-3
+    """Peak learning rate (AdamW)."""
+    text_vl_weight: float = 0.7
+    """Vision-language score term, text to image: student text against teacher image."""
+    text_pvl_weight: float = 0.3
+    """Pseudo vision-language term: student text against teacher text."""
+    text_feature_weight: float = 3.0
+    """Regression of the teacher's text embedding."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "text_steps", "text_images", "text_lr")
+        weights = (self.text_vl_weight, self.text_pvl_weight, self.text_feature_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ConfigError("text weights must not be negative, and one must be positive")
 
 
 @dataclass(frozen=True)
@@ -177,10 +201,9 @@ class TrainConfig:
     """CPU threads of torch; 0 leaves the default."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "steps", "batch_size", "text_batch_size", "accumulate", "lr"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name} must be positive, got {value}")
+        _require_positive(
+            self, "epochs", "steps", "batch_size", "text_batch_size", "accumulate", "lr"
+        )
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})"
@@ -214,9 +237,7 @@ class QuantConfig:
     points of zero-shot top-1 than this."""
 
     def __post_init__(self) -> None:
-        for name in ("qat_steps_ratio", "qat_lr_ratio"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        _require_positive(self, "qat_steps_ratio", "qat_lr_ratio")
         if self.max_drop is not None and self.max_drop < 0:
             raise ConfigError(f"max_drop must not be negative, got {self.max_drop}")
         if self.max_drop is not None and not self.is_int8:
@@ -247,6 +268,7 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
+    text: TextStudentConfig = field(default_factory=TextStudentConfig)
 
     def __post_init__(self) -> None:
         if self.loss.contrastive_weight and not self.data.labelled:
@@ -292,6 +314,14 @@ class DemoConfig:
                 raise InputError(f"{name} must be 1 at least, got {getattr(self, name)}")
         if self.port is not None and not 0 < self.port < 2**16:
             raise InputError(f"port must be 1 to 65535, got {self.port}")
+
+
+def _require_positive(config: object, *names: str) -> None:
+    """Of those that are given."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ConfigError(f"{name} must be positive, got {value}")
 
 
 def load(path: Path, kind: type[C]) -> C:

@@ -21,12 +21,11 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dimefm_edge.batches import Batch, BatchPlan, DistillData, prefetch
-from dimefm_edge.config import LossConfig, TrainConfig
-from dimefm_edge.data.augment import crop_batch, seeded_generator
+from dimefm_edge.batches import DistillData, prefetch
+from dimefm_edge.config import LossConfig, TextStudentConfig, TrainConfig
+from dimefm_edge.data.augment import seeded_generator
 from dimefm_edge.distributed import Ranks
 from dimefm_edge.errors import CheckpointError, ConfigError, TrainingError
-from dimefm_edge.losses import distillation_loss
 from dimefm_edge.optimizer import build_optimizer, count_steps, learning_rate
 from dimefm_edge.run_log import (
     STATE_FILE,
@@ -36,7 +35,9 @@ from dimefm_edge.run_log import (
     save_state,
     training_progress,
 )
+from dimefm_edge.sides import SavedBatch, Side, image_layout, side_of
 from dimefm_edge.students.attention import use_fused_attention, wants_fused_attention
+from dimefm_edge.text_batches import TextData
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class DistillReport:
     epochs: float
     seconds: float
     images_per_s: float
+    """Of a text student: sentences."""
     data_wait_pct: float
     final_loss: float
     best: dict[str, float]
@@ -72,9 +74,9 @@ class DistillReport:
 
 def distill(
     student: nn.Module,
-    data: DistillData,
+    data: DistillData | TextData,
     *,
-    loss: LossConfig,
+    loss: LossConfig | TextStudentConfig,
     train: TrainConfig,
     run_dir: Path,
     save_weights: Callable[[Path, nn.Module], None],
@@ -86,10 +88,11 @@ def distill(
     """Train `student` in place; its averaged weights end up in `checkpoint.safetensors`.
 
     Args:
-        student: (B, 3, S, S) -> (B, E), L2-normalised.
-        data: Stores and pixels; rows of the image store and of the pixels agree.
-        loss: Weights and temperatures.
-        train: Schedule, batch, optimiser.
+        student: Of images, (B, 3, S, S) -> (B, E), L2-normalised; or of sentences, for `TextData`:
+            (B, N) int64 tokens -> (B, E), L2-normalised.
+        data: Stores, and pixels or tokens whose rows are those of their store.
+        loss: Weights and temperatures; a text student's are in `TextStudentConfig`.
+        train: Schedule, batch (of images, or of sentences), optimiser.
         run_dir: Existing folder for checkpoints, metrics and state.
         save_weights: Writes a module as a checkpoint file, atomically.
         evaluate: Zero-shot scores by name, higher is better; picks `best.safetensors`.
@@ -102,7 +105,10 @@ def distill(
         CheckpointError: If the state to resume from is damaged or of another run.
         KeyboardInterrupt: On Ctrl-C, after the state of the last whole step is saved.
     """
-    loop = _Loop(student, data, loss, train, run_dir, save_weights, evaluate, ranks, device)
+    ranks = ranks or Ranks()
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    side = side_of(data, loss, train, ranks, device)
+    loop = _Loop(student, side, train, run_dir, save_weights, evaluate, ranks, device)
     if resume and (run_dir / STATE_FILE).is_file():
         loop.restore()
     return loop.run()
@@ -114,16 +120,15 @@ class _Loop:
     def __init__(
         self,
         student: nn.Module,
-        data: DistillData,
-        loss: LossConfig,
+        side: Side[Any],
         train: TrainConfig,
         run_dir: Path,
         save_weights: Callable[[Path, nn.Module], None],
         evaluate: Evaluate | None,
-        ranks: Ranks | None,
-        device: torch.device | None,
+        ranks: Ranks,
+        device: torch.device,
     ) -> None:
-        self.ranks = ranks or Ranks()
+        self.ranks, self.device = ranks, device
         if train.batch_size % (self.ranks.world_size * train.accumulate):
             raise ConfigError(
                 f"batch_size {train.batch_size} cannot be split over {self.ranks.world_size} "
@@ -131,16 +136,12 @@ class _Loop:
             )
         if train.threads:
             torch.set_num_threads(train.threads)
-        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_flush_denormal(True)
-        self.data, self.loss, self.train, self.run_dir = data, loss, train, run_dir
+        self.side, self.train, self.run_dir = side, train, run_dir
         self.save_weights, self.evaluate = save_weights, evaluate
-        # Convolutions are faster channels last; on CPUs torch 2.14.1's oneDNN then corrupts the
-        # heap in the backward pass of hybrids (seen on an AMD EPYC with AVX2).
-        is_cpu = self.device.type == "cpu"
-        self.layout = torch.contiguous_format if is_cpu else torch.channels_last
-        self.student: nn.Module = student.to(self.device, memory_format=self.layout).train()  # type: ignore[call-overload]
+        layout = image_layout(device)
+        self.student: nn.Module = student.to(self.device, memory_format=layout).train()  # type: ignore[call-overload]
         if wants_fused_attention(train.fused_attention, self.device.type):
             use_fused_attention(self.student)
         self.net: nn.Module = self.student
@@ -154,39 +155,29 @@ class _Loop:
         self.scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.amp_dtype is torch.float16
         )
-        self.num_images = len(data.usable_images())
-        self.total = count_steps(train, self.num_images)
+        self.total = count_steps(train, side.num_rows)
         self.eval_every = train.eval_every or max(1, math.ceil(self.total / 3))
         self.save_every = train.save_every or max(1, math.ceil(self.total / 10))
         self.step = 0
         self.best: dict[str, float] = {}
         self.last_loss = math.nan
-        self.mean = torch.tensor(data.preprocess.mean, device=self.device).view(1, 3, 1, 1) * 255
-        self.std = torch.tensor(data.preprocess.std, device=self.device).view(1, 3, 1, 1) * 255
 
     # ------------------------------------------------------------------ one step
 
-    def forward_backward(self, batch: Batch) -> dict[str, float]:
+    def forward_backward(self, batch: SavedBatch) -> dict[str, float]:
         """Gradients of one global batch; returns the unweighted terms and `loss`."""
         train, ranks = self.train, self.ranks
         torch.manual_seed(
             seeded_generator(train.seed, _DROP_STREAM, self.step, ranks.rank).initial_seed()
         )
-        text_embeds = batch.text_embeds.to(self.device)
-        images = self._images(batch)
+        inputs = self.side.inputs(batch)
         terms: dict[str, float] = {}
         for index in range(train.accumulate):
-            piece = _piece(index, train.accumulate, len(images))
+            piece = _piece(index, train.accumulate, len(inputs))
             is_last = index == train.accumulate - 1
             with self._no_sync(is_last), self._precision():
-                student_embeds = self.net(images[piece]).float()
-            values = distillation_loss(
-                ranks.gather_with_grad(student_embeds),
-                **batch.targets(piece, ranks.world_size, self.device),
-                teacher_text_embeds=text_embeds,
-                config=self.loss,
-                logit_scale=self.data.logit_scale,
-            )
+                student_embeds = self.net(inputs[piece]).float()
+            values = self.side.terms(ranks.gather_with_grad(student_embeds), batch, piece)
             with self._no_sync(is_last), self._precision():
                 scaled = values["loss"] * ranks.world_size / train.accumulate
                 self.scaler.scale(scaled).backward()  # type: ignore[no-untyped-call]
@@ -195,12 +186,6 @@ class _Loop:
         if not math.isfinite(terms["loss"]):
             self._stop_on_nan(batch, terms)
         return terms
-
-    def _images(self, batch: Batch) -> Tensor:
-        """This rank's part of a batch, cropped and preprocessed: (B, 3, S, S)."""
-        pixels = torch.from_numpy(batch.pixels).to(self.device, non_blocking=True)
-        images = crop_batch(pixels.permute(0, 3, 1, 2).float(), batch.crops)
-        return images.sub_(self.mean).div_(self.std).contiguous(memory_format=self.layout)
 
     def optimise(self) -> float:
         """Clip, step, average; returns the gradient norm before clipping."""
@@ -234,7 +219,7 @@ class _Loop:
                 stack.enter_context(torch.autocast(self.device.type, self.amp_dtype))
             yield
 
-    def _stop_on_nan(self, batch: Batch, terms: dict[str, float]) -> None:
+    def _stop_on_nan(self, batch: SavedBatch, terms: dict[str, float]) -> None:
         path = self.run_dir / f"nan_batch_rank{self.ranks.rank}.safetensors"
         batch.save(path)
         found = ", ".join(f"{name} {value:g}" for name, value in terms.items())
@@ -248,18 +233,18 @@ class _Loop:
 
     def run(self) -> DistillReport:
         """Train to the last step, saving and evaluating on the way."""
-        plan = BatchPlan(self.data, self.train, self.ranks)
+        side, unit = self.side, self.side.unit
         first, started, waited = self.step, time.perf_counter(), 0.0
         follower = self.student if isinstance(self.student, FollowsTraining) else None
         if follower is not None and not self.step:
-            follower.warm_up(map(self._images, plan.batches(0, min(_WARM_UP_STEPS, self.total))))
+            follower.warm_up(map(side.inputs, side.batches(0, min(_WARM_UP_STEPS, self.total))))
         with (
             RunLog(self.run_dir, start_step=self.step)
             if self.ranks.is_main
             else contextlib.nullcontext() as log,
-            training_progress(self.total, self.step, show=self.ranks.is_main) as advance,
+            training_progress(self.total, self.step, unit=unit, show=self.ranks.is_main) as advance,
             StopSignal() as stop,
-            contextlib.closing(prefetch(plan.batches(self.step, self.total))) as batches,
+            contextlib.closing(prefetch(side.batches(self.step, self.total))) as batches,
         ):
             while self.step < self.total:
                 begun = time.perf_counter()
@@ -278,7 +263,7 @@ class _Loop:
                     **terms,
                     "lr": float(self.optimizer.param_groups[0]["lr"]),
                     "grad_norm": norm,
-                    "images_per_s": rate,
+                    f"{unit}_per_s": rate,
                     "data_wait_ms": 1000 * (got - begun),
                 }
                 if log is not None:
@@ -293,7 +278,7 @@ class _Loop:
         done = self.step - first
         return DistillReport(
             steps=self.total,
-            epochs=self.total * self.train.batch_size / self.num_images,
+            epochs=self.total * self.train.batch_size / side.num_rows,
             seconds=seconds,
             images_per_s=done * self.train.batch_size / seconds if done else 0.0,
             data_wait_pct=100 * waited / seconds if done else 0.0,
@@ -372,14 +357,10 @@ class _Loop:
 
     def _identity(self) -> dict[str, Any]:
         free = {"eval_every", "save_every", "threads", "fused_attention"}
-        settings = {**dataclasses.asdict(self.loss), **dataclasses.asdict(self.train)}
-        manifests = (self.data.images.manifest, self.data.texts.manifest)
+        settings = dataclasses.asdict(self.train)
         return {
             **{k: v for k, v in settings.items() if k not in free},
-            "images": manifests[0].source,
-            "texts": manifests[1].source,
-            "teacher": manifests[0].weights_hash,
-            **self.data.extras(),
+            **self.side.identity(),
             "num_parameters": sum(p.numel() for p in self.student.parameters()),
         }
 

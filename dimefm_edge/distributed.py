@@ -52,6 +52,11 @@ class Ranks:
         return torch.cat(parts)
 
 
+def piece_of_ranks(rows: Tensor, piece: slice, num_ranks: int) -> Tensor:
+    """A micro-batch of a global batch: (B, ...) -> (b, ...), the `piece` of each rank's rows."""
+    return rows.view(num_ranks, -1, *rows.shape[1:])[:, piece].flatten(0, 1)
+
+
 def join_ranks() -> Ranks:
     """Join the process group that torchrun describes in the environment, if it does."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:

@@ -5,7 +5,7 @@ against teacher text), pvl (student image against teacher image, standing in for
 udist (student image against student image). For comparison: `feature`, the regression of
 embeddings that other tools use, and `contrastive`, CLIP's loss on labelled pairs. As in the
 authors' code there is no T**2 factor, and pvl and udist are doubled so that they weigh as the
-two directions of vl.
+two directions of vl. A text student has the same terms with the sides exchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dimefm_edge.config import LossConfig
+from dimefm_edge.config import LossConfig, TextStudentConfig
 
 
 def vl_loss(
@@ -207,9 +207,68 @@ def distillation_loss(
             logit_scale=logit_scale,
             labels=labels if config.contrastive_positives == "label" else None,
         )
-    weighted = [getattr(config, f"{name}_weight") * value for name, value in terms.items()]
-    terms["loss"] = sum(weighted[1:], start=weighted[0])
-    return terms
+    return _with_sum(terms, {name: getattr(config, f"{name}_weight") for name in terms})
+
+
+def text_vl_loss(
+    student_text_embeds: Tensor,
+    teacher_text_embeds: Tensor,
+    teacher_image_embeds: Tensor,
+    *,
+    logit_scale: float,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Match how student sentences rank the teacher's images: the columns of `vl_loss`.
+
+    Args:
+        student_text_embeds: (B, E), L2-normalised, receives gradients.
+        teacher_text_embeds: (B, E), L2-normalised, same order of sentences.
+        teacher_image_embeds: (T, E), L2-normalised, not paired with the sentences.
+        logit_scale: Multiplies cosines before the softmax.
+        temperature: Softmax temperature, > 0.
+
+    Returns:
+        Scalar in nats: KL over rows (text to image), averaged over B. Zero when student equals
+        teacher.
+
+    Raises:
+        ValueError: If shapes differ or temperature is not positive.
+    """
+    _check(student_text_embeds, teacher_text_embeds, temperature)
+    return _row_kl(
+        logit_scale * student_text_embeds @ teacher_image_embeds.T,
+        logit_scale * teacher_text_embeds @ teacher_image_embeds.T,
+        temperature,
+    )
+
+
+def text_distillation_loss(
+    student_text_embeds: Tensor,
+    teacher_text_embeds: Tensor,
+    teacher_image_embeds: Tensor,
+    *,
+    config: TextStudentConfig,
+    logit_scale: float,
+) -> dict[str, Tensor]:
+    """All terms of a text student with a positive weight, by name, and `loss`, their sum.
+
+    `vl` is `text_vl_loss`; `pvl` and `feature` are those of images with sentences in their place.
+    Shapes as for `text_vl_loss`.
+    """
+    student, teacher = student_text_embeds, teacher_text_embeds
+    terms: dict[str, Tensor] = {}
+    if config.text_vl_weight:
+        terms["vl"] = text_vl_loss(student, teacher, teacher_image_embeds, logit_scale=logit_scale)
+    if config.text_pvl_weight:
+        terms["pvl"] = pvl_loss(student, teacher, logit_scale=logit_scale)
+    if config.text_feature_weight:
+        terms["feature"] = feature_loss(student, teacher)
+    return _with_sum(terms, {name: getattr(config, f"text_{name}_weight") for name in terms})
+
+
+def _with_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> dict[str, Tensor]:
+    weighted = [weights[name] * value for name, value in terms.items()]
+    return {**terms, "loss": sum(weighted[1:], start=weighted[0])}
 
 
 def _row_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -225,7 +284,7 @@ def _row_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) 
 def _check(student: Tensor, teacher: Tensor, temperature: float) -> None:
     if student.shape != teacher.shape or student.ndim != 2:
         raise ValueError(
-            "student and teacher image embeddings must both be (B, E), got "
+            "student and teacher embeddings must both be (B, E), got "
             f"{tuple(student.shape)} and {tuple(teacher.shape)}"
         )
     if temperature <= 0:

@@ -29,11 +29,12 @@ def learning_rate(step: int, total_steps: int, train: TrainConfig) -> float:
 
 
 def build_optimizer(student: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """AdamW; biases, norms, layer scales, position and class embeddings are not decayed."""
+    """AdamW; biases, norms, layer scales and embeddings are not decayed."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
+    tables = {part.weight for part in student.modules() if isinstance(part, nn.Embedding)}
     for name, parameter in student.named_parameters():
-        is_plain = parameter.ndim < 2 or name.endswith(_UNDECAYED)
+        is_plain = parameter.ndim < 2 or name.endswith(_UNDECAYED) or parameter in tables
         (plain if is_plain else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": train.weight_decay},

@@ -249,9 +249,12 @@ class ExportOptions(CommonOptions):
     teacher: str | None = None
     """Instead of a run: `sample`, an open_clip model (ARCHITECTURE:TAG_OR_FILE) or a folder."""
     text: bool = False
-    """Put the text side of the run's teacher into the bundle: any label on the device."""
+    """Put the text side of the run's teacher into the bundle: any label on the device. A run with
+    a text student brings that unasked."""
+    teacher_text: bool = False
+    """As --text, with the teacher's even where the run has a text student."""
     image_only: bool = False
-    """Leave out a teacher's text side."""
+    """Leave out a teacher's text side, or a run's text student."""
     labels: tuple[str, ...] = ()
     """Label sets to bake in: labelled sets as `eval` takes them, or a classnames.txt. Default:
     those of the run."""

@@ -2,7 +2,7 @@
 
     target + budget -> fit -> StudentSpec
     images, sentences -> teacher -> embedding store
-    StudentSpec + store -> distill (-> train in int8) -> checkpoint
+    StudentSpec + store -> distill (-> train in int8) (-> a text student) -> checkpoint
     checkpoint -> export -> bundle -> measured, reported
 
 Read `run` first; every step below it is also a command of its own.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import time
@@ -27,19 +28,19 @@ from torch import nn
 
 from dimefm_edge import config as config_file
 from dimefm_edge.batches import DistillData
+from dimefm_edge.choice import choose_student, keep_choice
 from dimefm_edge.config import RunConfig, StudentConfig
 from dimefm_edge.data.images import ImagePool, open_images, open_labelled
 from dimefm_edge.data.sentences import open_sentences
 from dimefm_edge.distill import distill
 from dimefm_edge.distributed import Ranks, join_ranks
-from dimefm_edge.errors import CheckpointError, ConfigError
+from dimefm_edge.errors import ConfigError
 from dimefm_edge.export import record_accuracy
 from dimefm_edge.files import atomic_file
-from dimefm_edge.fit import FitReport, fit_student, plot_fit
+from dimefm_edge.fit import FitReport
 from dimefm_edge.judge import Scorer, compare_accuracy, compare_latency, model_row
 from dimefm_edge.labels import build_label_bank
-from dimefm_edge.latency.calibrate import measure_student
-from dimefm_edge.latency.estimate import estimate_onnx, trace_ops
+from dimefm_edge.latency.estimate import estimate_onnx
 from dimefm_edge.latency.measure import LatencyReport, machine_info
 from dimefm_edge.precisions import (
     NUM_CALIBRATION_IMAGES,
@@ -56,14 +57,22 @@ from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.report import RunReport
 from dimefm_edge.runtime import Bundle
 from dimefm_edge.students import StudentSpec, build_student, save_student
+from dimefm_edge.students.text_checkpoint import load_text_student
 from dimefm_edge.students.vit import inherit_from_teacher, vit_geometry
 from dimefm_edge.targets import LOCAL, Target, load_target
 from dimefm_edge.teacher import TEXT_TEACHER_KEY, Teacher, load_teacher
+from dimefm_edge.text_stage import (
+    TextScorer,
+    compare_text,
+    plan_text,
+    teacher_features,
+    train_text,
+)
 
 logger = logging.getLogger(__name__)
 
-_FIT_FILE = "fit.json"
 _SCENES = "scenes"
+_NUM_PARITY_SENTENCES = 64
 _TRAIN = {
     "epochs": config_file.DEFAULT_EPOCHS,
     "min_crop": config_file.DEFAULT_MIN_CROP,
@@ -89,6 +98,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     config = resolve(config)
     target = load_target(config.target)
     teacher = load_teacher(config.teacher)
+    text_plan = plan_text(config.text, config.train, teacher, ranks)
     labelled = open_labelled(config.data.labelled) if config.data.labelled else None
     pool = labelled.pool if labelled else open_images(
         config.data.images, column=config.data.image_column
@@ -96,9 +106,9 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     sentences = open_sentences(config.data.texts, column=config.data.text_column)
     eval_sets = [open_labelled(source) for source in config.data.eval_sets]
     with clock("fit"):
-        fit = _fit(config, target, teacher) if ranks.is_main else None
+        fit = choose_student(config, target, teacher) if ranks.is_main else None
     run_dir = _open_run(config, fit, resume=resume, ranks=ranks)
-    fit = fit or _fit(config, target, teacher)
+    fit = fit or choose_student(config, target, teacher)  # rank 0's
     preprocess = dataclasses.replace(teacher.preprocess, image_size=fit.chosen.image_size)
     with clock("embed"):
         store_dir = Path(config.store) if config.store else run_dir / "store"
@@ -114,6 +124,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         config.student, fit.chosen, teacher, seed=config.train.seed
     )
     evaluate = Scorer(eval_sets, banks, preprocess) if eval_sets else None
+    metadata = _metadata(config, teacher)
     with clock("train"):
         trained = distill(
             student,
@@ -121,7 +132,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             loss=config.loss,
             train=config.train,
             run_dir=run_dir,
-            save_weights=_Saver(fit.chosen, preprocess, _metadata(config, teacher)),
+            save_weights=_Saver(fit.chosen, preprocess, metadata),
             evaluate=evaluate,
             resume=resume,
             ranks=ranks,
@@ -149,6 +160,25 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
                 resume=resume,
                 ranks=ranks,
             )
+    trained_text = None
+    if text_plan is not None:
+        with clock("train the text student"):
+            features = teacher_features(teacher, eval_sets) if ranks.is_main else ()
+            trained_text = train_text(
+                run_dir,
+                text_plan,
+                teacher,
+                data,
+                sentences,
+                config=config.text,
+                train=config.train,
+                steps=trained.steps,
+                store_dir=store_dir,
+                evaluate=TextScorer(eval_sets, features, text_plan.tokenizer) if features else None,
+                metadata=metadata,
+                resume=resume,
+                ranks=ranks,
+            )
     if not ranks.is_main:
         return None
     with clock("export"):
@@ -161,6 +191,8 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             images=images,
             logit_scale=teacher.logit_scale,
             extra={"target": target.name, "teacher": teacher.name, "budget_ms": fit.budget_ms},
+            text_student=load_text_student(run_dir) if trained_text else None,
+            sentences=list(itertools.islice(sentences, _NUM_PARITY_SENTENCES)),
         )
         bundle = list(bundles.values())[-1]
     with clock("evaluate"):
@@ -171,6 +203,9 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             bundles, eval_sets, banks, images[-NUM_PARITY_IMAGES:],
             outcome={row.student.name: row.student.top1_pct for row in accuracy},
         )  # fmt: skip
+        text = None
+        if trained_text is not None:
+            text = compare_text(run_dir, trained_text, teacher, bundle, eval_sets, banks, features)
     report = RunReport(
         run_dir=str(run_dir),
         bundle=str(bundle.path),
@@ -195,6 +230,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         kept_float=kept_float(run_dir, config.quant),
         int8_training=dataclasses.asdict(trained_int8) if trained_int8 else None,
         exported_ms=_exported_ms(bundles, target, latencies[1]),
+        text=text,
     )
     _write_report(report, run_dir)
     return report
@@ -233,60 +269,10 @@ def _open_run(config: RunConfig, fit: FitReport | None, *, resume: bool, ranks: 
             raise ConfigError(f"{run_dir} is a file", hint="another --out")
         run_dir.mkdir(parents=True, exist_ok=True)
         config_file.save(config, saved)
-        if fit is not None and not (run_dir / _FIT_FILE).is_file():
-            with atomic_file(run_dir / _FIT_FILE) as stream:
-                values = fit.to_dict() | {"asked": _asked(config)}
-                stream.write((json.dumps(values, indent=1) + "\n").encode())
-            plot_fit(fit, run_dir / "fit.png")
+        if fit is not None:
+            keep_choice(fit, config)
     ranks.barrier()
     return run_dir
-
-
-def _fit(config: RunConfig, target: Target, teacher: Teacher) -> FitReport:
-    """Choose the student, or take the run's own choice: measured again, it might be another."""
-    student, side = config.student, teacher.preprocess.image_size
-    chosen = Path(config.out, _FIT_FILE)
-    if chosen.is_file():
-        return _chosen_before(chosen, _asked(config))
-    return fit_student(
-        target,
-        latency_ms=student.latency_ms,
-        max_memory_mib=student.max_memory_mib,
-        image_size=student.image_size or side,
-        embed_dim=teacher.embed_dim,
-        precision=target.precision,
-        student=student.student,
-        teacher_geometry=vit_geometry(teacher.image_tower),
-        teacher_ops=trace_ops(teacher.image_tower, side, 1),
-        measure=measure_student if target.name == LOCAL else None,
-    )
-
-
-def _chosen_before(path: Path, asked: dict[str, Any]) -> FitReport:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        before = values["asked"]
-        report = FitReport.from_dict(values)
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
-        raise CheckpointError(
-            f"{path} is damaged: {error}", hint="delete it: the student is then chosen again"
-        ) from error
-    changed = [key for key in asked if asked[key] != before.get(key)]
-    if changed:
-        pairs = ", ".join(f"{key} was {before.get(key)} and is {asked[key]}" for key in changed)
-        raise CheckpointError(
-            f"cannot resume {path.parent}: {pairs}", hint="give the same flags, or another --out"
-        )
-    return report
-
-
-def _asked(config: RunConfig) -> dict[str, Any]:
-    """What the choice of a student hangs on."""
-    return {
-        "target": config.target,
-        "teacher": config.teacher,
-        **dataclasses.asdict(config.student),
-    }
 
 
 def _initial_student(

@@ -39,6 +39,7 @@ from dimefm_edge.targets import Target
 
 if TYPE_CHECKING:
     from dimefm_edge.quantize.qat import FakeQuantStudent
+    from dimefm_edge.students.text_checkpoint import LoadedTextStudent
 
 logger = logging.getLogger(__name__)
 
@@ -231,6 +232,8 @@ def export_precisions(
     images: npt.NDArray[np.float32],
     logit_scale: float,
     extra: Mapping[str, Any],
+    text_student: LoadedTextStudent | None = None,
+    sentences: Sequence[str] = (),
 ) -> dict[str, Bundle]:
     """Write a run's student in each precision that was asked for, and in what int8 came from.
 
@@ -243,6 +246,8 @@ def export_precisions(
         images: (N, 3, S, S) preprocessed: the last ones for parity, those before to calibrate.
         logit_scale: The teacher's.
         extra: For the manifests.
+        text_student: The run's, where it has one.
+        sentences: Real ones, for its parity.
 
     Returns:
         By name; the last one is the outcome, in `bundle`, the others lie beside it.
@@ -269,6 +274,8 @@ def export_precisions(
             parity_images=images[-NUM_PARITY_IMAGES:],
             logit_scale=logit_scale,
             extra=extra,
+            text_teacher=text_student,
+            parity_sentences=sentences,
         )
         bundles[name] = load_bundle(out)
     return bundles

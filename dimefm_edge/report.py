@@ -63,6 +63,87 @@ class PrecisionRow:
 
 
 @dataclass(frozen=True)
+class TextRow:
+    """Size and speed of one text tower, here; one sentence, its words included."""
+
+    name: str
+    params_m: float
+    size_mib: float | None
+    """Of the graph's file; None where there is no graph."""
+    here_runtime: str
+    here_p50_ms: float
+    here_p90_ms: float
+
+
+@dataclass(frozen=True)
+class TextAccuracyRow:
+    """Zero-shot top-1 on one test set, of both sides' images by both sides' labels."""
+
+    name: str
+    teacher_image_teacher_text_pct: float
+    teacher_image_student_text_pct: float
+    student_image_teacher_text_pct: float
+    student_image_student_text_pct: float
+    label_cosine_mean: float
+    """Of the student's label embeddings to the teacher's."""
+    label_cosine_min: float
+
+
+@dataclass(frozen=True)
+class TextReport:
+    """The text student beside the teacher's text tower."""
+
+    teacher: TextRow
+    student: TextRow
+    spec: dict[str, Any]
+    inherited: tuple[str, ...]
+    accuracy: tuple[TextAccuracyRow, ...]
+    parity: dict[str, Any]
+    training: dict[str, Any]
+
+    def lines(self) -> list[str]:
+        """Its part of the page."""
+        lines = [
+            "",
+            "| text encoder | parameters | file | here p50 / p90 |",
+            "|---|---:|---:|---:|",
+        ]
+        for row in (self.teacher, self.student):
+            size = "-" if row.size_mib is None else f"{row.size_mib:.2f} MiB"
+            lines.append(
+                f"| {_cell(row.name)} | {row.params_m:.2f} M | {size} "
+                f"| {row.here_p50_ms:.2f} / {row.here_p90_ms:.2f} ms ({row.here_runtime}) |"
+            )
+        if self.accuracy:
+            lines += [
+                "",
+                "| zero-shot top-1: images by, labels by | teacher, teacher | teacher, student "
+                "| student, teacher | student, student | cosine of labels: mean, least |",
+                "|---|---:|---:|---:|---:|---:|",
+            ]
+        for entry in self.accuracy:
+            lines.append(
+                f"| {_cell(entry.name)} | {entry.teacher_image_teacher_text_pct:.1f}% "
+                f"| {entry.teacher_image_student_text_pct:.1f}% "
+                f"| {entry.student_image_teacher_text_pct:.1f}% "
+                f"| {entry.student_image_student_text_pct:.1f}% "
+                f"| {entry.label_cosine_mean:.3f}, {entry.label_cosine_min:.3f} |"
+            )
+        return lines
+
+    def notes(self) -> list[str]:
+        """What is said of it below the tables."""
+        found = self.training
+        source = f"{len(self.inherited)} tensors from the teacher's" if self.inherited else "random"
+        return [
+            f"- Text student: {found['steps']} steps, {found['sentences_per_s']:.0f} sentences/s; "
+            f"initial weights {source}; parity on {self.parity.get('num_sentences')} sentences: "
+            f"least cosine {self.parity.get('min_cosine', float('nan')):.6f}. The bundle's baked "
+            "labels are the teacher's; any other label is embedded by the student.",
+        ]
+
+
+@dataclass(frozen=True)
 class RunReport:
     """The outcome of `dimefm-edge distill`.
 
@@ -95,6 +176,8 @@ class RunReport:
     """As `training`, of the int8 stage."""
     exported_ms: float | None = None
     """One image on the target, estimated from the exported graph; on `local`, measured."""
+    text: TextReport | None = None
+    """Where a text student was asked for."""
 
     @property
     def is_local(self) -> bool:
@@ -156,6 +239,7 @@ class RunReport:
                 f"{model.target_high_ms:.2g}) |"
             )
         lines += _precision_lines(self.precisions)
+        lines += self.text.lines() if self.text else []
         parity = self.parity
         lines += [
             "",
@@ -183,6 +267,7 @@ class RunReport:
             + ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
             + ".",
             *self._int8_lines(),
+            *(self.text.notes() if self.text else []),
             f"- Bundle: `{self.bundle}`",
             "",
         ]

@@ -137,13 +137,13 @@ class StopSignal:
 
 @contextmanager
 def training_progress(
-    total: int, done: int, *, show: bool
+    total: int, done: int, *, unit: str = "images", show: bool
 ) -> Iterator[Callable[[float, float], None]]:
     columns = (
         TextColumn("distil"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:,.0f} images/s  loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[rate]:,.0f} " + unit + "/s  loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not show) as bar:

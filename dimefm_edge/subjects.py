@@ -226,7 +226,7 @@ def _load_run(name: str, device: str | None) -> Subject:
         loaded.spec.embed_dim,
         module_encoder(loaded.student.to(where), loaded.preprocess),
         run_logit_scale(loaded.metadata, name),
-        encode_texts=_TextSide(loaded.metadata, name, device),
+        encode_texts=_TextSide(loaded.metadata, name, device, file.parent),
         size_mib=file.stat().st_size / 2**20,
         params_m=sum(p.numel() for p in loaded.student.parameters()) / 1e6,
     )
@@ -293,17 +293,22 @@ def run_logit_scale(metadata: dict[str, str], name: str) -> float:
 
 
 class _TextSide:
-    """A run's text side: its teacher's, loaded when it is first asked."""
+    """A run's text side, its own or its teacher's, loaded when it is first asked."""
 
-    def __init__(self, metadata: dict[str, str], name: str, device: str | None) -> None:
+    def __init__(
+        self, metadata: dict[str, str], name: str, device: str | None, run_dir: Path
+    ) -> None:
         self._metadata, self._name, self._device = metadata, name, device
+        self._run_dir = run_dir
         self._teacher: Any = None
 
     def __call__(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+        from dimefm_edge.students.text_checkpoint import has_text_student
         from dimefm_edge.teacher import TEXT_TEACHER_KEY, load_teacher
 
         if self._teacher is None:
-            teacher = self._metadata.get(TEXT_TEACHER_KEY)
+            own = str(self._run_dir) if has_text_student(self._run_dir) else None
+            teacher = own or self._metadata.get(TEXT_TEACHER_KEY)
             if teacher is None:
                 raise CheckpointError(f"the checkpoint of {self._name} names no teacher")
             self._teacher = load_teacher(teacher, device=self._device)

@@ -237,12 +237,27 @@ def _has_length(path: Path) -> bool:
 
 
 def _load_run(folder: Path, *, name: str, device: torch.device) -> Teacher:
-    """A student as a teacher: its own image tower beside the text side that it was taught by."""
+    """A student as a teacher: its own image tower, and its own text tower where it has one;
+    else the text side that it was taught by."""
     from dimefm_edge.students import load_student
+    from dimefm_edge.students.text_checkpoint import has_text_student, load_text_student
 
     loaded = load_student(folder)
-    text_teacher = load_teacher(loaded.metadata[TEXT_TEACHER_KEY], device=str(device))
     tower = _frozen(loaded.student, device)
+    if has_text_student(folder):
+        own = load_text_student(folder)
+        return Teacher(
+            name,
+            image_tower=tower,
+            text_tower=_frozen(own.student, device),
+            load_tokenize=lambda: own.tokenizer,
+            preprocess=loaded.preprocess,
+            embed_dim=own.embed_dim,
+            logit_scale=own.logit_scale,
+            weights_hash=_hash_weights(tower, salt=_hash_weights(own.student)),
+            device=device,
+        )
+    text_teacher = load_teacher(loaded.metadata[TEXT_TEACHER_KEY], device=str(device))
     return Teacher(
         name,
         image_tower=tower,

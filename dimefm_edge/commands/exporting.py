@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from dimefm_edge.data.images import ImagePool
     from dimefm_edge.export import GraphSpec
+    from dimefm_edge.export.text import TextSource
     from dimefm_edge.export.towers import LoadedTeacher
     from dimefm_edge.labels import LabelBank
     from dimefm_edge.options import ExportOptions
@@ -45,7 +46,7 @@ class _Source:
     """Sources of parity images, and their column."""
     logit_scale: float
     extra: dict[str, Any]
-    text_teacher: Teacher | None
+    text_teacher: TextSource | None
 
 
 def run_export(options: ExportOptions) -> Outcome:
@@ -159,8 +160,9 @@ def _check(options: ExportOptions) -> None:
             f"export takes a run or a teacher, not both: {options.run} and {options.teacher}",
             hint=f"dimefm-edge export {options.run} --text  (adds its teacher's text side)",
         )
-    if options.text and options.image_only:
-        raise InputError("--text and --image-only contradict each other", hint="drop one of them")
+    if options.image_only and (options.text or options.teacher_text):
+        word = "--text" if options.text else "--teacher-text"
+        raise InputError(f"{word} and --image-only contradict each other", hint="drop one of them")
 
 
 def _outcome(bundle: Bundle, out: Path) -> Outcome:
@@ -246,6 +248,7 @@ def _of_teacher(options: ExportOptions) -> _Source:
 def _of_run(options: ExportOptions) -> _Source:
     from dimefm_edge.config import load_saved
     from dimefm_edge.students import load_student
+    from dimefm_edge.students.text_checkpoint import has_text_student, load_text_student
     from dimefm_edge.subjects import run_logit_scale
     from dimefm_edge.teacher import TEXT_TEACHER_KEY, load_teacher
 
@@ -264,7 +267,9 @@ def _of_run(options: ExportOptions) -> _Source:
     name = loaded.metadata.get(TEXT_TEACHER_KEY)
     sources = options.labels or (saved.data.eval_sets if saved else ())
     has_banks = not options.labels and (run_dir / "bundle" / "manifest.json").is_file()
-    needs_teacher = options.text or options.labels or (sources and not has_banks and name)
+    own_text = has_text_student(run_dir) and not options.teacher_text and not options.image_only
+    teacher_text = (options.text or options.teacher_text) and not own_text
+    needs_teacher = teacher_text or options.labels or (sources and not has_banks and name)
     if needs_teacher and name is None:
         raise CheckpointError(f"the checkpoint of {options.run} names no teacher")
     teacher = load_teacher(name) if needs_teacher and name else None
@@ -275,7 +280,7 @@ def _of_run(options: ExportOptions) -> _Source:
         (images, column),
         run_logit_scale(loaded.metadata, options.run),
         {"target": options.target or loaded.metadata.get("target"), "teacher": name},
-        teacher if options.text else None,
+        load_text_student(run_dir) if own_text else teacher if teacher_text else None,
     )
 
 

@@ -16,14 +16,13 @@ from dimefm_edge.export.graph_spec import GraphSpec, graph_spec
 from dimefm_edge.export.onnx import FusionReport, OnnxGraph, export_onnx
 from dimefm_edge.export.parity import ParityReport, check_parity
 from dimefm_edge.export.plugin import write_kernels
-from dimefm_edge.export.text import write_text_side
+from dimefm_edge.export.text import TextSource, write_text_side
 from dimefm_edge.export.towers import LoadedTeacher, image_tower
 from dimefm_edge.labels import LabelBank
 from dimefm_edge.manifest import MODEL_FILE
 
 if TYPE_CHECKING:
     from dimefm_edge.students import LoadedStudent
-    from dimefm_edge.teacher import Teacher
 
 __all__ = [
     "EXPORTERS", "FusionReport", "GraphSpec", "OnnxGraph", "ParityReport", "check_parity",
@@ -48,7 +47,7 @@ def export_student(
     parity_images: npt.NDArray[np.float32],
     logit_scale: float,
     extra: Mapping[str, Any] | None = None,
-    text_teacher: Teacher | None = None,
+    text_teacher: TextSource | None = None,
     parity_sentences: Sequence[str] = (),
 ) -> Path:
     """Write a student or a teacher's `image_tower` as a bundle, whole or not at all at `out`.
@@ -64,7 +63,8 @@ def export_student(
         logit_scale: Exponentiated; the teacher's.
         extra: JSON values for the manifest: `target` and `accuracy` get places of their own,
             the rest goes under `extra`.
-        text_teacher: Whose text side goes into the bundle; None for label sets only.
+        text_teacher: Whose text side goes into the bundle, a teacher's or a text student's; None
+            for label sets only.
         parity_sentences: Real sentences; 64 are plenty.
 
     Returns:
@@ -91,7 +91,7 @@ def export_student(
             )
     if text_teacher is not None and text_teacher.embed_dim != spec.embed_dim:
         raise ExportError(
-            f"teacher {text_teacher.name} answers in {text_teacher.embed_dim} dimensions, the "
+            f"{text_teacher.name} answers in {text_teacher.embed_dim} dimensions, the "
             f"student in {spec.embed_dim}: it was taught by another"
         )
     graph = graph or GraphSpec()

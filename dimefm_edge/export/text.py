@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +25,34 @@ from dimefm_edge.export.tokenizers import PROBES, convert_tokenizer
 from dimefm_edge.export.trace import trace
 from dimefm_edge.manifest import TEXT_FILE, TEXT_INPUT_NAME, TEXT_OUTPUT_NAME, TOKENIZER_FILE
 
-if TYPE_CHECKING:
-    from dimefm_edge.teacher import Teacher
-
 _KIND = "sentence"
 _MASKED = -1e4  # exp() of it is 0, and fp16 holds it: -inf is no number to a range check
 
 
+class TextSource(Protocol):
+    """Whose text side is written: a teacher's, or a text student's."""
+
+    @property
+    def name(self) -> str:
+        """For the manifest and for errors."""
+
+    @property
+    def embed_dim(self) -> int:
+        """Size E of the embeddings."""
+
+    @property
+    def text_tower(self) -> nn.Module:
+        """(B, L) int64 tokens -> (B, E), normalised or not."""
+
+    @property
+    def tokenize(self) -> Callable[[Sequence[str]], Any]:
+        """Sentences -> (B, L) int64 tokens."""
+
+
 def write_text_side(
-    folder: Path, teacher: Teacher, *, graph: GraphSpec, sentences: Sequence[str]
+    folder: Path, teacher: TextSource, *, graph: GraphSpec, sentences: Sequence[str]
 ) -> dict[str, Any]:
-    """Put a teacher's text side into a bundle that is being built.
+    """Put a text side into a bundle that is being built.
 
     Args:
         folder: Gets `text.onnx` and `tokenizer.json`.
@@ -66,6 +83,7 @@ def write_text_side(
         metadata={"producer": "dimefm_edge", "teacher": teacher.name, "precision": precision},
     )
     return {
+        "name": teacher.name,
         **tokenizer.spec.to_dict(),
         "precision": precision,
         "opset": written.opset,

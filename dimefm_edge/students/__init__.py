@@ -267,16 +267,25 @@ def save_student(
     Raises:
         DimeFMError: If it cannot be written, a full disk say; the old file then stays.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     header = {
         "format": _FORMATS[kind],
         "spec": json.dumps(spec.to_dict()),
         "preprocess": json.dumps(preprocess.to_dict()),
         "metadata": json.dumps(metadata),
     }
-    tensors = {k: v.detach().cpu().contiguous() for k, v in student.state_dict().items()}
+    write_safetensors(path, student, header)
+
+
+def write_safetensors(path: Path, module: nn.Module, header: dict[str, str]) -> None:
+    """Write a module's weights and what is said of them, atomically.
+
+    Raises:
+        DimeFMError: If it cannot be written; the old file then stays.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -325,7 +334,7 @@ def load_checkpoint(
     """
     path = Path(path).expanduser()
     path = path / CHECKPOINT_FILE if path.is_dir() else path
-    tensors, header = _read_safetensors(path)
+    tensors, header = read_safetensors(path)
     if header.get("format") != _FORMATS[kind]:
         raise CheckpointError(
             f"{path} is a safetensors file, but not a{'n' * (kind[0] in 'aeiou')} {kind} of "
@@ -346,7 +355,12 @@ def load_checkpoint(
     return LoadedStudent(student.eval(), spec, preprocess, metadata)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights of a safetensors file, and what is said of them.
+
+    Raises:
+        CheckpointError: If it is missing, truncated or of another kind.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -6,13 +6,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from dimefm_edge.config import LossConfig
+from dimefm_edge.config import LossConfig, TextStudentConfig
 from dimefm_edge.losses import (
     contrastive_loss,
     distillation_loss,
     feature_loss,
     pvl_loss,
+    text_distillation_loss,
+    text_vl_loss,
     udist_loss,
     vl_loss,
 )
@@ -171,3 +175,68 @@ def test_one_hot_teacher_in_float32_stays_finite() -> None:
 def test_wrong_arguments_are_named(call, match: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=match):
         call()
+
+
+# ------------------------------------------------------------------- a text student's
+
+
+@pytest.mark.parametrize(("scale", "temperature"), [(10.0, 1.0), (100.0, 7.0)])
+def test_text_vl_is_the_columns_of_vl(scale: float, temperature: float) -> None:
+    """Sentences S (as the student embeds them) and T rank the images X."""
+    student, teacher = scale * STUDENT @ TEXT.T, scale * TEACHER @ TEXT.T
+    value = text_vl_loss(S, T, X, logit_scale=scale, temperature=temperature)
+    assert value.item() == pytest.approx(row_kl(teacher, student, temperature), rel=1e-9)
+
+
+ALL_TEXT_TERMS = TextStudentConfig(text_feature_weight=0.5)
+
+
+def text_terms(student: torch.Tensor, teacher: torch.Tensor, images: torch.Tensor) -> dict:
+    return text_distillation_loss(
+        student, teacher, images, config=ALL_TEXT_TERMS, logit_scale=100.0
+    )
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 13))
+def test_text_terms_are_zero_when_equal_and_do_not_see_the_order(
+    seed: int, num_sentences: int, num_images: int
+) -> None:
+    student, teacher, images = (
+        torch.from_numpy(unit_rows(seed + i, count))
+        for i, count in enumerate((num_sentences, num_sentences, num_images))
+    )
+    assert [v.item() for v in text_terms(teacher, teacher, images).values()] == pytest.approx(
+        [0.0] * 4, abs=1e-10
+    )
+    terms = text_terms(student, teacher, images)
+    assert min(value.item() for value in terms.values()) >= -1e-12  # KL and squares
+    rng = np.random.default_rng(seed)
+    rows, columns = (torch.from_numpy(rng.permutation(n)) for n in (num_sentences, num_images))
+    moved = text_terms(student[rows], teacher[rows], images[columns])
+    for name, value in terms.items():
+        assert moved[name].item() == pytest.approx(value.item(), rel=1e-9, abs=1e-12), name
+    if num_sentences > 1:  # the student's alone in another order are other sentences
+        wrong = text_terms(student.roll(1, 0), teacher, images)
+        assert wrong["feature"].item() != pytest.approx(terms["feature"].item(), rel=1e-9)
+
+
+def test_the_text_sum_is_weighted_and_terms_of_no_weight_are_left_out() -> None:
+    terms = text_distillation_loss(S, T, X, config=TextStudentConfig(), logit_scale=100.0)
+    assert set(terms) == {"vl", "pvl", "feature", "loss"}
+    vl, pvl = text_vl_loss(S, T, X, logit_scale=100.0), pvl_loss(S, T, logit_scale=100.0)
+    torch.testing.assert_close(terms["loss"], 0.7 * vl + 0.3 * pvl + 3.0 * feature_loss(S, T))
+    alone = TextStudentConfig(text_vl_weight=0, text_pvl_weight=0, text_feature_weight=2.0)
+    terms = text_distillation_loss(S, T, X, config=alone, logit_scale=100.0)
+    assert set(terms) == {"feature", "loss"}
+    torch.testing.assert_close(terms["loss"], 2 * feature_loss(S, T))
+
+
+def test_text_gradients_match_finite_differences_and_shapes_are_checked() -> None:
+    def total(x: torch.Tensor) -> torch.Tensor:
+        return text_terms(F.normalize(x, dim=1), T, X)["loss"] / 10
+
+    raw = torch.randn(7, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(total, (raw,), atol=1e-5)
+    with pytest.raises(ValueError, match=r"both be \(B, E\), got \(7, 16\) and \(3,"):
+        text_vl_loss(S, T[:3], X, logit_scale=1.0)

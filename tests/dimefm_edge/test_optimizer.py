@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from dimefm_edge.config import TrainConfig
 from dimefm_edge.optimizer import build_optimizer, count_steps, learning_rate
@@ -36,3 +37,10 @@ def test_biases_norms_and_embeddings_are_not_decayed() -> None:
     assert any("cls_token" in name for name in plain_names)
     assert all(p.ndim >= 2 for p in decayed["params"])
     assert len(decayed["params"]) + len(plain["params"]) == len(by_id)
+
+
+def test_a_table_of_tokens_is_not_decayed() -> None:
+    student = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 4, bias=False))
+    decayed, plain = build_optimizer(student, TrainConfig()).param_groups
+    assert decayed["params"] == [student[1].weight]
+    assert plain["params"] == [student[0].weight]

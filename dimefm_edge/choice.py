@@ -1,0 +1,80 @@
+"""The student that a run chose: once, kept in its folder, and not chosen anew by --resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from dimefm_edge.config import RunConfig
+from dimefm_edge.errors import CheckpointError, ConfigError
+from dimefm_edge.files import atomic_file
+from dimefm_edge.fit import FitReport, fit_student, plot_fit
+from dimefm_edge.latency.calibrate import measure_student
+from dimefm_edge.latency.estimate import trace_ops
+from dimefm_edge.students.vit import vit_geometry
+from dimefm_edge.targets import LOCAL, Target
+from dimefm_edge.teacher import Teacher
+
+FIT_FILE = "fit.json"
+
+
+def choose_student(config: RunConfig, target: Target, teacher: Teacher) -> FitReport:
+    """Fit a student to the budget, measured on `local`; or take what the run chose before.
+
+    Raises:
+        BudgetError: As `fit_student`.
+        CheckpointError: If the run chose by other settings, or its file is damaged.
+    """
+    path = Path(config.out, FIT_FILE)
+    if path.is_file():
+        return _chosen_before(path, _asked(config))
+    student, side = config.student, teacher.preprocess.image_size
+    return fit_student(
+        target,
+        latency_ms=student.latency_ms,
+        max_memory_mib=student.max_memory_mib,
+        image_size=student.image_size or side,
+        embed_dim=teacher.embed_dim,
+        precision=target.precision,
+        student=student.student,
+        teacher_geometry=vit_geometry(teacher.image_tower),
+        teacher_ops=trace_ops(teacher.image_tower, side, 1),
+        measure=measure_student if target.name == LOCAL else None,
+    )
+
+
+def keep_choice(fit: FitReport, config: RunConfig) -> None:
+    """Write it into the run's folder, with its plot, unless it is there."""
+    path = Path(config.out, FIT_FILE)
+    if path.is_file():
+        return
+    with atomic_file(path) as stream:
+        values = fit.to_dict() | {"asked": _asked(config)}
+        stream.write((json.dumps(values, indent=1) + "\n").encode())
+    plot_fit(fit, path.with_suffix(".png"))
+
+
+def _chosen_before(path: Path, asked: dict[str, Any]) -> FitReport:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        before = values["asked"]
+        report = FitReport.from_dict(values)
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+        raise CheckpointError(
+            f"{path} is damaged: {error}", hint="delete it: the student is then chosen again"
+        ) from error
+    changed = [key for key in asked if asked[key] != before.get(key)]
+    if changed:
+        pairs = ", ".join(f"{key} was {before.get(key)} and is {asked[key]}" for key in changed)
+        raise CheckpointError(
+            f"cannot resume {path.parent}: {pairs}", hint="give the same flags, or another --out"
+        )
+    return report
+
+
+def _asked(config: RunConfig) -> dict[str, Any]:
+    """What the choice hangs on."""
+    asked = {"target": config.target, "teacher": config.teacher}
+    return asked | dataclasses.asdict(config.student)

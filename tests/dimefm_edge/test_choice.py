@@ -1,0 +1,67 @@
+"""A run's choice of a student: made once, read again, refused by other settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from dimefm_edge import choice
+from dimefm_edge.config import RunConfig, StudentConfig
+from dimefm_edge.errors import CheckpointError
+from dimefm_edge.targets import load_target
+from dimefm_edge.teacher import load_teacher
+
+
+@pytest.fixture
+def config(tmp_path, tiny_teacher_dir):
+    student = StudentConfig(student="vit-p16-w32-d2")
+    return RunConfig(
+        target="jetson-orin", teacher=str(tiny_teacher_dir), out=str(tmp_path), student=student
+    )
+
+
+def test_a_choice_is_made_once(config, tmp_path, monkeypatch):
+    target, teacher = load_target("jetson-orin"), load_teacher(config.teacher)
+    first = choice.choose_student(config, target, teacher)
+    choice.keep_choice(first, config)
+    assert (tmp_path / "fit.png").is_file()
+    kept = (tmp_path / "fit.json").read_bytes()
+    monkeypatch.setattr(choice, "fit_student", None)  # it is not asked again
+    assert choice.choose_student(config, target, teacher) == first
+    choice.keep_choice(first, config)
+    assert (tmp_path / "fit.json").read_bytes() == kept
+
+
+@pytest.mark.parametrize("changed", ["student", "latency_ms", "max_memory_mib", "image_size"])
+def test_other_settings_are_refused(config, changed):
+    target, teacher = load_target("jetson-orin"), load_teacher(config.teacher)
+    choice.keep_choice(choice.choose_student(config, target, teacher), config)
+    value = "vit-nano" if changed == "student" else 64
+    student = dataclasses.replace(config.student, **{changed: value})
+    with pytest.raises(CheckpointError, match=rf"cannot resume .*{changed} was .* and is {value}"):
+        choice.choose_student(dataclasses.replace(config, student=student), target, teacher)
+
+
+def test_on_this_machine_the_choice_is_measured(config, monkeypatch):
+    config = dataclasses.replace(
+        config, target="local", student=dataclasses.replace(config.student, latency_ms=1e3)
+    )
+    monkeypatch.setattr(choice, "measure_student", lambda spec, precision: 7.5)
+    target, teacher = load_target("local"), load_teacher(config.teacher)
+    assert choice.choose_student(config, target, teacher).chosen_candidate.measured_ms == 7.5
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [lambda text: text[:100], lambda text: "[]", lambda text: "{}",
+     lambda text: json.dumps(json.loads(text) | {"candidates": [{}]})],
+)  # fmt: skip
+def test_a_damaged_choice_is_named(config, tmp_path, harm):
+    target, teacher = load_target("jetson-orin"), load_teacher(config.teacher)
+    choice.keep_choice(choice.choose_student(config, target, teacher), config)
+    path = tmp_path / "fit.json"
+    path.write_text(harm(path.read_text()))
+    with pytest.raises(CheckpointError, match=r"fit\.json is damaged"):
+        choice.choose_student(config, target, teacher)
