@@ -35,6 +35,7 @@ from dimefm_edge.export.parity import (
     module_embeds,
     onnxruntime_errors,
 )
+from dimefm_edge.export.patches import patches_as_products
 from dimefm_edge.export.quant_rules import QUANT_RULES, QuantRules
 from dimefm_edge.export.tensorrt import require_graph, rules_for
 from dimefm_edge.export.trace import silence, trace
@@ -152,6 +153,8 @@ def export_onnx(
         attention=spec.attention,
         has_dynamic_batch=spec.batch_size is None,
     )
+    if spec.runtime == "onnxruntime" and spec.precision == "fp32" and spec.providers[0] == "cpu":
+        patches_as_products(model)
     model = in_precision(model, spec, parity_images, learned=learned)
     inputs: npt.NDArray[Any] = parity_images[: len(expected)]
     if head is not None:
