@@ -72,6 +72,7 @@ def run_export(options: ExportOptions) -> Outcome:
         extra=source.extra,
         text_teacher=source.text_teacher,
         parity_sentences=_parity_sentences(options) if source.text_teacher else (),
+        text_precision=None if options.text_precision == "auto" else options.text_precision,
     )
     outcome = _outcome(load_bundle(source.out), source.out)
     return _with_engine(outcome, source.out) if options.format == _TENSORRT else outcome
@@ -161,6 +162,12 @@ def _check(options: ExportOptions) -> None:
         )
     if options.text and options.image_only:
         raise InputError("--text and --image-only contradict each other", hint="drop one of them")
+    has_text = options.text if options.run else not options.image_only
+    if options.text_precision != "auto" and not has_text:
+        raise InputError(
+            f"--text-precision {options.text_precision} is of a text side, which is left out",
+            hint="add --text" if options.run else "drop --image-only",
+        )
 
 
 def _outcome(bundle: Bundle, out: Path) -> Outcome:
@@ -197,9 +204,12 @@ def _outcome(bundle: Bundle, out: Path) -> Outcome:
     if bundle.text is not None and text is not None:
         values["text_size_mib"] = bundle.text.model_path.stat().st_size / 2**20
         lines.append(
-            f"text side: {values['text_size_mib']:.2f} MiB, {text['context_length']} tokens; "
+            f"text side: {text['precision']}, {values['text_size_mib']:.2f} MiB, "
+            f"{text['context_length']} tokens; "
             f"parity on {text['parity']['num_sentences']} sentences: {_parity(text['parity'])}"
         )
+        if text["graph"].get("weights"):
+            lines.append(f"text side: {text['graph']['weights']['summary']}")
     return Outcome(values, "\n".join(lines))
 
 
