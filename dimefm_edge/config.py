@@ -317,7 +317,6 @@ class DemoConfig:
 
 
 def _require_positive(config: object, *names: str) -> None:
-    """Of those that are given."""
     for name in names:
         value = getattr(config, name)
         if value is not None and value <= 0:

@@ -269,6 +269,9 @@ class ExportOptions(CommonOptions):
     the run's; of a teacher, ONNX Runtime anywhere."""
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
     """Of the graph; int8 is as the run was trained, or else calibrated on the images."""
+    text_precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto"
+    """Of the text side. int8 and int4 store its weights alone in integers (ONNX Runtime only);
+    auto is fp16 where the images' is, else fp32."""
     calibration: Literal["auto", "minmax", "percentile", "mse"] = "auto"
     """How far int8 reaches; auto is what the rules of the target's runtime say."""
     opset: int | None = None

@@ -59,6 +59,11 @@ def run_export(options: ExportOptions) -> Outcome:
     if options.format == _TENSORRT:
         _require_builder(options)
     source = _of_run(options) if options.run else _of_teacher(options)
+    if options.text_precision != "auto" and source.text_teacher is None:
+        raise InputError(
+            f"--text-precision {options.text_precision} is of a text side, which is left out",
+            hint="drop --image-only" if options.image_only else "add --text",
+        )
     graph = _graph_spec(options, source.extra.get("target"))
     count = _NUM_CALIBRATION_IMAGES if graph.precision == "int8" else _NUM_PARITY_IMAGES
     export_student(
@@ -73,6 +78,7 @@ def run_export(options: ExportOptions) -> Outcome:
         extra=source.extra,
         text_teacher=source.text_teacher,
         parity_sentences=_parity_sentences(options) if source.text_teacher else (),
+        text_precision=None if options.text_precision == "auto" else options.text_precision,
     )
     outcome = _outcome(load_bundle(source.out), source.out)
     return _with_engine(outcome, source.out) if options.format == _TENSORRT else outcome
@@ -199,9 +205,12 @@ def _outcome(bundle: Bundle, out: Path) -> Outcome:
     if bundle.text is not None and text is not None:
         values["text_size_mib"] = bundle.text.model_path.stat().st_size / 2**20
         lines.append(
-            f"text side: {values['text_size_mib']:.2f} MiB, {text['context_length']} tokens; "
+            f"text side: {text['precision']}, {values['text_size_mib']:.2f} MiB, "
+            f"{text['context_length']} tokens; "
             f"parity on {text['parity']['num_sentences']} sentences: {_parity(text['parity'])}"
         )
+        if text["graph"].get("weights"):
+            lines.append(f"text side: {text['graph']['weights']['summary']}")
     return Outcome(values, "\n".join(lines))
 
 

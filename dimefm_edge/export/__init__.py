@@ -49,6 +49,7 @@ def export_student(
     extra: Mapping[str, Any] | None = None,
     text_teacher: TextSource | None = None,
     parity_sentences: Sequence[str] = (),
+    text_precision: str | None = None,
 ) -> Path:
     """Write a student or a teacher's `image_tower` as a bundle, whole or not at all at `out`.
 
@@ -66,6 +67,8 @@ def export_student(
         text_teacher: Whose text side goes into the bundle, a teacher's or a text student's; None
             for label sets only.
         parity_sentences: Real sentences; 64 are plenty.
+        text_precision: fp32, fp16, int8 or int4 of the text side; default: fp16 where the
+            images' is, else fp32.
 
     Returns:
         `out`.
@@ -102,7 +105,10 @@ def export_student(
     with building(out) as folder:
         text = None
         if text_teacher is not None:  # first: not every tokenizer can come along
-            text = write_text_side(folder, text_teacher, graph=graph, sentences=parity_sentences)
+            text = write_text_side(
+                folder, text_teacher, graph=graph, sentences=parity_sentences,
+                precision=text_precision,
+            )  # fmt: skip
         written = export(
             loaded.student,
             folder / MODEL_FILE,

@@ -35,9 +35,11 @@ from dimefm_edge.export.parity import (
     module_embeds,
     onnxruntime_errors,
 )
+from dimefm_edge.export.patches import patches_as_products
 from dimefm_edge.export.quant_rules import QUANT_RULES, QuantRules
 from dimefm_edge.export.tensorrt import require_graph, rules_for
 from dimefm_edge.export.trace import silence, trace
+from dimefm_edge.export.weight_only import WeightReport
 from dimefm_edge.manifest import INPUT_NAME, OUTPUT_NAME
 from dimefm_edge.targets.cpu import cpu_quant_rules
 
@@ -91,6 +93,8 @@ class OnnxGraph:
     """What its runtime would read and then run slowly or wrongly."""
     integer_kernels: IntegerKernels | None = None
     """What ran in integers here; of int8 for ONNX Runtime on a CPU such as this one."""
+    weights: WeightReport | None = None
+    """What is stored in integers; of a text tower in int8 or int4."""
 
     def to_dict(self) -> dict[str, Any]:
         """What a manifest keeps of it."""
@@ -102,6 +106,7 @@ class OnnxGraph:
             "warnings": list(self.warnings),
             "integer_kernels": self.integer_kernels
             and asdict(self.integer_kernels) | {"summary": str(self.integer_kernels)},
+            "weights": self.weights and asdict(self.weights) | {"summary": str(self.weights)},
         }
 
 
@@ -152,6 +157,8 @@ def export_onnx(
         attention=spec.attention,
         has_dynamic_batch=spec.batch_size is None,
     )
+    if spec.runtime == "onnxruntime" and spec.precision == "fp32" and spec.providers[0] == "cpu":
+        patches_as_products(model)
     model = in_precision(model, spec, parity_images, learned=learned)
     inputs: npt.NDArray[Any] = parity_images[: len(expected)]
     if head is not None:
@@ -213,6 +220,7 @@ def land_graph(
     metadata: Mapping[str, str],
     kind: str = "image",
     min_cosine: float | None = None,
+    precision: str | None = None,
 ) -> OnnxGraph:
     """Check a finished graph, and let it appear at `path` when its parity is proven.
 
@@ -225,6 +233,7 @@ def land_graph(
         metadata: Put into the graph's metadata.
         kind: What one input is, for errors.
         min_cosine: Demanded of each embedding; default: what the precision, or its rules, allow.
+        precision: What errors call it; default: the spec's.
 
     Raises:
         ExportError: If the graph is not valid, or its runtime would not read it.
@@ -243,8 +252,8 @@ def land_graph(
     try:
         part.write_bytes(model.SerializeToString(deterministic=True))
         parity = check_parity(
-            part, expected, inputs=inputs, precision=spec.precision, batch_size=spec.batch_size,
-            kind=kind, min_cosine=min_cosine,
+            part, expected, inputs=inputs, precision=precision or spec.precision,
+            batch_size=spec.batch_size, kind=kind, min_cosine=min_cosine,
         )  # fmt: skip
         if is_int8 and spec.quant_rules == cpu_quant_rules():
             rows = np.arange(spec.batch_size or 1) % len(inputs)

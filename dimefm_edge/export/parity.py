@@ -131,7 +131,7 @@ def check_parity(
             f"{len(set(rows[~is_good].tolist()))} {kind}s differ too much",
             hint="another torch or onnxscript release: pip install --upgrade torch onnxscript"
             if min_cosine is None
-            else "dimefm-edge export RUN --precision fp32",
+            else f"dimefm-edge export RUN --{'text-' * (kind == 'sentence')}precision fp32",
         )
     return ParityReport(float(diffs.max()), min(1.0, float(cosines.min())), len(inputs))
 

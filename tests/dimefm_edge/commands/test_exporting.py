@@ -144,6 +144,18 @@ def test_int8_says_what_runs_in_integers(tiny_run_dir, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_text_side_in_few_bits(tiny_run_dir, tiny_teacher_dir, tmp_path, capsys):
+    words = ("export", "--teacher", tiny_teacher_dir, "--text-precision", "int8")
+    assert cli.main([*map(str, words), "--out", str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2].startswith("text side: int8, ")
+    assert said[-1].startswith("text side: 7 products and 1 tables in integers, weights ")
+    words = ("export", str(tiny_run_dir), "--text", "--text-precision", "int4")
+    assert cli.main([*words, "--out", str(tmp_path / "c")]) == 1  # the run's target is a Jetson
+    assert "tensorrt has no MatMulNBits" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+
+
 def test_a_teacher_without_its_text_side(tiny_teacher_dir, labelled_dir, tmp_path, capsys):
     words = ("export", "--teacher", tiny_teacher_dir, "--image-only", "--images", labelled_dir)
     code, values = _json(capsys, *words, "--out", tmp_path / "b")
@@ -161,6 +173,7 @@ def test_a_teacher_without_its_text_side(tiny_teacher_dir, labelled_dir, tmp_pat
         ([], "export needs a run or a teacher"),
         (["RUN", "--teacher", "sample"], "export takes a run or a teacher, not both: "),
         (["RUN", "--text", "--image-only"], "--text and --image-only contradict each other"),
+        (["RUN", "--text-precision", "int8"], "int8 is of a text side, which is left out"),
         (["--teacher", "RUN"], " is a run\n  try: dimefm-edge export "),
         (["--teacher", "ViT-B-23:openai"], "unknown teacher 'ViT-B-23'. Did you mean 'ViT-"),
         (["--teacher", "ViT-B-32"], "teacher ViT-B-32 needs weights: a tag"),

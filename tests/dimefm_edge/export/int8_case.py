@@ -50,17 +50,21 @@ def scenes(count: int) -> npt.NDArray[np.float32]:
     return preprocess_images([scene_image(i) for i in range(count)], PreprocessSpec(SIDE))
 
 
+def family_module(family: str) -> nn.Module:
+    """A small model with random weights, answers of unit length."""
+    torch.manual_seed(0)
+    if family in _SPECS:
+        return build_student(_SPECS[family]).eval()
+    import open_clip
+
+    vision = {"image_size": SIDE, **_VISION[family]}
+    return _Unit(open_clip.CLIP(32, vision, _TEXT).visual).eval()
+
+
 @functools.cache
 def family_bytes(family: str) -> bytes:
     """The fp32 graph of a model with random weights; parsed anew by each who changes it."""
-    torch.manual_seed(0)
-    if family in _SPECS:
-        module = build_student(_SPECS[family]).eval()
-    else:
-        import open_clip
-
-        vision = {"image_size": SIDE, **_VISION[family]}
-        module = _Unit(open_clip.CLIP(32, vision, _TEXT).visual).eval()
+    module = family_module(family)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model.onnx")
         export_onnx(module, path, image_size=SIDE,

@@ -16,7 +16,7 @@ import torch
 from dimefm_edge.data.scenes import scene_sentence
 from dimefm_edge.encoders import Normalised, TextTower
 from dimefm_edge.errors import ExportError, ParityError, UnknownNameError
-from dimefm_edge.export import text as export_text
+from dimefm_edge.export import onnx as export_onnx
 from dimefm_edge.export.graph_spec import GraphSpec
 from dimefm_edge.export.parity import ParityReport, check_parity
 from dimefm_edge.export.text import (
@@ -157,8 +157,8 @@ def test_what_fp16_and_one_file_cannot_hold(
         overflowing.tower.model.transformer.resblocks[0].ln_2.weight.mul_(1e7)
     with pytest.raises(ParityError, match=r"leaves fp16's range \(65504\) on sentence 0 of 16"):
         export(overflowing, tmp_path / "o.onnx", tokens, "fp16")
-    monkeypatch.setattr(export_text, "_MAX_ONNX_BYTES", 1000)
-    with pytest.raises(ExportError, match="one ONNX file holds 2 GiB\n  try: --precision fp16"):
+    monkeypatch.setattr(export_onnx, "_MAX_ONNX_BYTES", 1000)
+    with pytest.raises(ExportError, match=r"one ONNX file holds 2 GiB\n  try: .*precision fp16"):
         export(tower, tmp_path / "o.onnx", tokens)
     assert not list(tmp_path.iterdir())
 
