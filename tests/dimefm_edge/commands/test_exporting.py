@@ -80,7 +80,7 @@ def test_a_teacher_by_its_folder(tiny_teacher_dir, labelled_dir, tmp_path, monke
     out = Path(f"{tiny_teacher_dir.name}-bundle")
     assert said[0].startswith(f"{out}: {tiny_teacher_dir.name}, fp32, ")
     assert said[0].endswith(f"label sets: {labelled_dir.name}")
-    assert said[1].startswith("for onnxruntime, opset 20, 53 nodes; attention: 2 as microsoft ")
+    assert said[1].startswith("for onnxruntime, opset 20, 54 nodes; attention: 2 as microsoft ")
     assert said[2].startswith("parity on 32 images: max abs difference ")
     assert said[3].startswith("text side: ")
     assert "12 tokens; parity on 70 sentences: max abs difference " in said[3]
