@@ -36,8 +36,11 @@ INHERITANCE_BONUS = 2.0
 """A student that starts from the teacher's weights counts as one of twice the arithmetic."""
 
 _MAX_MEASURED = 10
-_MARGIN = 0.97
-"""Of the budget, what a student that was not measured may take by its corrected estimate."""
+_MAX_OVER, _OVER = 3, 1.15
+"""How many are measured whose estimates are above the budget, and by how much at most."""
+_MARGIN = 0.94
+"""Of the budget, what a student should take when it is measured, or by its corrected estimate: the
+same graph exported and timed once more took 0.87 to 1.06 of it (benchmarks/bench_fit.py)."""
 _BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}  # an element; all else 1
 
 Measure = Callable[[StudentSpec, str], float]
@@ -192,6 +195,8 @@ def fit_student(
         measured = _measure_best(allowed, lambda spec: measure(spec, precision), limits.budget_ms)
         candidates = [measured.get(c.spec, c) for c in candidates]
         fitting = [c for c in measured.values() if c.fits]
+        safe = _MARGIN * limits.budget_ms
+        fitting = [c for c in fitting if (c.measured_ms or 0.0) <= safe] or fitting
         if not fitting:
             raise _budget_error(list(measured.values()) or candidates, target, precision, limits)
     chosen = max(fitting, key=lambda c: (c.score, -c.latency_ms))
@@ -230,17 +235,31 @@ def _measure_best(
 
     def fits(candidate: FitCandidate) -> bool:
         if candidate.spec in measured:
-            return measured[candidate.spec].fits
+            return (measured[candidate.spec].measured_ms or 0.0) <= _MARGIN * budget_ms
         return candidate.latency_ms * correction(candidate) <= _MARGIN * budget_ms
+
+    def look_at(candidate: FitCandidate) -> None:
+        name, estimate = candidate.spec.name, candidate.latency_ms
+        took = measure(candidate.spec)
+        logger.info("fit: %s takes %.3g ms, estimated %.3g", name, took, estimate)
+        measured[candidate.spec] = replace(candidate, measured_ms=took, fits=took <= budget_ms)
 
     for _ in range(_MAX_MEASURED if candidates else 0):
         able = [c for c in candidates if fits(c)] or [candidates[0]]
         best = max(able, key=lambda c: (c.score, -c.latency_ms))
         if best.spec in measured:
             break
-        took = measure(best.spec)
-        logger.info("fit: %s takes %.3g ms, estimated %.3g", best.spec.name, took, best.latency_ms)
-        measured[best.spec] = replace(best, measured_ms=took, fits=took <= budget_ms)
+        look_at(best)
+    for _ in range(_MAX_OVER):  # the estimates of larger ones may be too high
+        best_score = max((c.score for c in measured.values() if fits(c)), default=math.inf)
+        larger = [
+            c for c in candidates
+            if c.spec not in measured and c.score > best_score
+            and c.latency_ms * correction(c) <= _OVER * budget_ms
+        ]  # fmt: skip
+        if not larger:
+            break
+        look_at(min(larger, key=lambda c: c.latency_ms * correction(c)))
     return measured
 
 
