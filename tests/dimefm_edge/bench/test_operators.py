@@ -46,11 +46,12 @@ def test_one_model_in_each_runtime(tiny_run_dir, tmp_path):
         prepared = prepare(spec, folder)
         found[runtime] = profile_operators(prepared, load_runnable(prepared, load), load)
         assert sum(found[runtime]["kinds"].values()) == pytest.approx(1)
-        assert {"gemm", "norm", "convolution"} <= set(found[runtime]["kinds"])
+        assert {"gemm", "norm"} <= set(found[runtime]["kinds"])
         assert 0 < len(found[runtime]["top"]) <= 10
         assert found[runtime]["operators_ms"] > 0
     for runtime in ("onnxruntime", "openvino", "eager"):
         assert "attention" in found[runtime]["kinds"], runtime
+    assert "convolution" in found["eager"]["kinds"]  # in graphs for CPUs patches are a product
     assert found["onnxruntime"]["gmacs"] > 0
     assert found["dynamic-int8"]["gmacs"] == found["onnxruntime"]["gmacs"]
     assert found["openvino"]["gmacs"] == found["onnxruntime"]["gmacs"]
