@@ -13,6 +13,7 @@ from dimefm_edge.files import atomic_file
 from dimefm_edge.fit import FitReport, fit_student, plot_fit
 from dimefm_edge.latency.calibrate import measure_student
 from dimefm_edge.latency.estimate import trace_ops
+from dimefm_edge.run_log import require_same
 from dimefm_edge.students.vit import vit_geometry
 from dimefm_edge.targets import LOCAL, Target
 from dimefm_edge.teacher import Teacher
@@ -59,18 +60,13 @@ def keep_choice(fit: FitReport, config: RunConfig) -> None:
 def _chosen_before(path: Path, asked: dict[str, Any]) -> FitReport:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        before = values["asked"]
+        before = dict(values["asked"])
         report = FitReport.from_dict(values)
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(
             f"{path} is damaged: {error}", hint="delete it: the student is then chosen again"
         ) from error
-    changed = [key for key in asked if asked[key] != before.get(key)]
-    if changed:
-        pairs = ", ".join(f"{key} was {before.get(key)} and is {asked[key]}" for key in changed)
-        raise CheckpointError(
-            f"cannot resume {path.parent}: {pairs}", hint="give the same flags, or another --out"
-        )
+    require_same(path.parent, asked, before)
     return report
 
 

@@ -32,6 +32,7 @@ from dimefm_edge.run_log import (
     RunLog,
     StopSignal,
     load_state,
+    require_same,
     save_state,
     training_progress,
 )
@@ -333,14 +334,7 @@ class _Loop:
             CheckpointError: If it is damaged, or its settings or data are not this run's.
         """
         state = load_state(self.run_dir)
-        wanted, found = self._identity(), state.get("plan", {})
-        changed = [key for key in wanted if wanted[key] != found.get(key)]
-        if changed:
-            pairs = ", ".join(f"{k} was {found.get(k)} and is {wanted[k]}" for k in changed)
-            raise CheckpointError(
-                f"cannot resume {self.run_dir}: {pairs}",
-                hint="give the same flags, or another --out",
-            )
+        require_same(self.run_dir, self._identity(), state.get("plan", {}))
         try:
             self.student.load_state_dict(state["student"])
             if self.ema is not None:

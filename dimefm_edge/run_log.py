@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -110,6 +110,25 @@ def load_state(run_dir: Path) -> dict[str, Any]:
             hint=f"delete {path} and run again: the embeddings are kept, training starts anew",
         ) from error
     return state
+
+
+def require_same(run_dir: Path, wanted: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run by other settings than it began with.
+
+    Args:
+        run_dir: The run.
+        wanted: What must be as it was, by name.
+        before: What it was.
+
+    Raises:
+        CheckpointError: With each setting that changed.
+    """
+    changed = [key for key in wanted if wanted[key] != before.get(key)]
+    if changed:
+        pairs = ", ".join(f"{key} was {before.get(key)} and is {wanted[key]}" for key in changed)
+        raise CheckpointError(
+            f"cannot resume {run_dir}: {pairs}", hint="give the same flags, or another --out"
+        )
 
 
 class StopSignal:
