@@ -1,6 +1,6 @@
 """An ONNX graph as quantisation reads it: constants in one place, makers and readers by tensor.
 
-Used by int8.py.
+Used by int8.py, patches.py and weight_only.py.
 """
 
 from __future__ import annotations
@@ -67,3 +67,11 @@ class GraphView:
         """The one node that reads a tensor; None where there are more, or it is an answer."""
         readers = self.readers.get(name, [])
         return readers[0] if len(readers) == 1 and name not in self.outputs else None
+
+
+def drop_unread_weights(graph: onnx.GraphProto) -> None:
+    """Drop the initializers that no node reads."""
+    read = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dimefm_edge.errors import ExportError
 from dimefm_edge.export.calibration import PROBABILITIES, Range, calibrate
-from dimefm_edge.export.graph_view import GraphView, prepared
+from dimefm_edge.export.graph_view import GraphView, drop_unread_weights, prepared
 from dimefm_edge.export.learned import LearnedProduct, match_products
 from dimefm_edge.export.quant_rules import QuantRules
 from dimefm_edge.manifest import INPUT_NAME
@@ -235,7 +235,7 @@ class _Rewriter:
         ]
         del self.graph.proto.node[:]
         self.graph.proto.node.extend(nodes)
-        _drop_unused(self.graph.proto)
+        drop_unread_weights(self.graph.proto)
 
     def _quantize_output(self, name: str) -> None:
         """All readers of what an integer kernel writes read the integers."""
@@ -345,11 +345,3 @@ def _weight_scale(
 def _along(scale: npt.NDArray[np.float32], rank: int, axis: int | None) -> Any:
     """A vector of scales shaped to divide a tensor along an axis."""
     return scale if axis is None else np.expand_dims(scale, [i for i in range(rank) if i != axis])
-
-
-def _drop_unused(graph: onnx.GraphProto) -> None:
-    """Drop weights that nothing reads any more."""
-    used = {name for node in graph.node for name in node.input}
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(kept)

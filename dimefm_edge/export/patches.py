@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dimefm_edge.export.graph_view import GraphView
+from dimefm_edge.export.graph_view import GraphView, drop_unread_weights
 
 if TYPE_CHECKING:
     import onnx
@@ -122,10 +122,7 @@ def _put_in_place(view: GraphView, old: list[onnx.NodeProto], new: list[onnx.Nod
     after = [node for node in kept[at:] if node.name not in names]
     del graph.node[:]
     graph.node.extend([*before, *new, *after])
-    read = {name for node in graph.node for name in node.input}
-    weights = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(weights)
+    drop_unread_weights(graph)
     gone = {name for node in old for name in node.output} - set(new[-1].output)
     shapes = [value for value in graph.value_info if value.name not in gone]
     del graph.value_info[:]

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import ExportError
-from dimefm_edge.export.graph_view import GraphView
+from dimefm_edge.export.graph_view import GraphView, drop_unread_weights
 from dimefm_edge.export.lower import ORT_DOMAIN
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def quantize_weights(model: onnx.ModelProto, weights: WeightFormat) -> WeightRep
         else:
             continue
         counts["MatMul" if node.op_type == "MatMulNBits" else "Gather"] += 1
-    _drop_unread(model)
+    drop_unread_weights(model.graph)
     if not any(entry.domain == ORT_DOMAIN for entry in model.opset_import):
         model.opset_import.append(helper.make_opsetid(ORT_DOMAIN, 1))
     return WeightReport(
@@ -259,13 +259,6 @@ def _is_table(view: GraphView, node: onnx.NodeProto) -> bool:
 
 def _is_float(tensor: onnx.TensorProto) -> bool:
     return tensor.data_type == tensor.FLOAT
-
-
-def _drop_unread(model: onnx.ModelProto) -> None:
-    read = {name for node in model.graph.node for name in node.input}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name in read]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
 
 
 def _weight_bytes(model: onnx.ModelProto) -> int:
