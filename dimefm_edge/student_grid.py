@@ -15,6 +15,7 @@ from dimefm_edge.students import (
     convnet_spec,
     heads_for,
     hybrid_spec,
+    is_student_name,
     patch_for,
     student_spec,
     vit_spec,
@@ -143,6 +144,6 @@ def find_student(
     for spec, inherits in student_grid(FAMILIES, **sizes, teacher=teacher):
         if spec.name == name:
             return spec, inherits
-    if "-" not in name and not name.startswith("timm:"):
+    if not is_student_name(name):
         lookup(dict.fromkeys(("auto", *GRIDS, *NAMED_STUDENTS)), name, kind="student")
     return student_spec(name, **sizes), False

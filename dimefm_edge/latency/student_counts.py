@@ -19,7 +19,7 @@ from dimefm_edge.latency.operators import (
     total_params_m,
 )
 from dimefm_edge.latency.trace import trace_stages, trace_student
-from dimefm_edge.students import StudentSpec
+from dimefm_edge.students import STAGED_FAMILIES, StudentSpec
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def count_student(spec: StudentSpec) -> StudentCounts:
     if spec.family == "vit" and spec.args["depth"] > 3:  # the last block is not like the others
         two, three = (_count(trace_student(_of_depth(spec, depth))) for depth in (2, 3))
         return three.plus(three.plus(two, -1), spec.args["depth"] - 3)
-    if spec.family in ("hybrid", "convnet"):
+    if spec.family in STAGED_FAMILIES:
         counts, blocks = _two_blocks_each(_of_depth(spec, [2, 2, 2, 2]))
         for depth, block in zip(spec.args["depth"], blocks, strict=True):
             counts = counts.plus(block, depth - 2)

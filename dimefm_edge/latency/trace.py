@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dimefm_edge.errors import DimeFMError, InputError, lookup
 from dimefm_edge.latency.operators import Operator, convolution
-from dimefm_edge.students import StudentSpec, build_student, student_spec
+from dimefm_edge.students import STAGED_FAMILIES, StudentSpec, build_student, student_spec
 from dimefm_edge.students.hybrid import build_hybrid, reparameterise
 
 _KINDS = {
@@ -71,9 +71,8 @@ def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[Operat
 @functools.lru_cache(maxsize=4096)
 def trace_student(spec: StudentSpec, batch: int = 1) -> tuple[Operator, ...]:
     """`trace_ops` of a student as it is deployed, its branches merged. Cached by spec."""
-    if spec.family in ("hybrid", "convnet"):
-        with torch.device("meta"), _Unfilled():
-            student: nn.Module = build_hybrid(spec, is_merged=True)
+    if spec.family in STAGED_FAMILIES:
+        student: nn.Module = _on_meta(lambda: build_hybrid(spec, is_merged=True))
     else:
         student = _deployed(lambda: build_student(spec))
     return tuple(_trace(student, spec.image_size, batch))
@@ -86,8 +85,7 @@ def trace_stages(
 
     Blocks of a stage are alike: with two in every stage, these tell students of any depth.
     """
-    with torch.device("meta"), _Unfilled():
-        student: Any = build_hybrid(spec, is_merged=True)
+    student: Any = _on_meta(lambda: build_hybrid(spec, is_merged=True))
     seconds = [stage.blocks[1] for stage in student.trunk.stages]
     ops, spans = _trace_spans(student, spec.image_size, batch, seconds)
     return tuple(ops), tuple(tuple(ops[span]) for span in spans)
@@ -151,10 +149,14 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.device("meta"), _Unfilled():
+        return build()
+
+
 def _deployed(build: Callable[[], nn.Module]) -> nn.Module:
     """Built on the meta device, but where branches must be merged, which takes weights."""
-    with torch.device("meta"), _Unfilled():
-        module = build()
+    module = _on_meta(build)
     return reparameterise(build()) if _has_branches(module) else module
 
 

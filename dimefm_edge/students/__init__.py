@@ -111,6 +111,9 @@ STUDENTS: dict[str, Family] = {
     "timm": Family("any timm model: timm:NAME", _build_timm),
 }
 
+STAGED_FAMILIES = ("hybrid", "convnet")
+"""Those of four stages, which hybrid.py builds."""
+
 NAMED_STUDENTS: dict[str, dict[str, Any]] = {
     "vit-nano": {"width": 128, "depth": 4, "num_heads": 4},
     "vit-micro": {"width": 192, "depth": 6, "num_heads": 6},
@@ -127,7 +130,7 @@ NAMED_STUDENTS: dict[str, dict[str, Any]] = {
 """Fixed sizes by name, for comparisons; `fit` makes its own."""
 
 _VIT_NAME = re.compile(r"vit-p(\d+)-w(\d+)-d(\d+)")
-_STAGED_NAME = re.compile(r"(hybrid|convnet)-w(\d+)-d(\d+)\.(\d+)\.(\d+)\.(\d+)")
+_STAGED_NAME = re.compile(rf"({'|'.join(STAGED_FAMILIES)})-w(\d+)-d(\d+)\.(\d+)\.(\d+)\.(\d+)")
 
 
 def student_spec(name: str, *, image_size: int, embed_dim: int) -> StudentSpec:

@@ -28,7 +28,7 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 
 from dimefm_edge.errors import ConfigError, UnknownNameError, lookup
-from dimefm_edge.students.vit import inherited_layers
+from dimefm_edge.students.vit import activation_name, inherited_layers
 
 _ACTIVATIONS: dict[str, Any] = {
     "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "quick_gelu": QuickGELU,
@@ -170,7 +170,7 @@ def text_geometry(teacher_text_tower: nn.Module) -> dict[str, Any] | None:
         return None
     blocks = list(tower.transformer.resblocks)
     scales = [m for b in blocks for m in (b.ls_1, b.ls_2) if not isinstance(m, nn.Identity)]
-    act = _activation_name(blocks[0].mlp.gelu)
+    act = activation_name(blocks[0].mlp.gelu)
     projection = tower.text_projection
     if any(type(b) is not ResidualAttentionBlock for b in blocks) or scales or act is None:
         return None
@@ -319,11 +319,3 @@ def _weights(tower: nn.Module) -> dict[str, Tensor]:
         return renamed
     found["proj.weight"] = found.pop("text_projection").T
     return found
-
-
-def _activation_name(module: nn.Module) -> str | None:
-    if isinstance(module, QuickGELU):
-        return "quick_gelu"
-    if isinstance(module, nn.GELU):
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return None

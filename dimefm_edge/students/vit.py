@@ -87,8 +87,8 @@ def vit_geometry(teacher_image_tower: nn.Module) -> dict[str, Any] | None:
         isinstance(m, nn.Module) and list(m.parameters()) for b in blocks for m in (b.ls_1, b.ls_2)
     ):
         return None
-    act = _activation_name(blocks[0].mlp.gelu)
-    if act is None or tower.conv1.bias is not None or tower.proj is None:
+    act = activation_name(blocks[0].mlp.gelu)
+    if act not in _ACTIVATIONS or tower.conv1.bias is not None or tower.proj is None:
         return None
     width = tower.conv1.out_channels
     return {
@@ -161,8 +161,8 @@ def _student_geometry(student: Student) -> dict[str, Any] | None:
     if type(trunk) is not VisionTransformer or not isinstance(trunk.norm_pre, nn.LayerNorm):
         return None
     vit: Any = trunk
-    act = _activation_name(vit.blocks[0].mlp.act)
-    if act is None:
+    act = activation_name(vit.blocks[0].mlp.act)
+    if act not in _ACTIVATIONS:
         return None
     return {
         "image_size": int(vit.patch_embed.img_size[0]),
@@ -176,9 +176,10 @@ def _student_geometry(student: Student) -> dict[str, Any] | None:
     }
 
 
-def _activation_name(module: nn.Module) -> str | None:
+def activation_name(module: nn.Module) -> str | None:
+    """gelu, gelu_tanh or quick_gelu, as student specs call them; None of any other module."""
     if isinstance(module, nn.GELU):
-        return "gelu" if module.approximate == "none" else None
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
     return "quick_gelu" if type(module).__name__ == "QuickGELU" else None
 
 
