@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dimefm_edge.config import DEFAULT_MIN_CROP, TrainConfig
 from dimefm_edge.data.augment import random_crops, seeded_generator
-from dimefm_edge.data.epochs import Epochs, Rows, rows_fingerprint
+from dimefm_edge.data.epochs import Epochs, Rows, rows_fingerprints
 from dimefm_edge.data.images import ImagePool, PixelCache, decode_batches
 from dimefm_edge.data.neighbours import NeighbourTable
 from dimefm_edge.data.pairs import Pairs
@@ -64,18 +64,13 @@ class DistillData:
 
     def usable_images(self) -> Rows:
         """Rows to train on: asked for, and readable."""
-        rows = self.images.valid_rows()
-        return rows if self.image_rows is None else np.intersect1d(rows, self.image_rows)
+        return self.images.usable_rows(self.image_rows)
 
     def extras(self) -> dict[str, str]:
         """Fingerprints of what not every run has, by name."""
         parts = {"pairs": self.pairs, "neighbours": self.neighbours, "views": self.views}
         found = {name: part.fingerprint for name, part in parts.items() if part is not None}
-        for name in ("image_rows", "text_rows"):
-            rows = getattr(self, name)
-            if rows is not None:
-                found[name] = rows_fingerprint(rows)
-        return found
+        return found | rows_fingerprints(image_rows=self.image_rows, text_rows=self.text_rows)
 
 
 @dataclass(frozen=True)

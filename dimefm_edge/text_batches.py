@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dimefm_edge.config import TrainConfig
-from dimefm_edge.data.epochs import Epochs, Rows, rows_fingerprint
+from dimefm_edge.data.epochs import Epochs, Rows, rows_fingerprints
 from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.data.tokens import TokenTable
 from dimefm_edge.distributed import Ranks
@@ -51,17 +51,12 @@ class TextData:
 
     def usable_images(self) -> Rows:
         """Rows to compare with: asked for, and readable."""
-        rows = self.images.valid_rows()
-        return rows if self.image_rows is None else np.intersect1d(rows, self.image_rows)
+        return self.images.usable_rows(self.image_rows)
 
     def extras(self) -> dict[str, str]:
         """Fingerprints of what not every run has, by name."""
-        found = {"tokens": self.tokens.fingerprint}
-        return found | {
-            name: rows_fingerprint(rows)
-            for name in ("text_rows", "image_rows")
-            if (rows := getattr(self, name)) is not None
-        }
+        rows = rows_fingerprints(text_rows=self.text_rows, image_rows=self.image_rows)
+        return {"tokens": self.tokens.fingerprint, **rows}
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,13 @@ import numpy.typing as npt
 Rows = npt.NDArray[np.int64]
 
 
-def rows_fingerprint(rows: Rows) -> str:
-    """16 hex digits that tell a choice of rows from others."""
-    return hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()[:16]
+def rows_fingerprints(**choices: Rows | None) -> dict[str, str]:
+    """16 hex digits that tell a choice of rows from others, by name; of those that are made."""
+    return {
+        name: hashlib.sha256(np.ascontiguousarray(rows).data).hexdigest()[:16]
+        for name, rows in choices.items()
+        if rows is not None
+    }
 
 
 class Epochs:

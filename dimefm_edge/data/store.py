@@ -156,6 +156,11 @@ class EmbeddingStore:
         is_valid[[row for row, _ in self.manifest.bad_rows]] = False
         return np.flatnonzero(is_valid)
 
+    def usable_rows(self, wanted: Rows | None) -> Rows:
+        """Those of the wanted rows that could be read, ascending; None: all that could."""
+        rows = self.valid_rows()
+        return rows if wanted is None else np.intersect1d(rows, wanted)
+
     def verify(self) -> None:
         """Compare every shard with its checksum.
 

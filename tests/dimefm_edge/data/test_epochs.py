@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from dimefm_edge.data.epochs import Epochs, rows_fingerprint
+from dimefm_edge.data.epochs import Epochs, rows_fingerprints
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (10, 10), (3, 8), (1, 5)])
@@ -36,6 +36,9 @@ def test_seeds_and_streams_differ() -> None:
 
 def test_a_fingerprint_tells_rows() -> None:
     rows = np.arange(9)
-    assert rows_fingerprint(rows) == rows_fingerprint(rows.copy())
-    assert rows_fingerprint(rows) != rows_fingerprint(rows[::-1])
-    assert len(rows_fingerprint(rows)) == 16
+    first, same, other = (
+        rows_fingerprints(of=choice)["of"] for choice in (rows, rows.copy(), rows[::-1])
+    )
+    assert first == same
+    assert first != other
+    assert len(first) == 16
