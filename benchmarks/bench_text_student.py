@@ -34,7 +34,7 @@ from dimefm_edge.export.graph_spec import graph_spec
 from dimefm_edge.export.text import export_text_onnx
 from dimefm_edge.export.tokenizers import PROBES
 from dimefm_edge.labels import build_label_bank
-from dimefm_edge.latency.measure import machine_info, measure_interleaved
+from dimefm_edge.latency.measure import machine_info, measure_blocks
 from dimefm_edge.runtime.text import TextEncoder
 from dimefm_edge.students.text import TextStudent
 from dimefm_edge.students.text_checkpoint import load_text_student
@@ -155,7 +155,7 @@ def sizes(teacher: Teacher) -> dict[str, Any]:
             )  # fmt: skip
             encoders[name] = TextEncoder(path, plan.tokenizer, embed_dim=plan.spec.embed_dim)
             found[name] = {"params_m": params_m(tower), "size_mib": path.stat().st_size / 2**20}
-        reports = measure_interleaved(
+        reports = measure_blocks(
             {
                 name: lambda encoder=encoder: encoder.encode_texts([_SENTENCE])  # type: ignore[misc]
                 for name, encoder in encoders.items()

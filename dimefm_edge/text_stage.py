@@ -34,7 +34,7 @@ from dimefm_edge.export import graph_spec
 from dimefm_edge.export.text import export_text_onnx
 from dimefm_edge.export.tokenizers import PROBES, convert_tokenizer
 from dimefm_edge.labels import LabelBank, build_label_bank
-from dimefm_edge.latency.measure import LatencyReport, measure_interleaved
+from dimefm_edge.latency.measure import LatencyReport, measure_blocks
 from dimefm_edge.report import TextAccuracyRow, TextReport, TextRow
 from dimefm_edge.runtime import Bundle, load_engine, load_text_encoder
 from dimefm_edge.runtime.text import TextEncoder
@@ -354,7 +354,7 @@ def compare_text_towers(
         except (ExportError, ParityError) as error:
             logger.warning("the teacher's text tower is measured in PyTorch: %s", error)
             runtime, encode = "PyTorch", _eager(tower, loaded.tokenizer)
-        first, second = measure_interleaved(
+        first, second = measure_blocks(
             {
                 "teacher": lambda: encode([_LATENCY_SENTENCE]),
                 "student": lambda: student.encode_texts([_LATENCY_SENTENCE]),
