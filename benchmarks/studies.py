@@ -335,12 +335,16 @@ def fit_figures(study: Study, arm: Arm) -> dict[str, float]:
 
 
 def rank_correlations(rows: dict[str, dict[str, float]], score: str) -> dict[str, float]:
-    """Spearman's, of each figure with what training came to."""
+    """Spearman's, of each figure with what training came to; none while fewer than two are done."""
     done = pd.DataFrame([row for row in rows.values() if score in row])
-    return {
-        name: float(done[name].corr(done[score], method="spearman"))
-        for name in ("gmacs", "params_m", "score")
-    }
+    return (
+        {}
+        if len(done) < 2
+        else {
+            name: float(done[name].corr(done[score], method="spearman"))
+            for name in ("gmacs", "params_m", "score")
+        }
+    )
 
 
 def table_of(summary: dict[str, dict[str, float]], teacher: dict[str, float]) -> str:

@@ -73,6 +73,28 @@ def test_a_study_keeps_its_runs_and_goes_on(script, tmp_path, monkeypatch):
     assert "±" in table
 
 
+def test_students_are_ranked_by_what_fit_goes_by(script, tmp_path, monkeypatch):
+    names = ("vit-p16-w32-d2", "convnet-w16-d1.1.1.1", "vit-p8-w192-d2, inherits")
+    arms = {
+        name: script.Arm(student=name.split(",")[0], inherits="inherits" in name) for name in names
+    }
+    monkeypatch.setitem(script.STUDIES, "students", arms)
+    args = arguments(script, tmp_path, "--seeds", "0")
+    args.study, args.prepare = "students", True
+    assert script.run_study(args)["rank_correlation"] == {}
+    args.prepare = False
+    values = script.run_study(args)
+    rows = values["arms"]
+    assert rows[names[2]]["score"] == 2 * rows[names[2]]["gmacs"]
+    assert rows[names[0]]["score"] == rows[names[0]]["gmacs"] < rows[names[2]]["gmacs"]
+    assert set(values["rank_correlation"]) == {"gmacs", "params_m", "score"}
+    specs = {
+        json.loads(path.read_text())["settings"]["student"]["name"]
+        for path in (tmp_path / "out/scenes/runs").glob("*/result.json")
+    }
+    assert specs == {name.split(",")[0] for name in names}
+
+
 def test_the_signal_is_all_that_differs(script, tmp_path):
     """The paired images of scenes are the unlabelled ones: distilled, they end alike."""
     from safetensors.numpy import load_file
