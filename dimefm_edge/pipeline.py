@@ -192,7 +192,9 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             logit_scale=teacher.logit_scale,
             extra={"target": target.name, "teacher": teacher.name, "budget_ms": fit.budget_ms},
             text_student=load_text_student(run_dir) if trained_text else None,
-            sentences=list(itertools.islice(sentences, _NUM_PARITY_SENTENCES)),
+            sentences=list(itertools.islice(sentences, _NUM_PARITY_SENTENCES))
+            if trained_text
+            else (),
         )
         bundle = list(bundles.values())[-1]
     with clock("evaluate"):

@@ -126,15 +126,11 @@ class Analogy:
     by_name: Mapping[str, Mapping[str, float]]
     """level -> "key model" -> sum of weights."""
 
-    def predict(self, keys: Mapping[str, str], costs: Vector, *, model: str = "") -> float:
-        """log ms of a model where the context's levels have these keys."""
-        log_ms, _ = self.predict_near(keys, costs, model=model)
-        return log_ms
-
     def predict_near(
         self, keys: Mapping[str, str], costs: Vector, *, model: str = ""
     ) -> tuple[float, float]:
-        """`predict`, and how near the nearest model of the rows is, in (0, 1]."""
+        """log ms of a model where the context's levels have these keys, and how near the nearest
+        model of the rows is, in (0, 1]."""
         own = self.constants.scaled(model_features(costs))[None]
         linear, near = (part[0] for part in self.constants.likeness(own, self.models))
         total = self.mean
