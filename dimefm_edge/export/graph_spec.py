@@ -66,6 +66,12 @@ class GraphSpec:
             )
         if self.attention == "plugin":
             self._check_plugin()
+        if self.calibration is not None and self.precision != "int8":
+            raise ExportError(
+                f"--calibration {self.calibration} says how far int8 reaches, and the graph is "
+                f"{self.precision}",
+                hint="--precision int8, or drop --calibration",
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise ExportError(f"batch size must be positive, got {self.batch_size}")
 
@@ -125,9 +131,11 @@ def graph_spec(
         calibration: Of int8; default: what the rules say.
 
     Raises:
-        ExportError: If two of them contradict each other.
+        ExportError: If two of them contradict each other, or the target has no int8.
         UnknownNameError: If a name is not known.
     """
+    if precision == "int8" and target is not None:
+        require_int8_target(target, hint=f"--precision {target.precision}, or another --target")
     runtime = "onnxruntime" if target is None else target.runtime
     attention = attention or RUNTIME_ATTENTION[runtime][0]
     default_opset = ATTENTION_OPSET if attention == "Attention" else DEFAULT_OPSET
@@ -145,3 +153,20 @@ def graph_spec(
         quant_rules=(rules or cpu_quant_rules()) if precision == "int8" else None,
         calibration=calibration,
     )
+
+
+def require_int8_target(target: Target, *, hint: str) -> None:
+    """Refuse a device whose hardware multiplies no 8-bit integers: it would run them in float.
+
+    Args:
+        target: The device.
+        hint: What to do instead.
+
+    Raises:
+        ExportError: If it does not.
+    """
+    if "int8" not in target.precisions:
+        raise ExportError(
+            f"{target.name} has no int8: {target.title} runs {', '.join(target.precisions)}",
+            hint=hint,
+        )

@@ -27,7 +27,12 @@ from dimefm_edge.export.ends import add_head, normalised_to_pixels, take_pixels
 from dimefm_edge.export.fp16 import check_fp16_range, convert_to_fp16
 from dimefm_edge.export.graph_spec import GraphSpec
 from dimefm_edge.export.int8 import quantize_graph
-from dimefm_edge.export.integer_kernels import IntegerKernels, count_integer_kernels
+from dimefm_edge.export.integer_kernels import (
+    IntegerKernels,
+    QuantizedProducts,
+    count_integer_kernels,
+    quantized_products,
+)
 from dimefm_edge.export.learned import MIN_LEARNED_COSINE, FakeQuantised, LearnedProduct
 from dimefm_edge.export.parity import (
     ParityReport,
@@ -93,6 +98,8 @@ class OnnxGraph:
     """What its runtime would read and then run slowly or wrongly."""
     integer_kernels: IntegerKernels | None = None
     """What ran in integers here; of int8 for ONNX Runtime on a CPU such as this one."""
+    quantized: QuantizedProducts | None = None
+    """What is asked to run in integers, and what is left in float; of int8."""
     weights: WeightReport | None = None
     """What is stored in integers; of a text tower in int8 or int4."""
 
@@ -106,6 +113,8 @@ class OnnxGraph:
             "warnings": list(self.warnings),
             "integer_kernels": self.integer_kernels
             and asdict(self.integer_kernels) | {"summary": str(self.integer_kernels)},
+            "quantized": self.quantized
+            and asdict(self.quantized) | {"summary": str(self.quantized)},
             "weights": self.weights and asdict(self.weights) | {"summary": str(self.weights)},
         }
 
@@ -265,8 +274,9 @@ def land_graph(
     attentions = tuple(find_attentions(model))
     fusion = report_fusion(model, attentions)
     return OnnxGraph(
-        path, spec.opset, _count_ops(model), parity, fusion, attentions, warnings, integers
-    )
+        path, spec.opset, _count_ops(model), parity, fusion, attentions, warnings, integers,
+        quantized_products(model) if is_int8 else None,
+    )  # fmt: skip
 
 
 def _quant_rules(spec: GraphSpec) -> QuantRules:

@@ -141,6 +141,41 @@ def test_int8_says_what_runs_in_integers(tiny_run_dir, tmp_path, capsys):
                          "jetson-orin", "--out", tmp_path / "c")  # fmt: skip
     assert code == 0
     assert values["graph"]["integer_kernels"] is None  # TensorRT's are told by `build`
+    assert values["graph"]["quantized"]["left_float"] == {}
+
+
+def test_int8_names_what_its_rules_leave_in_float(tiny_run_dir, tmp_path, capsys):
+    words = ["export", str(tiny_run_dir), "--precision", "int8", "--target", "raspberry-pi-5"]
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 0
+    told = load_bundle(tmp_path / "b").manifest["graph"]["quantized"]
+    kinds = list(told["left_float"].values())
+    assert set(kinds) == {"on the image", "attention"}
+    total = len(told["quantized"]) + len(kinds)
+    said = f"int8: {len(told['quantized'])} of {total} products quantised; left in float: 1 on the"
+    assert said in capsys.readouterr().out
+
+
+def test_a_device_without_int8_is_refused(tiny_run_dir, tmp_path, capsys):
+    words = ["export", str(tiny_run_dir), "--precision", "int8", "--target", "jetson-nano"]
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 1
+    said = capsys.readouterr().err
+    assert "jetson-nano has no int8: NVIDIA Jetson Nano 4 GB runs fp16, fp32" in said
+    assert "try: --precision fp16, or another --target" in said
+    assert not (tmp_path / "b").exists()
+
+
+def test_calibration_of_a_float_graph_is_refused(tiny_run_dir, capsys):
+    assert cli.main(["export", str(tiny_run_dir), "--calibration", "mse"]) == 1
+    assert "how far int8 reaches, and the graph is fp32" in capsys.readouterr().err
+
+
+def test_what_a_run_kept_float_is_told_when_it_is_not_kept(tiny_run_dir, tmp_path, caplog, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run_dir, run)
+    (run / "keep_float.json").write_text('{"asked": {}, "products": ["head", "stem"]}')
+    words = ["export", str(run), "--precision", "int8", "--target", "x86-cpu"]
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 0
+    assert "left head, stem in float: here all is quantised" in caplog.text
 
 
 @pytest.mark.slow
