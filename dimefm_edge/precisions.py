@@ -28,7 +28,7 @@ from dimefm_edge.distributed import Ranks
 from dimefm_edge.errors import ConfigError, MissingExtraError
 from dimefm_edge.evaluate.zero_shot import evaluate_zero_shot
 from dimefm_edge.export import export_student, graph_spec
-from dimefm_edge.export.graph_spec import require_int8_target
+from dimefm_edge.export.graph_spec import require_precision
 from dimefm_edge.export.integer_kernels import count_integer_kernels
 from dimefm_edge.files import atomic_file
 from dimefm_edge.labels import LabelBank
@@ -61,7 +61,7 @@ def require_int8(quant: QuantConfig, eval_sets: Sequence[str], target: Target) -
         ExportError: If the target has no int8.
         MissingExtraError: If torchao is not installed.
     """
-    require_int8_target(target, hint="drop --qat and --ptq, or another --target")
+    require_precision(target, "int8", hint="drop --qat and --ptq, or another --target")
     if quant.max_drop is not None and not eval_sets:
         raise ConfigError(
             "--max-drop is in points of zero-shot top-1, and there is no test set",

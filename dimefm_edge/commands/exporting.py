@@ -54,6 +54,7 @@ class _Source:
 def run_export(options: ExportOptions) -> Outcome:
     """Write a run or a teacher as a bundle; for TensorRT, build its engine here too."""
     from dimefm_edge.export import EXPORTERS, export_student
+    from dimefm_edge.export.graph_spec import QUANTIZED
     from dimefm_edge.runtime import load_bundle
 
     _check(options)
@@ -67,7 +68,7 @@ def run_export(options: ExportOptions) -> Outcome:
             hint="drop --image-only" if options.image_only else "add --text",
         )
     graph = _graph_spec(options, source.extra.get("target"))
-    count = _NUM_CALIBRATION_IMAGES if graph.precision == "int8" else _NUM_PARITY_IMAGES
+    count = _NUM_CALIBRATION_IMAGES if graph.precision in QUANTIZED else _NUM_PARITY_IMAGES
     export_student(
         _trained_for(graph, options) or source.loaded,
         source.out,
@@ -199,7 +200,7 @@ def _outcome(bundle: Bundle, out: Path) -> Outcome:
         f"for {graph['runtime']}, opset {bundle.manifest['opset']}, {graph['nodes']} nodes; "
         f"{graph['fusion']['summary']}",
         f"parity on {parity['num_images']} images: {_parity(parity)}",
-        *([f"int8: {graph['quantized']['summary']}"] if graph["quantized"] else []),
+        *([f"{bundle.precision}: {graph['quantized']['summary']}"] if graph["quantized"] else []),
         *([f"int8 on this CPU: {integers['summary']}"] if integers else []),
         *(
             f"kernel for sm_{k['capability']}: {k['name']}, {k['num_registers']} registers, "

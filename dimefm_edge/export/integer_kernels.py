@@ -31,7 +31,8 @@ _INTEGER_KERNELS = (
 _ATTENTIONS = ("Attention", "MultiHeadAttention")
 _IMAGE_CHANNELS = 3
 _STEM, _DEPTHWISE, _PAIR = "on the image", "depthwise", "of two activations"
-_OTHER = "of other kinds"
+_COMPUTED, _OTHER = "of computed weights", "of other kinds"
+_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,10 @@ class QuantizedProducts:
             said += "; left in float: "
             said += ", ".join(f"{count} {kind}" for kind, count in kinds.items())
         others = [name for name, kind in self.left_float.items() if kind == _OTHER]
-        return said + (f" ({', '.join(others)})" if others else "")
+        if not others:
+            return said
+        more = ", ..." if len(others) > _LISTED else ""
+        return f"{said} ({', '.join(others[:_LISTED])}{more})"
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,9 @@ def _kind(node: onnx.NodeProto, weights: dict[str, tuple[int, ...]]) -> str:
     shape = weights.get(node.input[1])
     if node.op_type == "MatMul" and not {*node.input} & {*weights}:
         return _PAIR
-    if node.op_type != "Conv" or shape is None:
+    if shape is None:
+        return _OTHER if node.op_type == "MatMul" else _COMPUTED
+    if node.op_type != "Conv":
         return _OTHER
     is_stem = shape[1] == _IMAGE_CHANNELS and all(
         a.name != "group" or a.i == 1 for a in node.attribute

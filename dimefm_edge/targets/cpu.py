@@ -1,4 +1,4 @@
-"""What this CPU multiplies integers with, and so which int8 graphs suit it.
+"""What this CPU multiplies integers with, and so which int8 graphs suit it and ONNX Runtime.
 
 Read by export, for the rules of a graph that is made for this machine, and by the runtime, to
 see whether a bundle was made for another. The names are those of export/quant_rules.py.
@@ -56,3 +56,12 @@ def int8_products_saturate() -> bool:
     (onnxruntime_session_options_config_keys.h).
     """
     return cpu_quant_rules() == AVX2_RULES
+
+
+def unsafe_rewrites(precision: str) -> list[str]:
+    """Names of ONNX Runtime's optimisations that go wrong on graphs of a precision.
+
+    Version 1.32 drops a Relu before a QuantizeLinear in fp8, as if 0 were fp8's least number, and
+    refuses a Clip there (its relu_quantizelinear.cc and clip_quantizelinear.cc know integers).
+    """
+    return ["ReluQuantRewrite", "ClipQuantRewrite"] if precision == "fp8" else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -162,6 +163,40 @@ def test_a_device_without_int8_is_refused(tiny_run_dir, tmp_path, capsys):
     assert "jetson-nano has no int8: NVIDIA Jetson Nano 4 GB runs fp16, fp32" in said
     assert "try: --precision fp16, or another --target" in said
     assert not (tmp_path / "b").exists()
+
+
+def test_fp8_for_a_gpu_that_has_it(tiny_run_dir, tmp_path, capsys):
+    words = ["export", str(tiny_run_dir), "--precision", "fp8", "--target", "jetson-agx-thor"]
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 0
+    assert "fp8: " in capsys.readouterr().out
+    bundle = load_bundle(tmp_path / "b")
+    assert bundle.precision == "fp8"
+    assert bundle.manifest["parity"]["min_cosine"] > 0.98
+    assert set(bundle.manifest["graph"]["quantized"]["left_float"].values()) == {"on the image"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--target", "jetson-orin"], r"jetson-agx-orin has no fp8: .* runs fp16, int8, fp32"),
+        (["--target", "x86-cpu"], "x86-cpu has no fp8"),
+        (["--target", "jetson-agx-thor", "--opset", "18"], "opset 18 has no fp8"),
+        (["--target", "jetson-agx-thor", "--attention", "plugin"], "fp32 and fp16 graphs, not fp8"),
+        (["--target", "jetson-agx-thor", "--format", "pt2"], "a .pt2 is fp32 or fp16, not fp8"),
+    ],
+)
+def test_fp8_elsewhere_is_refused(words, message, tiny_run_dir, tmp_path, capsys):
+    asked = ["export", str(tiny_run_dir), "--precision", "fp8", "--out", str(tmp_path / "b")]
+    assert cli.main([*asked, *words]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_fp8_of_a_teacher_needs_a_target(tiny_teacher_dir, tmp_path, capsys):
+    words = ["export", "--teacher", str(tiny_teacher_dir), "--precision", "fp8"]
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 1
+    said = capsys.readouterr().err
+    assert "no target says so" in said
+    assert "--target jetson-agx-thor" in said
 
 
 def test_calibration_of_a_float_graph_is_refused(tiny_run_dir, capsys):

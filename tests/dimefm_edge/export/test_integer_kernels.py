@@ -8,7 +8,11 @@ import pytest
 from onnx import helper, numpy_helper
 
 from dimefm_edge.export.int8 import quantize_graph
-from dimefm_edge.export.integer_kernels import IntegerKernels, count_integer_kernels
+from dimefm_edge.export.integer_kernels import (
+    IntegerKernels,
+    count_integer_kernels,
+    quantized_products,
+)
 from dimefm_edge.export.quant_rules import QUANT_RULES
 from tests.dimefm_edge.export.int8_case import family_graph, hand_made, scenes
 
@@ -87,3 +91,30 @@ def test_what_falls_back_is_named(tmp_path):
     assert str(found) == (
         "products in integers: 1 (1 QGemm); left in float: 0; fell back to float: 1 (second)"
     )
+
+
+def test_what_is_left_in_float_is_told_by_kind():
+    nodes = [
+        helper.make_node("Conv", ["image", "w0"], ["a"], "stem"),
+        helper.make_node("Conv", ["a", "w1"], ["b"], "depthwise", group=8),
+        helper.make_node("Sqrt", ["w2"], ["computed"]),
+        helper.make_node("Conv", ["b", "computed"], ["c"], "standardised"),
+        helper.make_node("MatMul", ["c", "c"], ["d"], "pair"),
+        helper.make_node("Conv", ["d", "w2"], ["e"], "wide"),
+        helper.make_node("GlobalAveragePool", ["e"], ["g"]),
+        helper.make_node("Flatten", ["g"], ["image_embeds"]),
+    ]
+    weights = {
+        name: np.ones(shape, np.float32)
+        for name, shape in {"w0": (8, 3, 1, 1), "w1": (8, 1, 1, 1), "w2": (8, 8, 1, 1)}.items()
+    }
+    model = hand_made(nodes, weights, shape=["B", 3, 32, 32], out=["B", 8])
+    found = quantized_products(model)
+    assert (found.quantized, found.left_float["wide"]) == ((), "of other kinds")
+    assert str(found) == (
+        "0 of 5 products quantised; left in float: 1 on the image, 1 depthwise, 1 of computed "
+        "weights, 1 of two activations, 1 of other kinds (wide)"
+    )
+    rules = QUANT_RULES["onnxruntime-x86"]
+    found = quantized_products(quantize_graph(model, scenes(2), rules=rules))
+    assert found.quantized == ("wide",)

@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from dimefm_edge.targets.cpu import cpu_features, cpu_quant_rules, int8_products_saturate
+from dimefm_edge.targets.cpu import (
+    cpu_features,
+    cpu_quant_rules,
+    int8_products_saturate,
+    unsafe_rewrites,
+)
 
 X86 = """processor\t: 0
 vendor_id\t: GenuineIntel
@@ -50,3 +55,8 @@ def test_rules_of_a_cpu(machine: str, features: set[str], name: str) -> None:
 def test_this_cpu_has_rules() -> None:
     assert cpu_quant_rules().startswith("onnxruntime-")
     assert int8_products_saturate() == (cpu_quant_rules() == "onnxruntime-x86-avx2")
+
+
+def test_only_fp8_must_be_left_as_it_is_written() -> None:
+    assert unsafe_rewrites("fp8")
+    assert unsafe_rewrites("int8") == unsafe_rewrites("fp32") == []
