@@ -43,7 +43,7 @@ from dimefm_edge.latency.measure import machine_info
 from dimefm_edge.manifest import INPUT_NAME
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.students import build_student, hybrid_spec, student_spec, vit_spec
-from dimefm_edge.targets.cpu import AVX2_RULES, cpu_quant_rules
+from dimefm_edge.targets.cpu import AVX2_RULES, cpu_quant_rules, unwanted_rewrites
 from dimefm_edge.teacher import load_teacher
 
 Images = npt.NDArray[np.float32]
@@ -140,7 +140,11 @@ def open_session(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    is_ours = path.name.startswith("ours")  # what runs them asks for this
+    return onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"],
+        disabled_optimizers=unwanted_rewrites("int8" if is_ours else "fp32"),
+    )  # fmt: skip
 
 
 def embeds(session: Any, images: Images) -> Images:

@@ -142,7 +142,7 @@ def _kind(node: onnx.NodeProto, weights: dict[str, tuple[int, ...]]) -> str:
 def _kernels(path: Path, image: npt.NDArray[Any]) -> list[tuple[str, str]]:
     """(kind, node) of every kernel that one run calls; nodes as the file names them."""
     with tempfile.TemporaryDirectory() as folder:
-        session = cpu_session(str(path), profile=str(Path(folder, "profile")))
+        session = cpu_session(str(path), precision="int8", profile=str(Path(folder, "profile")))
         session.run(None, {session.get_inputs()[0].name: image})
         events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
     return [

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import ExportError, ParityError
-from dimefm_edge.targets.cpu import int8_products_saturate, unsafe_rewrites
+from dimefm_edge.targets.cpu import int8_products_saturate, unwanted_rewrites
 
 if TYPE_CHECKING:
     from torch import nn
@@ -178,7 +178,7 @@ def cpu_session(model: bytes | str, *, precision: str = "fp32", profile: str | N
         options.add_session_config_entry("session.x64quantprecision", "1")
     return onnxruntime.InferenceSession(
         model, options, providers=["CPUExecutionProvider"],
-        disabled_optimizers=unsafe_rewrites(precision),
+        disabled_optimizers=unwanted_rewrites(precision),
     )  # fmt: skip
 
 

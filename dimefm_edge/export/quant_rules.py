@@ -39,7 +39,7 @@ CalibrationMethod = Literal["minmax", "percentile", "mse"]
 QuantType = Literal["int8", "uint8", "float8_e4m3fn"]
 FP8: QuantType = "float8_e4m3fn"
 """Called so by torch and numpy alike."""
-FP8_MAX = 448.0
+FP8_MAX = 448
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 
@@ -87,9 +87,9 @@ class QuantRules:
         return "fp8" if self.activation == FP8 else "int8"
 
     @property
-    def weight_max(self) -> float:
+    def weight_max(self) -> int:
         """The largest weight, its zero point taken off; the smallest is as far below 0."""
-        return FP8_MAX if self.weight == FP8 else 2 ** (self.weight_bits - 1) - 1
+        return FP8_MAX if self.weight == FP8 else int(2 ** (self.weight_bits - 1)) - 1
 
     def takes_convolution(self, shape: Sequence[int], *, is_stem: bool) -> bool:
         """Whether a convolution is quantised.

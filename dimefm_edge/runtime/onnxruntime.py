@@ -19,7 +19,7 @@ from dimefm_edge.runtime.providers import (
     choose_providers,
     session_providers,
 )
-from dimefm_edge.targets.cpu import int8_products_saturate, unsafe_rewrites
+from dimefm_edge.targets.cpu import int8_products_saturate, unwanted_rewrites
 
 _ERRORS_ONLY = 3
 _CPUS = Path("/sys/devices/system/cpu")
@@ -208,7 +208,7 @@ def load_session(
     try:
         return onnxruntime.InferenceSession(
             str(model_path), options, providers=list(providers),
-            disabled_optimizers=unsafe_rewrites(precision),
+            disabled_optimizers=unwanted_rewrites(precision),
         )  # fmt: skip
     # ONNX Runtime's own exceptions share no public base but Exception.
     except Exception as error:

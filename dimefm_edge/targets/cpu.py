@@ -58,10 +58,15 @@ def int8_products_saturate() -> bool:
     return cpu_quant_rules() == AVX2_RULES
 
 
-def unsafe_rewrites(precision: str) -> list[str]:
-    """Names of ONNX Runtime's optimisations that go wrong on graphs of a precision.
+def unwanted_rewrites(precision: str) -> list[str]:
+    """Names of ONNX Runtime's optimisations that spoil graphs of a precision.
 
-    Version 1.32 drops a Relu before a QuantizeLinear in fp8, as if 0 were fp8's least number, and
-    refuses a Clip there (its relu_quantizelinear.cc and clip_quantizelinear.cc know integers).
+    Version 1.32 quantises float weights of a Conv or Gemm by itself where what it reads was in
+    integers, with one scale for all channels (weight_bias_quantization.cc): a depthwise convolution
+    that the rules leave in float, a layer that `--max-drop` keeps. In fp8 it drops a Relu before a
+    QuantizeLinear, as if 0 were the least number, and refuses a Clip there (relu_quantizelinear.cc
+    and clip_quantizelinear.cc know integers only).
     """
-    return ["ReluQuantRewrite", "ClipQuantRewrite"] if precision == "fp8" else []
+    names = {"int8": ["WeightBiasQuantization"]}
+    names["fp8"] = [*names["int8"], "ReluQuantRewrite", "ClipQuantRewrite"]
+    return names.get(precision, [])

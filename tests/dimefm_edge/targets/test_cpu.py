@@ -10,7 +10,7 @@ from dimefm_edge.targets.cpu import (
     cpu_features,
     cpu_quant_rules,
     int8_products_saturate,
-    unsafe_rewrites,
+    unwanted_rewrites,
 )
 
 X86 = """processor\t: 0
@@ -57,6 +57,6 @@ def test_this_cpu_has_rules() -> None:
     assert int8_products_saturate() == (cpu_quant_rules() == "onnxruntime-x86-avx2")
 
 
-def test_only_fp8_must_be_left_as_it_is_written() -> None:
-    assert unsafe_rewrites("fp8")
-    assert unsafe_rewrites("int8") == unsafe_rewrites("fp32") == []
+def test_graphs_of_8_bits_are_run_as_they_are_written() -> None:
+    assert set(unwanted_rewrites("int8")) < set(unwanted_rewrites("fp8"))
+    assert unwanted_rewrites("fp32") == unwanted_rewrites("fp16") == []
