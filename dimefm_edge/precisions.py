@@ -284,6 +284,9 @@ def export_precisions(
             parity_sentences=sentences,
         )
         bundles[name] = load_bundle(out)
+        if loaded is not plain:
+            for text in bundles[name].manifest["graph"]["warnings"]:
+                logger.warning("%s: %s", name, text)
     return bundles
 
 

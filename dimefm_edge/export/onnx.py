@@ -315,7 +315,12 @@ def _check_graph(model: onnx.ModelProto) -> None:
 
 
 def _runtime_warnings(model: onnx.ModelProto, spec: GraphSpec) -> tuple[str, ...]:
-    """What the target's TensorRT would run badly; what it would not read is an ExportError."""
+    """What the target's runtime would run badly; what it would not read is an ExportError."""
+    if spec.runtime == "onnxruntime" and spec.precision == "int8" and spec.providers[0] != "cpu":
+        return (
+            f"int8 is written for the CPU, by {spec.quant_rules}: '{spec.providers[0]}' takes "
+            "other graphs and may leave all of it to the CPU; --precision fp16 is not changed",
+        )
     if spec.runtime != "tensorrt" or spec.runtime_version is None:
         return ()
     try:

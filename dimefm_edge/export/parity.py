@@ -129,11 +129,18 @@ def check_parity(
             f"{rows[worst]} of {len(inputs)}, max abs difference {diffs[worst]:.3g}, cosine "
             f"{cosines[worst]:.6f} (allowed: {allowed}); "
             f"{len(set(rows[~is_good].tolist()))} {kind}s differ too much",
-            hint="another torch or onnxscript release: pip install --upgrade torch onnxscript"
-            if min_cosine is None
-            else f"dimefm-edge export RUN --{'text-' * (kind == 'sentence')}precision fp32",
+            hint=_mend(precision, kind, is_float=min_cosine is None),
         )
     return ParityReport(float(diffs.max()), min(1.0, float(cosines.min())), len(inputs))
+
+
+def _mend(precision: str, kind: str, *, is_float: bool) -> str:
+    if is_float:
+        return "another torch or onnxscript release: pip install --upgrade torch onnxscript"
+    if kind == "sentence":
+        return "dimefm-edge export RUN --text-precision fp32"
+    worst = "; or distill --ptq int8 --max-drop 1, which leaves the worst layers in float"
+    return f"dimefm-edge export RUN --precision fp32{worst if precision == 'int8' else ''}"
 
 
 def _graph_embeds(

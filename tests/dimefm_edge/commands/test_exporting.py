@@ -156,6 +156,13 @@ def test_int8_names_what_its_rules_leave_in_float(tiny_run_dir, tmp_path, capsys
     assert said in capsys.readouterr().out
 
 
+def test_int8_for_the_cpu_beside_an_npu_is_told(tiny_run_dir, tmp_path, capsys):
+    words = ["export", str(tiny_run_dir), "--precision", "int8", "--target", "snapdragon-x-elite"]
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    assert "warning: int8 is written for the CPU, by onnxruntime-arm: 'qnn' takes other" in said
+
+
 def test_a_device_without_int8_is_refused(tiny_run_dir, tmp_path, capsys):
     words = ["export", str(tiny_run_dir), "--precision", "int8", "--target", "jetson-nano"]
     assert cli.main([*words, "--out", str(tmp_path / "b")]) == 1
