@@ -168,9 +168,7 @@ def test_probes_are_added_to_what_is_finished(script, tmp_path, monkeypatch):
     probed = script.run_study(arguments(script, tmp_path, "--seeds", "0", "--probe"))
     name = "test_probe_pct"
     assert name not in plain["arms"]["distilled"]
-    assert probed["arms"]["distilled"][name] == 100.0  # of the images that it learned from
-    assert probed["teacher"][name] == 100.0
-    assert (
-        probed["arms"]["distilled"]["test_top1_pct"] == plain["arms"]["distilled"]["test_top1_pct"]
-    )
-    assert probed["devices"] == ["cpu"] or "cuda" not in probed["devices"]
+    for row in (probed["teacher"], probed["arms"]["distilled"]):
+        assert 0 <= row.pop(name) <= 100
+    assert (probed["teacher"], probed["arms"]) == (plain["teacher"], plain["arms"])
+    assert probed["devices"] == [script.device_name()]
