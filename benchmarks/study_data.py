@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dimefm_edge.batches import CachedPixels, DistillData
@@ -36,7 +38,7 @@ from dimefm_edge.data.pixel_cache import DecodedPool
 from dimefm_edge.data.sentences import open_sentences
 from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.data.views import Views
-from dimefm_edge.embed import embed_images, embed_texts
+from dimefm_edge.embed import Encoder, embed_images, embed_texts
 from dimefm_edge.judge import Scorer
 from dimefm_edge.labels import build_label_bank
 from dimefm_edge.prepare import view_specs
@@ -92,6 +94,27 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
             yield False
             return
         yield True
+
+
+class Remembers:
+    """A teacher that looks up the sentences that it was asked before."""
+
+    def __init__(self, teacher: Teacher, sentences: Iterable[str], store: EmbeddingStore) -> None:
+        self.teacher, self.store = teacher, store
+        self.row = {sentence: row for row, sentence in enumerate(sentences)}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.teacher, name)
+
+    def encode_texts(self, sentences: Sequence[str]) -> npt.NDArray[np.float32]:
+        """As the teacher does; of what it knows as the store has it, in fp16."""
+        embeds = np.empty((len(sentences), self.store.embed_dim), np.float32)
+        new = [i for i, sentence in enumerate(sentences) if sentence not in self.row]
+        known = [i for i, sentence in enumerate(sentences) if sentence in self.row]
+        if new:
+            embeds[new] = self.teacher.encode_texts([sentences[i] for i in new])
+        embeds[known] = self.store.gather(np.array([self.row[sentences[i]] for i in known], int))
+        return embeds
 
 
 class StudyData:
@@ -219,9 +242,13 @@ class StudyData:
         sets = self.evaluate.eval_sets
         lines = [line for s in sets for line in class_prompts(s.classnames, s.templates)]
         sources = [str(path), *([self.setup.texts] if which == "beside" else [])]
+        teacher: Encoder = self.teacher
+        if which == "beside":
+            texts = EmbeddingStore.open(self.store_dir / "texts")
+            teacher = Remembers(self.teacher, open_sentences([self.setup.texts]), texts)
         with locked(self.out / ".texts.lock"):
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-            return embed_texts(self.teacher, open_sentences(sources), self.store_dir / which)
+            return embed_texts(teacher, open_sentences(sources), self.store_dir / which)
 
     @functools.cache  # noqa: B019
     def probe_sets(self) -> list[LabelledSet]:

@@ -172,3 +172,20 @@ def test_probes_are_added_to_what_is_finished(script, tmp_path, monkeypatch):
         assert 0 <= row.pop(name) <= 100
     assert (probed["teacher"], probed["arms"]) == (plain["teacher"], plain["arms"])
     assert probed["devices"] == [script.device_name()]
+
+
+def test_sentences_are_embedded_once(script, tmp_path, monkeypatch):
+    study = script.Study(arguments(script, tmp_path))
+    study.data("unlabelled", study.teacher.preprocess)
+    asked = []
+    real = study.teacher.encode_texts
+    monkeypatch.setattr(
+        study.teacher, "encode_texts", lambda texts: asked.extend(texts) or real(texts)
+    )
+    arm = script.Arm(texts="beside")
+    data = study.arm_data(arm, study.setup.train)
+    assert asked == ["a photo of a cat.", "a photo of a dog.", "a photo of a eel."]
+    texts = sys.modules["study_data"].EmbeddingStore.open(study.store_dir / "texts")
+    rows = np.arange(80)
+    assert np.array_equal(data.texts.gather(rows + 3), texts.gather(rows))
+    assert np.allclose(data.texts.gather(np.arange(3)), real(asked), atol=1e-3)
