@@ -17,7 +17,7 @@ class Arm:
 
     loss: LossConfig = PAPER
     images: str = "unlabelled"
-    """unlabelled or labelled: the labelled images have pairs."""
+    """unlabelled, labelled (these have pairs), or both (without)."""
     texts: str = "all"
     """all; grounded: the share of them that is nearest to images; prompts: of class names only;
     beside: prompts and all."""
@@ -27,6 +27,8 @@ class Arm:
     """Settings of TrainConfig."""
     student: str = ""
     """Another student than the study's, by the names that `student_spec` takes."""
+    image_size: int = 0
+    """Of the student, in pixels; 0: the study's."""
     inherits: bool = False
     """Whether it starts from the teacher's layers."""
 
@@ -41,10 +43,24 @@ def contrastive(positives: str) -> LossConfig:
     return dataclasses.replace(only(contrastive=1), contrastive_positives=positives)
 
 
+FEATURES = dataclasses.replace(PAPER, feature_weight=10.0)
+NEAR_PROMPTS = {"hard_negatives": 0.5}
+"""With texts `beside`: half of a batch's sentences are near to its images, most of them prompts."""
+OURS = Arm(FEATURES, texts="beside", train=NEAR_PROMPTS)
+
+
+def longer(arm: Arm, **changes: Any) -> Arm:
+    """Four times the default steps, twice the images a step, at 64 px as the teacher."""
+    train = {**arm.train, "steps": 6000, "batch_size": 256, "ema_decay": 0.999}
+    return dataclasses.replace(arm, train=train, image_size=64, **changes)
+
+
 STUDIES: dict[str, dict[str, Arm]] = {
     "unpaired": {
         "distilled, unlabelled images": Arm(),
         "distilled, the paired images": Arm(images="labelled"),
+        "ours, unlabelled images": OURS,
+        "ours, the paired images": dataclasses.replace(OURS, images="labelled"),
         "contrastive, own sentence": Arm(contrastive("pair"), "labelled"),
         "contrastive, shared labels": Arm(contrastive("label"), "labelled"),
     },
@@ -54,7 +70,12 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "pvl": Arm(only(pvl=1)),
         "udist": Arm(only(udist=1)),
         "feature": Arm(only(feature=1)),
-        "0.7 vl + 0.3 pvl + feature": Arm(only(vl=0.7, pvl=0.3, feature=1)),
+        "vl + udist": Arm(only(vl=0.7, udist=0.3)),
+        "vl + pvl + udist": Arm(only(vl=0.7, pvl=0.3, udist=0.3)),
+        **{
+            f"0.7 vl + 0.3 pvl + {weight} feature": Arm(only(vl=0.7, pvl=0.3, feature=weight))
+            for weight in (1, 10, 30)
+        },
     },
     "corpus": {
         "all": Arm(),
@@ -64,6 +85,7 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "class prompts": Arm(texts="prompts"),
         "class prompts and all": Arm(texts="beside"),
         "all, hard negatives 0.5": Arm(train={"hard_negatives": 0.5}),
+        "class prompts and all, hard negatives 0.5": Arm(texts="beside", train=NEAR_PROMPTS),
     },
     "scale": {
         "all": Arm(),
@@ -81,6 +103,31 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "hard negatives 0.25": Arm(train={"hard_negatives": 0.25}),
         "pseudo-texts 128": Arm(train={"pseudo_texts": 128}),
         "views 4": Arm(train={"views": 4}),
+        "views 16": Arm(train={"views": 16}),
+    },
+    "recipe": {
+        "the paper's": Arm(),
+        "feature regression alone": Arm(only(feature=1)),
+        "ours: 10 feature, near prompts": OURS,
+        "ours without feature": dataclasses.replace(OURS, loss=PAPER),
+        "ours without prompts": Arm(FEATURES),
+        "ours, 8 views": dataclasses.replace(OURS, train={**NEAR_PROMPTS, "views": 8}),
+        "ours, pseudo-texts": dataclasses.replace(
+            OURS, train={**NEAR_PROMPTS, "pseudo_texts": 128}
+        ),
+    },
+    "retention": {
+        "ours": longer(OURS),
+        "ours, both pools": longer(OURS, images="both"),
+        **{
+            f"ours, {student}": longer(OURS, student=student)
+            for student in (
+                "timm:repvit_m1_0",
+                "vit-p8-w256-d6",
+                "hybrid-w48-d2.2.4.2",
+                "timm:hgnetv2_b1",
+            )
+        },
     },
     "students": {
         **{

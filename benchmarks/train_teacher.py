@@ -192,10 +192,10 @@ class SceneHeads(torch.nn.Module):
 def encode_text(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     """open_clip's encode_text on the longest sentence's tokens: causal, so padding is idle."""
     length = int((ids != 0).sum(1).max())
-    ids = ids[:, :length]
+    ids = ids[:, :length].to(model.positional_embedding.device)
     x = model.token_embedding(ids) + model.positional_embedding[:length]
     x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask[:length, :length]))
-    x = x[torch.arange(len(x)), ids.argmax(1)] @ model.text_projection
+    x = x[torch.arange(len(x), device=x.device), ids.argmax(1)] @ model.text_projection
     return F.normalize(x, dim=-1)
 
 
@@ -221,7 +221,7 @@ def zero_shot_top1(
     text = torch.stack(weights)
     hits = 0
     for start in range(0, len(images), 250):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(images.device.type, torch.bfloat16):
             embeds = model.encode_image(images[start : start + 250], normalize=True).float()
         hits += int(((embeds @ text.T).argmax(1) == labels[start : start + 250]).sum())
     model.train()
@@ -229,7 +229,7 @@ def zero_shot_top1(
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
     return (images.float() / 255 - mean) / std
 
 

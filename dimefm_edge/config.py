@@ -191,7 +191,7 @@ class TrainConfig:
     """Mixed precision; auto is bf16 where the hardware has it, else fp16 on a GPU and off on
     a CPU."""
     fused_attention: Literal["auto", "on", "off"] = "auto"
-    """Attention through dimefm_kernels; auto is on where a GPU trains and Triton is installed."""
+    """Train attention through dimefm_kernels; auto is off: torch's own trains faster."""
     seed: int = 0
     eval_every: int = 0
     """Steps between zero-shot evaluations; 0 makes about three."""

@@ -13,6 +13,7 @@ from dimefm_edge.corpus import load_kept_rows
 from dimefm_edge.data.images import ImagePool, LabelledSet, PixelCache
 from dimefm_edge.data.neighbours import NeighbourTable, open_neighbours
 from dimefm_edge.data.pairs import class_pairs
+from dimefm_edge.data.pixel_cache import DecodedPool
 from dimefm_edge.data.sentences import SentencePool
 from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.data.views import Views, ViewSpec
@@ -53,6 +54,8 @@ def embed_pools(
     )
     texts = embed_texts(teacher, sentences, store_dir / "texts")
     _neighbours(config, images, texts, store_dir)
+    if cache is not None:
+        pool = DecodedPool(pool, cache, dict(images.manifest.bad_rows))
     for spec in view_specs(config.train):
         embed_images(
             teacher,

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
+from dimefm_edge.data.decode import ImagePool
 from dimefm_edge.errors import DataError
 from dimefm_edge.files import atomic_file
+from dimefm_edge.image_files import BadImageError
 from dimefm_edge.preprocess import PreprocessSpec
 
 _DELETE = "delete the file and its .json; it is made again"
@@ -109,6 +114,31 @@ class PixelCache:
         self.flush()
         _write_meta(self.path, self._owner, done=True)
         self._is_complete = True
+
+
+@dataclass(frozen=True)
+class DecodedPool:
+    """A pool whose images are in a complete cache: nothing is decoded again."""
+
+    pool: ImagePool
+    cache: PixelCache
+    bad_rows: Mapping[int, str]
+    """Rows that could not be read, which the cache lacks, and why."""
+
+    @property
+    def fingerprint(self) -> str:
+        return self.pool.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    def name(self, row: int) -> str:
+        return self.pool.name(row)
+
+    def load(self, row: int) -> Image.Image:
+        if row in self.bad_rows:
+            raise BadImageError(self.name(row), self.bad_rows[row])
+        return Image.fromarray(self.cache.gather(np.array([row]))[0])
 
 
 def _owner(num_rows: int, spec: PreprocessSpec, fingerprint: str) -> dict[str, object]:

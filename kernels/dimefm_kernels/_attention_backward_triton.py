@@ -218,5 +218,5 @@ def launch_attention_backward(
             num_heads, batch * num_heads, logit_scale, logit_scale * LOG2_E,
             STRIDE_N=q.stride(2), STRIDE_ON=out_strides[2],
             NUM_TOKENS=num_tokens, HEAD_DIM=head_dim, IS_KEYS=is_keys,
-            num_warps=tiles.num_warps, num_stages=2, **tiles.constants(),
+            num_warps=tiles.num_warps, num_stages=tiles.num_stages, **tiles.constants(),
         )  # fmt: skip

@@ -240,7 +240,10 @@ def launch_attention(
         out_scale: Multiplies the output before it is stored.
     """
     batch, num_heads, num_tokens, head_dim = q.shape
-    tiles = forward_tiles(num_tokens, head_dim, itemsize=q.element_size())
+    tiles = forward_tiles(
+        num_tokens, head_dim, itemsize=q.element_size(), capability=capability_of(q),
+        num_items=batch * num_heads if isinstance(batch, int) else 0,  # a guess fixes no batch
+    )  # fmt: skip
     grid = (tiles.blocks, program_count(q, batch * num_heads, tiles.blocks))
     # The interpreter's functions are not to be wrapped.
     is_compiled = isinstance(attention_kernel, triton.JITFunction)
@@ -252,8 +255,13 @@ def launch_attention(
         STRIDE_N=q.stride(2), STRIDE_ON=out_strides[2],
         NUM_TOKENS=num_tokens, HEAD_DIM=head_dim,
         HAS_LSE=lse is not None,
-        num_warps=tiles.num_warps, num_stages=2, **tiles.constants(),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **tiles.constants(),
     )  # fmt: skip
+
+
+def capability_of(q: Tensor) -> int:
+    """Compute capability of the GPU that Triton compiles for, as 87, which also stands for none."""
+    return int(triton.runtime.driver.active.get_current_target().arch) if q.is_cuda else 87
 
 
 def program_count(q: Tensor, num_items: int, blocks: int) -> int | torch.SymInt:

@@ -134,7 +134,7 @@ def build_kernels(spec: KernelSpec, capability: int) -> list[tuple[str, Tiles, C
         fixed |= {"OUT_SCALE": spec.value_scale / 127 if is_int8 else 1.0}
         out = spec.out_precision or ("fp16" if is_int8 else spec.precision)
         kinds = {"qkv_ptr": spec.precision, "out_ptr": out}
-        tiles = forward_tiles(*shape, itemsize=itemsize)
+        tiles = forward_tiles(*shape, itemsize=itemsize, capability=capability)
         built = _compile(packed_attention_kernel, kinds, fixed, tiles, capability)
         return [(spec.name, tiles, built)]
     fixed |= {"STRIDE_N": 3 * width, "STRIDE_ON": width}
@@ -170,7 +170,7 @@ def _compile(
         if name in kinds or ("stride_" in name and constants["HEAD_DIM"] % 16 == 0):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": tiles.num_warps, "num_stages": 2}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
     options |= {"ptx_version": _PTX_VERSION[capability]} if capability in _PTX_VERSION else {}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 

@@ -95,9 +95,8 @@ def test_it_learns_and_is_a_teacher_of_ours(script, data_dir, tmp_path):
 def test_a_resumed_run_ends_as_an_unbroken_one(script, data_dir, tmp_path, monkeypatch):
     def words(out):
         common = ["--data", str(data_dir), "--steps", "6", "--batch", "4", "--vocab", "300"]
-        return script.parse_args([*common, "--out", str(tmp_path / out)])
+        return script.parse_args([*common, "--save-every", "3", "--out", str(tmp_path / out)])
 
-    monkeypatch.setattr(script, "SAVE_EVERY", 3)
     script.real_teacher(words("whole"))
     real = script.augment
     calls = []

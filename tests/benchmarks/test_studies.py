@@ -28,14 +28,15 @@ def script(monkeypatch, tmp_path):
             scene_image(2 * label + i).save(tmp_path / "test" / name / f"{i}.png")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     module = importlib.import_module("studies")
-    real = module.setup_of
+    data = sys.modules["study_data"]
+    real = data.setup_of
     monkeypatch.setattr(
-        module,
+        data,
         "setup_of",
         lambda args: dataclasses.replace(real(args), eval_sets=(str(tmp_path / "test"),)),
     )
     yield module
-    for name in ("studies", "study_arms", "real_teacher", "train_teacher"):
+    for name in ("studies", "study_arms", "study_data", "real_teacher", "train_teacher"):
         sys.modules.pop(name, None)
 
 
@@ -139,8 +140,10 @@ def test_every_arm_gets_the_data_that_it_names(script, tmp_path):
         "the most grounded 0.1": ["text_rows"],
         "any 0.1": ["text_rows"],
         "all, hard negatives 0.5": ["neighbours"],
+        "class prompts and all, hard negatives 0.5": ["neighbours"],
         "hard negatives 0.25": ["neighbours"],
         "views 4": ["views"],
+        "views 16": ["views"],
     }
     assert set(found["the most grounded 0.1"].text_rows) < set(
         found["the most grounded 0.5"].text_rows
@@ -156,3 +159,33 @@ def test_spread_is_over_seeds(script):
         "a": {"seeds": 3, "s": 2.0, "s_sd": 1.0, "cpu_s": 2.0},
         "b": {"seeds": 0},
     }
+
+
+def test_probes_are_added_to_what_is_finished(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.Study, "probe_sets", lambda study: study.evaluate.eval_sets)
+    monkeypatch.setitem(script.STUDIES, "unpaired", {"distilled": script.Arm()})
+    plain = script.run_study(arguments(script, tmp_path, "--seeds", "0"))
+    probed = script.run_study(arguments(script, tmp_path, "--seeds", "0", "--probe"))
+    name = "test_probe_pct"
+    assert name not in plain["arms"]["distilled"]
+    for row in (probed["teacher"], probed["arms"]["distilled"]):
+        assert 0 <= row.pop(name) <= 100
+    assert (probed["teacher"], probed["arms"]) == (plain["teacher"], plain["arms"])
+    assert probed["devices"] == [script.device_name()]
+
+
+def test_sentences_are_embedded_once(script, tmp_path, monkeypatch):
+    study = script.Study(arguments(script, tmp_path))
+    study.data("unlabelled", study.teacher.preprocess)
+    asked = []
+    real = study.teacher.encode_texts
+    monkeypatch.setattr(
+        study.teacher, "encode_texts", lambda texts: asked.extend(texts) or real(texts)
+    )
+    arm = script.Arm(texts="beside")
+    data = study.arm_data(arm, study.setup.train)
+    assert asked == ["a photo of a cat.", "a photo of a dog.", "a photo of a eel."]
+    texts = sys.modules["study_data"].EmbeddingStore.open(study.store_dir / "texts")
+    rows = np.arange(80)
+    assert np.array_equal(data.texts.gather(rows + 3), texts.gather(rows))
+    assert np.allclose(data.texts.gather(np.arange(3)), real(asked), atol=1e-3)

@@ -2,16 +2,20 @@
 
     python interpreted.py B,H,N,D,DTYPE ...
 
-Prints JSON: per case, the largest errors against float64. Outputs start as NaN.
+Prints JSON: per case, the largest errors against float64. Outputs start as NaN. CAPABILITY and
+HOPPER_BUSY in the environment: the tiles of another GPU, and from how many programs on.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import torch
 
+from dimefm_kernels import _attention_triton
+from dimefm_kernels import tiles as tile_sizes
 from dimefm_kernels._attention_backward_triton import launch_attention_backward
 from dimefm_kernels._attention_triton import launch_attention, packed_attention_kernel
 from dimefm_kernels.attention import split_qkv
@@ -20,6 +24,9 @@ from dimefm_kernels.tiles import forward_tiles
 
 LOG2_E = 1.4426950408889634
 STEPS = (0.02, 0.03, 0.01)
+CAPABILITY = int(os.environ.get("CAPABILITY", "87"))
+_attention_triton.capability_of = lambda _: CAPABILITY
+tile_sizes.HOPPER_BUSY = int(os.environ.get("HOPPER_BUSY", tile_sizes.HOPPER_BUSY))
 
 
 def float_errors(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> dict:
@@ -41,7 +48,9 @@ def float_errors(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dty
         out_strides=strides, part_stride=heads * dim, logit_scale=scale,
     )  # fmt: skip
     packed = torch.full_like(grad, torch.nan)
-    tiles = forward_tiles(tokens, dim, itemsize=qkv.element_size())
+    tiles = forward_tiles(
+        tokens, dim, itemsize=qkv.element_size(), capability=CAPABILITY, num_items=batch * heads
+    )
     packed_attention_kernel[(tiles.blocks, 2)](
         qkv, batch * heads, packed, NUM_HEADS=heads, SCALE_LOG2=scale * LOG2_E, OUT_SCALE=1.0,
         NUM_TOKENS=tokens, HEAD_DIM=dim, **tiles.constants(),

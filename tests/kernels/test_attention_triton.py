@@ -26,9 +26,9 @@ TOLERANCES = {
 }
 
 
-def _errors(*cases):
+def _errors(*cases, **settings):
     """Of each case; in a process of its own, since triton asks for the interpreter at import."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **settings, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
     script = Path(__file__).with_name("interpreted.py")
     done = subprocess.run(
@@ -38,8 +38,8 @@ def _errors(*cases):
     return json.loads(done.stdout)
 
 
-def _check(*cases):
-    found = _errors(*cases)
+def _check(*cases, **settings):
+    found = _errors(*cases, **settings)
     assert list(found) == list(cases)
     for case, errors in found.items():
         allowed = TOLERANCES[case.split(",")[-1]]
@@ -54,6 +54,12 @@ def test_kernels_match_float64():
         "3,2,17,32,float32", "1,1,50,96,float32", "1,1,65,64,float16",
         "3,1,17,32,int8", "1,1,50,96,int8",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("busy", ["1", "1000"])
+def test_tiles_of_hopper(busy):
+    """One block of 128 queries, or two of 64, and a tail of each kind of key tile."""
+    _check("1,1,113,64,float16", "2,1,65,32,float16", CAPABILITY="90", HOPPER_BUSY=busy)
 
 
 @pytest.mark.slow

@@ -33,7 +33,15 @@ def test_a_tile_of_a_power_of_two_would_waste_more(head_dim):
         assert waste(num_tokens, head_dim, itemsize=2) < most < one_tile / 5
 
 
-@pytest.mark.parametrize("cut", [forward_tiles, backward_tiles])
+def hopper_tiles(num_tokens, head_dim, *, itemsize):
+    return forward_tiles(num_tokens, head_dim, itemsize=itemsize, capability=90)
+
+
+def busy_hopper_tiles(num_tokens, head_dim, *, itemsize):
+    return forward_tiles(num_tokens, head_dim, itemsize=itemsize, capability=90, num_items=9999)
+
+
+@pytest.mark.parametrize("cut", [forward_tiles, backward_tiles, hopper_tiles, busy_hopper_tiles])
 @pytest.mark.parametrize("itemsize", [1, 2, 4])
 @pytest.mark.parametrize("head_dim", [8, 32, 40, 64, 72, 96, 128])
 def test_every_token_is_in_a_tile(cut, itemsize, head_dim):
@@ -56,6 +64,17 @@ def test_head_dim_96_does_not_pay_for_128():
     assert forward_tiles(197, 96, itemsize=2).dims == (64, 32)
     assert forward_tiles(197, 64, itemsize=2).dims == (64, 0)
     assert forward_tiles(197, 72, itemsize=2).dims == (64, 16)
+
+
+def test_hopper_takes_larger_blocks_once_it_is_busy():
+    few, many = (forward_tiles(197, 64, itemsize=2, capability=90, num_items=n) for n in (96, 768))
+    assert (few.rows, few.tile, few.num_stages) == (64, 64, 2)
+    assert (many.rows, many.tile, many.num_stages) == (128, 64, 3)
+    for others in ({"capability": 87}, {"capability": 110}):
+        assert forward_tiles(197, 64, itemsize=2, num_items=768, **others).tile == 32
+    for size, dim in ((1, 64), (4, 64), (2, 96)):
+        plain = forward_tiles(197, dim, itemsize=size)
+        assert forward_tiles(197, dim, itemsize=size, capability=90, num_items=768) == plain
 
 
 def test_what_the_kernels_take():

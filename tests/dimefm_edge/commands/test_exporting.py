@@ -211,6 +211,12 @@ def test_calibration_of_a_float_graph_is_refused(tiny_run_dir, capsys):
     assert "how far int8 reaches, and the graph is fp32" in capsys.readouterr().err
 
 
+def test_calibration_beside_a_text_side_in_float(tiny_teacher_dir, tmp_path, capsys):
+    words = ["export", "--teacher", str(tiny_teacher_dir), "--precision", "int8"]
+    assert cli.main([*words, "--calibration", "minmax", "--out", str(tmp_path / "b")]) == 0
+    assert "text side: fp32" in capsys.readouterr().out
+
+
 def test_what_a_run_kept_float_is_told_when_it_is_not_kept(tiny_run_dir, tmp_path, caplog, capsys):
     run = tmp_path / "run"
     shutil.copytree(tiny_run_dir, run)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dimefm_edge.data import pixel_cache
-from dimefm_edge.data.pixel_cache import PixelCache
+from dimefm_edge.data.decode import decode_batches
+from dimefm_edge.data.pixel_cache import DecodedPool, PixelCache
 from dimefm_edge.errors import DataError
 from dimefm_edge.preprocess import PreprocessSpec
 
@@ -118,3 +119,24 @@ def test_full_disk(path, monkeypatch):
     with pytest.raises(DataError, match=r"pixel cache of 0 MiB .* No space left on device"):
         PixelCache.create(path, 20, SPEC, "pool")
     assert [p.name for p in path.parent.iterdir()] == ["pixels.u8.json"]
+
+
+def test_a_decoded_pool_gives_the_cache_and_remembers_what_was_bad(path):
+    class Files:
+        fingerprint = "pool"
+
+        def __len__(self):
+            return 20
+
+        def name(self, row):
+            return f"{row}.jpg"
+
+        def load(self, row):
+            raise AssertionError("decoded again")
+
+    pool = DecodedPool(Files(), filled(path), {3: "truncated"})
+    assert (pool.fingerprint, len(pool), pool.name(4)) == ("pool", 20, "4.jpg")
+    (batch,) = decode_batches(pool, [np.asarray([19, 3, 0])], SPEC)
+    assert batch.rows.tolist() == [19, 0]
+    assert np.array_equal(batch.pixels, PIXELS[[19, 0]])
+    assert batch.bad_rows == [(3, "truncated")]

@@ -68,7 +68,7 @@ def test_a_mask_is_refused():
 @pytest.mark.parametrize(
     ("choice", "device", "expected"),
     [
-        ("auto", "cpu", False), ("auto", "mps", False), ("auto", "cuda", True),
+        ("auto", "cpu", False), ("auto", "cuda", False),
         ("on", "cpu", True), ("on", "cuda", True), ("off", "cuda", False),
     ],
 )  # fmt: skip
