@@ -7,6 +7,9 @@ other work on the machine, which takes cache and memory from all and most from f
 Speed: random weights, sizes that people deploy. Accuracy: the sample teacher's image tower.
 
     python benchmarks/bench_int8.py --json | python benchmarks/record.py int8
+
+`--memory` measures memory instead: the peak of a process that loads a file as the runtime does
+and runs one image, and how much of it came with the graph; the median of several processes.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -38,11 +43,25 @@ from dimefm_edge.latency.measure import machine_info
 from dimefm_edge.manifest import INPUT_NAME
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.students import build_student, hybrid_spec, student_spec, vit_spec
-from dimefm_edge.targets.cpu import AVX2_RULES, cpu_quant_rules
+from dimefm_edge.targets.cpu import AVX2_RULES, cpu_quant_rules, unwanted_rewrites
 from dimefm_edge.teacher import load_teacher
 
 Images = npt.NDArray[np.float32]
 _SIDE = 224
+_NUM_PROCESSES = 5
+_MEMORY = """
+import json, sys
+import numpy as np
+from dimefm_edge.latency.measure import peak_rss_mib
+from dimefm_edge.manifest import INPUT_NAME
+from dimefm_edge.runtime.onnxruntime import load_session
+import onnxruntime
+path, side = sys.argv[1], int(sys.argv[2])
+bare_mib = peak_rss_mib()
+session = load_session(path, 1, ["CPUExecutionProvider"])
+session.run(None, {INPUT_NAME: np.zeros((1, 3, side, side), np.float32)})
+print(json.dumps([peak_rss_mib(), peak_rss_mib() - bare_mib]))
+"""
 _SHAPES = {
     "vit_s16": {"patch_size": 16, "width": 384, "num_heads": 6},
     "vit_b32": {"patch_size": 32, "width": 768, "num_heads": 12},
@@ -121,7 +140,11 @@ def open_session(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    is_ours = path.name.startswith("ours")  # what runs them asks for this
+    return onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"],
+        disabled_optimizers=unwanted_rewrites("int8" if is_ours else "fp32"),
+    )  # fmt: skip
 
 
 def embeds(session: Any, images: Images) -> Images:
@@ -144,19 +167,37 @@ def cpu_ms(sessions: dict[str, Any], image: Images, *, rounds: int) -> dict[str,
     return times
 
 
-def bench(name: str, sources: list[str], *, num_images: int, rounds: int) -> dict[str, Any]:
-    """Quantise one subject in every way, then time and compare."""
+def peaks_mib(path: Path, side: int) -> tuple[float, float]:
+    """Peak memory of a process that answers once, and how much of it came with the graph."""
+    found = []
+    for _ in range(_NUM_PROCESSES):
+        command = [sys.executable, "-c", _MEMORY, str(path), str(side)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found.append(json.loads(done.stdout))
+    peak, of_graph = (statistics.median(values) for values in zip(*found, strict=True))
+    return peak, of_graph
+
+
+def prepare(
+    folder: str, name: str, sources: list[str], *, num_images: int
+) -> tuple[Path, Images, Images]:
+    """A subject's fp32 graph, images to calibrate on and others to test on."""
     module, preprocess = subject(name)
     pool = open_images(sources)
     rows = [i * 37 % len(pool) for i in range(2 * num_images)]
     images = preprocess_images([pool.load(row) for row in rows], preprocess)
-    calibration, test = images[:num_images], images[num_images:]
+    path = Path(folder, "fp32.onnx")
+    export_onnx(module, path, image_size=preprocess.image_size,
+                parity_images=images[: min(8, num_images)], metadata={})  # fmt: skip
+    return path, images[:num_images], images[num_images:]
+
+
+def bench(name: str, sources: list[str], *, num_images: int, rounds: int) -> dict[str, Any]:
+    """Quantise one subject in every way, then time and compare."""
     rules = QUANT_RULES[cpu_quant_rules()]
     values: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "fp32.onnx")
-        export_onnx(module, path, image_size=preprocess.image_size,
-                    parity_images=calibration[:8], metadata={})  # fmt: skip
+        path, calibration, test = prepare(folder, name, sources, num_images=num_images)
         sessions = {"fp32": open_session(path)}
         expected = embeds(sessions["fp32"], test)
         for variant, make in variants(path, calibration, rules).items():
@@ -182,6 +223,21 @@ def bench(name: str, sources: list[str], *, num_images: int, rounds: int) -> dic
     return values
 
 
+def memory(name: str, sources: list[str], *, num_images: int) -> dict[str, Any]:
+    """Peaks in MiB of fp32 and of int8 by the rules of this CPU, a process for each run."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, images, _ = prepare(folder, name, sources, num_images=num_images)
+        int8 = quantize_graph(onnx.load(str(path)), images, rules=QUANT_RULES[cpu_quant_rules()])
+        onnx.save(int8, str(path.with_name("ours.onnx")))
+        values: dict[str, Any] = {}
+        for variant in ("fp32", "ours"):
+            peak, of_graph = peaks_mib(path.with_name(f"{variant}.onnx"), images.shape[-1])
+            values[variant] = {"peak_mib": peak, "peak_of_graph_mib": of_graph}
+    for figure in ("peak_mib", "peak_of_graph_mib"):
+        values[f"{figure}_share"] = values["ours"][figure] / values["fp32"][figure]
+    return values
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subjects", nargs="+", help="or any student's name",
@@ -189,10 +245,14 @@ def main() -> None:
     parser.add_argument("--images", nargs="+", default=["scenes"], help="to calibrate and test on")
     parser.add_argument("--num-images", type=int, default=64, help="of each")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--memory", action="store_true", help="only how much they need")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     values: dict[str, Any] = {"rules": cpu_quant_rules()}
     for name in args.subjects:
+        if args.memory:
+            values[name] = memory(name, args.images, num_images=args.num_images)
+            continue
         values[name] = bench(name, args.images, num_images=args.num_images, rounds=args.rounds)
     values["machine"] = machine_info()
     print(json.dumps(values, indent=None if args.json else 1))

@@ -220,6 +220,10 @@ def parse_options(name: str, words: Sequence[str]) -> CommonOptions:
     return _parse(name, words, defaults_from(kind, source))
 
 
+_MENDS = {"'int8' for argument '--precision'": "--qat int8, or --ptq int8"}
+"""What to type instead, where a complaint about flags tells what was meant."""
+
+
 def _parse(name: str, words: Sequence[str], default: CommonOptions) -> CommonOptions:
     import tyro
 
@@ -238,7 +242,8 @@ def _parse(name: str, words: Sequence[str], default: CommonOptions) -> CommonOpt
         if not done.code:
             raise
         message = _first_lines(said.getvalue())
-        raise InputError(message, hint=f"{PROG} {name} --help") from None
+        hint = next((mend for told, mend in _MENDS.items() if told in message), None)
+        raise InputError(message, hint=hint or f"{PROG} {name} --help") from None
 
 
 def _first_lines(box: str) -> str:

@@ -233,15 +233,15 @@ class QuantConfig:
     calibration: Literal["auto", "minmax", "percentile", "mse"] = "auto"
     """How far the integers reach without training; auto is what the runtime's rules say."""
     max_drop: float | None = None
-    """Leave the layers that suffer most in float, until int8 by calibration loses no more
-    points of zero-shot top-1 than this."""
+    """Leave the worst layers in float, until PTQ loses no more points of zero-shot top-1."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "qat_steps_ratio", "qat_lr_ratio")
         if self.max_drop is not None and self.max_drop < 0:
             raise ConfigError(f"max_drop must not be negative, got {self.max_drop}")
-        if self.max_drop is not None and not self.is_int8:
-            raise ConfigError("max_drop needs int8", hint="--qat int8, or --ptq int8")
+        for name, unset in (("max_drop", None), ("calibration", "auto")):
+            if getattr(self, name) != unset and not self.is_int8:
+                raise ConfigError(f"{name} needs int8", hint="--qat int8, or --ptq int8")
 
     @property
     def is_int8(self) -> bool:

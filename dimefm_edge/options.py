@@ -267,8 +267,9 @@ class ExportOptions(CommonOptions):
     target: str | None = None
     """Device whose runtime the graph is written for: jetson-orin, raspberry-pi-5, ... Default:
     the run's; of a teacher, ONNX Runtime anywhere."""
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
-    """Of the graph; int8 is as the run was trained, or else calibrated on the images."""
+    precision: Literal["fp32", "fp16", "int8", "fp8"] = "fp32"
+    """Of the graph; int8 is as the run was trained, or else calibrated on the images; fp8 (e4m3,
+    calibrated) is for targets that have it, such as jetson-agx-thor."""
     text_precision: Literal["auto", "fp32", "fp16", "int8", "int4"] = "auto"
     """Of the text side. int8 and int4 store its weights alone in integers (ONNX Runtime only);
     auto is fp16 where the images' is, else fp32."""

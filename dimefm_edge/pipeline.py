@@ -246,7 +246,7 @@ def resolve(config: RunConfig) -> RunConfig:
     unset = {k: v for k, v in defaults.items() if getattr(config.train, k) is None}
     eval_sets = config.data.eval_sets or ((_SCENES,) if is_scenes else ())
     if config.quant.is_int8:
-        require_int8(config.quant, eval_sets)
+        require_int8(config.quant, eval_sets, load_target(config.target))
     return dataclasses.replace(
         config,
         data=dataclasses.replace(config.data, eval_sets=eval_sets),

@@ -28,6 +28,7 @@ from dimefm_edge.distributed import Ranks
 from dimefm_edge.errors import ConfigError, MissingExtraError
 from dimefm_edge.evaluate.zero_shot import evaluate_zero_shot
 from dimefm_edge.export import export_student, graph_spec
+from dimefm_edge.export.graph_spec import require_precision
 from dimefm_edge.export.integer_kernels import count_integer_kernels
 from dimefm_edge.files import atomic_file
 from dimefm_edge.labels import LabelBank
@@ -52,13 +53,15 @@ _QAT_EMA_DECAY = 0.99
 _MAX_SECONDS = 4.0  # of timing, for each precision
 
 
-def require_int8(quant: QuantConfig, eval_sets: Sequence[str]) -> None:
+def require_int8(quant: QuantConfig, eval_sets: Sequence[str], target: Target) -> None:
     """Say before hours of training what int8 would lack after them.
 
     Raises:
         ConfigError: If a loss is to be kept and there is nothing to test on.
+        ExportError: If the target has no int8.
         MissingExtraError: If torchao is not installed.
     """
+    require_precision(target, "int8", hint="drop --qat and --ptq, or another --target")
     if quant.max_drop is not None and not eval_sets:
         raise ConfigError(
             "--max-drop is in points of zero-shot top-1, and there is no test set",
@@ -163,8 +166,11 @@ def keep_float_products(
 
 def kept_float(run_dir: Path, quant: QuantConfig) -> tuple[str, ...]:
     """The products that `keep_float_products` found, by name."""
-    if quant.max_drop is None:
-        return ()
+    return () if quant.max_drop is None else float_products(run_dir)
+
+
+def float_products(run_dir: Path) -> tuple[str, ...]:
+    """The products that the last `--max-drop` of a run left in float, by name."""
     return tuple(_read_kept(run_dir).get("products", ()))
 
 
@@ -278,6 +284,9 @@ def export_precisions(
             parity_sentences=sentences,
         )
         bundles[name] = load_bundle(out)
+        if loaded is not plain:
+            for text in bundles[name].manifest["graph"]["warnings"]:
+                logger.warning("%s: %s", name, text)
     return bundles
 
 

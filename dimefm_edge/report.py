@@ -288,6 +288,11 @@ class RunReport:
         if self.kept_float:
             names = ", ".join(f"`{name}`" for name in self.kept_float)
             lines.append(f"- Left in float to lose no more than was allowed: {names}.")
+        if self.text is not None and self.precision == "int8":
+            lines.append(
+                "- The text side is not in int8: labels are embedded once. On ONNX Runtime "
+                f"`dimefm-edge export {self.run_dir} --text-precision int8` stores it in 8 bits."
+            )
         return lines
 
 

@@ -64,11 +64,14 @@ def profile_nodes(prepared: Prepared, runnable: Runnable, load: Load) -> list[Op
 def _profile_onnxruntime(prepared: Prepared, runnable: Runnable, load: Load) -> list[OperatorTime]:
     from dimefm_edge.runtime.onnxruntime import load_session
 
-    path = prepared.path
+    path, precision = prepared.path, "fp32"
     if prepared.loader == "bundle":
-        path = runnable.owner.model_path  # type: ignore[attr-defined]
+        bundle: Any = runnable.owner
+        path, precision = bundle.model_path, bundle.precision
     with tempfile.TemporaryDirectory(prefix="dimefm_edge_profile_") as folder:
-        session = load_session(Path(path), load.threads, profile_prefix=f"{folder}/p")
+        session = load_session(
+            Path(path), load.threads, precision=precision, profile_prefix=f"{folder}/p"
+        )
         feed = make_feed(runnable, load)
         for _ in range(WARMUP + RUNS):
             session.run(None, feed)

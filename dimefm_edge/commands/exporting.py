@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from dimefm_edge.students import LoadedStudent
     from dimefm_edge.teacher import Teacher
 
+logger = logging.getLogger(__name__)
 
 _TENSORRT = "tensorrt"
 _NUM_PARITY_IMAGES = 32
@@ -52,6 +54,7 @@ class _Source:
 def run_export(options: ExportOptions) -> Outcome:
     """Write a run or a teacher as a bundle; for TensorRT, build its engine here too."""
     from dimefm_edge.export import EXPORTERS, export_student
+    from dimefm_edge.export.graph_spec import QUANTIZED
     from dimefm_edge.runtime import load_bundle
 
     _check(options)
@@ -65,7 +68,7 @@ def run_export(options: ExportOptions) -> Outcome:
             hint="drop --image-only" if options.image_only else "add --text",
         )
     graph = _graph_spec(options, source.extra.get("target"))
-    count = _NUM_CALIBRATION_IMAGES if graph.precision == "int8" else _NUM_PARITY_IMAGES
+    count = _NUM_CALIBRATION_IMAGES if graph.precision in QUANTIZED else _NUM_PARITY_IMAGES
     export_student(
         _trained_for(graph, options) or source.loaded,
         source.out,
@@ -109,10 +112,24 @@ def _trained_for(graph: GraphSpec, options: ExportOptions) -> LoadedStudent | No
     """The run's own int8 student, where int8 is asked for and there is one for this runtime."""
     if not options.run or graph.quant_rules is None:
         return None
-    from dimefm_edge.precisions import load_trained_int8
+    from dimefm_edge.precisions import float_products, load_trained_int8
 
     run = Path(options.run).expanduser()
-    return load_trained_int8(run if run.is_dir() else run.parent, graph.quant_rules)
+    run = run if run.is_dir() else run.parent
+    trained = load_trained_int8(run, graph.quant_rules)
+    if trained is not None and graph.calibration is None:
+        return trained
+    if trained is not None:
+        logger.warning(
+            "--calibration %s: the float student of %s is calibrated, what it learned in int8 is "
+            "not used", graph.calibration, run,
+        )  # fmt: skip
+    if kept := float_products(run):
+        logger.warning(
+            "--max-drop of %s left %s in float: here all is quantised; %s/bundle keeps it",
+            run, ", ".join(kept), run,
+        )  # fmt: skip
+    return None
 
 
 def _require_builder(options: ExportOptions) -> None:
@@ -183,6 +200,7 @@ def _outcome(bundle: Bundle, out: Path) -> Outcome:
         f"for {graph['runtime']}, opset {bundle.manifest['opset']}, {graph['nodes']} nodes; "
         f"{graph['fusion']['summary']}",
         f"parity on {parity['num_images']} images: {_parity(parity)}",
+        *([f"{bundle.precision}: {graph['quantized']['summary']}"] if graph["quantized"] else []),
         *([f"int8 on this CPU: {integers['summary']}"] if integers else []),
         *(
             f"kernel for sm_{k['capability']}: {k['name']}, {k['num_registers']} registers, "

@@ -16,7 +16,10 @@ from dimefm_edge.export.quant_rules import CalibrationMethod
 from dimefm_edge.targets import Target
 from dimefm_edge.targets.cpu import cpu_quant_rules
 
-PRECISIONS = ("fp32", "fp16", "int8")
+QUANTIZED = ("int8", "fp8")
+"""Precisions that Q/DQ nodes say; calibrated on images, or as trained."""
+PRECISIONS = ("fp32", "fp16", *QUANTIZED)
+FP8_OPSET = 19
 OPSETS = (18, 19, 20, 21, 22, 23)
 DEFAULT_OPSET = 20
 """The newest that JetPack 6's TensorRT reads, and the first with GELU as one node."""
@@ -32,7 +35,7 @@ class GraphSpec:
     runtime_version: str | None = None
     """Such as 10.3; None: any."""
     precision: str = "fp32"
-    """fp32, fp16 or int8."""
+    """A name in `PRECISIONS`."""
     opset: int = DEFAULT_OPSET
     attention: str = "decomposed"
     """A name in `lower.ATTENTION_FORMS`."""
@@ -44,11 +47,11 @@ class GraphSpec:
     providers: tuple[str, ...] = ("cpu",)
     """ONNX Runtime's execution providers to be tried, the preferred one first."""
     quant_rules: str | None = None
-    """A name in `quant_rules.QUANT_RULES`; int8 only."""
+    """A name in `quant_rules.QUANT_RULES`; int8 and fp8 only."""
     sm: str | None = None
     """CUDA architecture that kernels of our own are compiled for, such as sm_110."""
     calibration: CalibrationMethod | None = None
-    """minmax, percentile or mse; None: as the rules say. int8 only."""
+    """minmax, percentile or mse; None: as the rules say. int8 and fp8 only."""
 
     def __post_init__(self) -> None:
         lookup(dict.fromkeys(PRECISIONS), self.precision, kind="ONNX precision")
@@ -66,14 +69,27 @@ class GraphSpec:
             )
         if self.attention == "plugin":
             self._check_plugin()
+        if self.precision == "fp8" and self.opset < FP8_OPSET:
+            raise ExportError(
+                f"opset {self.opset} has no fp8: it came with {FP8_OPSET}",
+                hint=f"leave it out: {DEFAULT_OPSET} is what TensorRT 10.3 reads",
+            )
+        if self.calibration is not None and self.precision not in QUANTIZED:
+            raise ExportError(
+                f"--calibration {self.calibration} says how far int8 reaches, and the graph is "
+                f"{self.precision}",
+                hint="--precision int8, or drop --calibration",
+            )
         if self.batch_size is not None and self.batch_size < 1:
             raise ExportError(f"batch size must be positive, got {self.batch_size}")
 
     def _check_plugin(self) -> None:
         """TensorRT's Python plugins carry PTX for one GPU, and know nothing of our Q/DQ."""
         hint = "leave out --attention plugin: TensorRT then fuses attention itself"
-        if self.precision == "int8":
-            raise ExportError("--attention plugin is for fp32 and fp16 graphs, not int8", hint=hint)
+        if self.precision in QUANTIZED:
+            raise ExportError(
+                f"--attention plugin is for fp32 and fp16 graphs, not {self.precision}", hint=hint
+            )
         if self.sm is None:
             raise ExportError(
                 "--attention plugin compiles kernels for one GPU, and no target says which",
@@ -117,21 +133,32 @@ def graph_spec(
 
     Args:
         target: Where it will run; None: ONNX Runtime anywhere.
-        precision: fp32, fp16 or int8.
+        precision: A name in `PRECISIONS`.
         opset: Default: the newest that is read everywhere, or what the attention needs.
         attention: Default: the runtime's fastest.
         batch_size: None leaves it to the caller.
         image_input: See `GraphSpec`.
-        calibration: Of int8; default: what the rules say.
+        calibration: Of int8 and fp8; default: what the rules say.
 
     Raises:
-        ExportError: If two of them contradict each other.
+        ExportError: If two of them contradict each other, or the target has no such precision.
         UnknownNameError: If a name is not known.
     """
+    if precision in QUANTIZED and target is not None:
+        require_precision(
+            target, precision, hint=f"--precision {target.precision}, or another --target"
+        )
+    elif precision == "fp8":
+        raise ExportError(
+            "fp8 is for TensorRT on GPUs that have it, and no target says so",
+            hint="--target jetson-agx-thor",
+        )
     runtime = "onnxruntime" if target is None else target.runtime
     attention = attention or RUNTIME_ATTENTION[runtime][0]
     default_opset = ATTENTION_OPSET if attention == "Attention" else DEFAULT_OPSET
-    rules = "tensorrt" if runtime == "tensorrt" else target.quant_rules if target else None
+    rules = None if target is None else target.quant_rules
+    if runtime == "tensorrt":
+        rules = "tensorrt-fp8" if precision == "fp8" else "tensorrt"
     return GraphSpec(
         runtime=runtime,
         runtime_version=None if target is None else target.tensorrt,
@@ -142,6 +169,24 @@ def graph_spec(
         image_input=image_input,
         providers=("cpu",) if target is None else target.providers,
         sm=None if target is None else target.sm,
-        quant_rules=(rules or cpu_quant_rules()) if precision == "int8" else None,
+        quant_rules=(rules or cpu_quant_rules()) if precision in QUANTIZED else None,
         calibration=calibration,
     )
+
+
+def require_precision(target: Target, precision: str, *, hint: str) -> None:
+    """Refuse int8 or fp8 where the hardware multiplies none: it would run in float.
+
+    Args:
+        target: The device.
+        precision: int8 or fp8.
+        hint: What to do instead.
+
+    Raises:
+        ExportError: If it does not.
+    """
+    if precision not in target.precisions:
+        raise ExportError(
+            f"{target.name} has no {precision}: {target.title} runs {', '.join(target.precisions)}",
+            hint=hint,
+        )

@@ -1,4 +1,4 @@
-"""An fp32 ONNX graph in int8: Q/DQ pairs where the rules of a runtime want them.
+"""An fp32 ONNX graph in int8 or fp8: Q/DQ pairs where the rules of a runtime want them.
 
 Between tracing and checking of an export (onnx.py). quant_rules.py says what is quantised,
 calibration.py how far activations reach; here products are found and the pairs put in.
@@ -19,7 +19,7 @@ from dimefm_edge.errors import ExportError
 from dimefm_edge.export.calibration import PROBABILITIES, Range, calibrate
 from dimefm_edge.export.graph_view import GraphView, drop_unread_weights, prepared
 from dimefm_edge.export.learned import LearnedProduct, match_products
-from dimefm_edge.export.quant_rules import QuantRules
+from dimefm_edge.export.quant_rules import FP8, FP8_MAX, QuantRules
 from dimefm_edge.manifest import INPUT_NAME
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def quantize_graph(
     products = [p for node in model.graph.node if (p := _product(graph, node, rules)) is not None]
     if not products:
         raise ExportError(
-            f"the graph has no product that {rules.name} runs in int8",
+            f"the graph has no product that {rules.name} runs in {rules.precision}",
             hint="dimefm-edge export RUN --precision fp16",
         )
     if learned is None:
@@ -140,10 +140,8 @@ def _is_wanted(graph: GraphView, node: onnx.NodeProto, rules: QuantRules) -> boo
     """Whether the rules quantise this kind of convolution; all else they do."""
     if node.op_type != "Conv":
         return True
-    if node.input[0] == INPUT_NAME:
-        return rules.is_stem_quantized
-    channels_out, channels_in = graph.weights[node.input[1]].dims[:2]
-    return rules.is_depthwise_quantized or channels_in > 1 or channels_out == 1
+    shape = graph.weights[node.input[1]].dims
+    return rules.takes_convolution(shape, is_stem=node.input[0] == INPUT_NAME)
 
 
 def _is_plain(graph: GraphView, node: onnx.NodeProto) -> bool:
@@ -269,7 +267,8 @@ class _Rewriter:
         node = product.node
         assert product.weight is not None
         weight = self.graph.array(node.input[product.weight])
-        scale = _weight_scale(weight, product.axis, self.rules)
+        axis = product.axis if self.rules.is_weight_per_channel else None
+        scale = _weight_scale(weight, axis, self.rules)
         if product.bias is not None:
             bias = self.graph.array(node.input[product.bias]).ravel()
             input_scale = self.scales[node.input[product.activations[0]]]
@@ -279,7 +278,7 @@ class _Rewriter:
                 node.input[product.bias], bias, input_scale * scale, 0, "int32", nodes
             )
         node.input[product.weight] = self._constant(
-            node.input[product.weight], weight, scale, product.axis, self.rules.weight, nodes
+            node.input[product.weight], weight, scale, axis, self.rules.weight, nodes
         )
 
     def _constant(
@@ -300,10 +299,9 @@ class _Rewriter:
             self.labels.add(label)
             made = f"{label}_dequantized"
             zero_point = 128 if dtype == "uint8" else 0
-            parameters = self._parameters(label, scale, np.full(scale.shape, zero_point, dtype))
-            integers = np.round(values / _along(scale, values.ndim, axis)) + zero_point
-            limits = np.iinfo(dtype)
-            stored = integers.clip(limits.min, limits.max).astype(dtype)
+            zeros = np.full(scale.shape, zero_point).astype(_numpy_type(dtype))
+            parameters = self._parameters(label, scale, zeros)
+            stored = _stored(values / _along(scale, values.ndim, axis), zero_point, dtype)
             inputs = [self._store(f"{label}_quantized", stored), *parameters]
             # ONNX ignores the axis of a scale that is a single number.
             nodes.append(make_node("DequantizeLinear", inputs, [made], made, axis=axis or 0))
@@ -325,12 +323,30 @@ class _Rewriter:
 
 def _affine(reach: Range, rules: QuantRules) -> tuple[np.float32, npt.NDArray[Any]]:
     """Scale and zero point of an activation: 0 is always exact."""
-    limits = np.iinfo(rules.activation)
     if rules.is_symmetric:
-        step = max(-reach.low, reach.high) / limits.max
-        return np.float32(step or 1.0), np.array(0, rules.activation)
+        largest = FP8_MAX if rules.activation == FP8 else np.iinfo(rules.activation).max
+        step = max(-reach.low, reach.high) / largest
+        return np.float32(step or 1.0), np.array(0).astype(_numpy_type(rules.activation))
+    limits = np.iinfo(rules.activation)
     scale = np.float32((reach.high - reach.low) / (limits.max - limits.min) or 1.0)
     return scale, np.round(limits.min - reach.low / scale).astype(rules.activation)
+
+
+def _numpy_type(name: str) -> Any:
+    """numpy itself has no float of 8 bits; onnx brings one."""
+    if name != FP8:
+        return np.dtype(name)
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.float8_e4m3fn)
+
+
+def _stored(scaled: npt.NDArray[np.float32], zero_point: int, dtype: str) -> npt.NDArray[Any]:
+    """A weight over its scale, in the numbers that the file holds."""
+    if dtype == FP8:
+        return scaled.clip(-FP8_MAX, FP8_MAX).astype(_numpy_type(dtype))
+    limits = np.iinfo(dtype)
+    return (np.round(scaled) + zero_point).clip(limits.min, limits.max).astype(dtype)
 
 
 def _weight_scale(

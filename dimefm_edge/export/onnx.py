@@ -25,9 +25,14 @@ from dimefm_edge.export.attention_patterns import (
 )
 from dimefm_edge.export.ends import add_head, normalised_to_pixels, take_pixels
 from dimefm_edge.export.fp16 import check_fp16_range, convert_to_fp16
-from dimefm_edge.export.graph_spec import GraphSpec
+from dimefm_edge.export.graph_spec import QUANTIZED, GraphSpec
 from dimefm_edge.export.int8 import quantize_graph
-from dimefm_edge.export.integer_kernels import IntegerKernels, count_integer_kernels
+from dimefm_edge.export.integer_kernels import (
+    IntegerKernels,
+    QuantizedProducts,
+    count_integer_kernels,
+    quantized_products,
+)
 from dimefm_edge.export.learned import MIN_LEARNED_COSINE, FakeQuantised, LearnedProduct
 from dimefm_edge.export.parity import (
     ParityReport,
@@ -93,6 +98,8 @@ class OnnxGraph:
     """What its runtime would read and then run slowly or wrongly."""
     integer_kernels: IntegerKernels | None = None
     """What ran in integers here; of int8 for ONNX Runtime on a CPU such as this one."""
+    quantized: QuantizedProducts | None = None
+    """What is asked to run in 8 bits, and what is left in float; of int8 and fp8."""
     weights: WeightReport | None = None
     """What is stored in integers; of a text tower in int8 or int4."""
 
@@ -106,6 +113,8 @@ class OnnxGraph:
             "warnings": list(self.warnings),
             "integer_kernels": self.integer_kernels
             and asdict(self.integer_kernels) | {"summary": str(self.integer_kernels)},
+            "quantized": self.quantized
+            and asdict(self.quantized) | {"summary": str(self.quantized)},
             "weights": self.weights and asdict(self.weights) | {"summary": str(self.weights)},
         }
 
@@ -170,7 +179,7 @@ def export_onnx(
         inputs = normalised_to_pixels(inputs, preprocess)
     return land_graph(
         model, path, expected, inputs=inputs, spec=spec, metadata=metadata,
-        min_cosine=None if learned is None else MIN_LEARNED_COSINE,
+        min_cosine=None if learned is None else MIN_LEARNED_COSINE[spec.precision],
     )  # fmt: skip
 
 
@@ -189,7 +198,7 @@ def in_precision(
         spec: Which precision.
         inputs: (N, ...) real ones, as the graph takes them: to look for what fp16 cannot hold.
         kind: What one of them is, for errors.
-        learned: Ranges for int8 that training learned; default: calibration on the inputs.
+        learned: Ranges of 8 bits that training learned; default: calibration on the inputs.
 
     Raises:
         ParityError: If an activation leaves fp16's range.
@@ -202,7 +211,7 @@ def in_precision(
                 model, inputs[:_MAX_RANGE_INPUTS], kind=kind, batch_size=spec.batch_size or 1
             )
         logger.info("the largest fp16 activation is %.4g of 65504", peak)
-    if spec.precision == "int8":
+    if spec.precision in QUANTIZED:
         rules = _quant_rules(spec)
         rules = replace(rules, calibration=spec.calibration or rules.calibration)
         with onnxruntime_errors():
@@ -246,8 +255,8 @@ def land_graph(
     _check_graph(model)
     warnings = _runtime_warnings(model, spec)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    is_int8, integers = spec.precision == "int8", None
-    if is_int8 and min_cosine is None:
+    is_quantized, integers = spec.precision in QUANTIZED, None
+    if is_quantized and min_cosine is None:
         min_cosine = _quant_rules(spec).min_cosine
     try:
         part.write_bytes(model.SerializeToString(deterministic=True))
@@ -255,7 +264,7 @@ def land_graph(
             part, expected, inputs=inputs, precision=precision or spec.precision,
             batch_size=spec.batch_size, kind=kind, min_cosine=min_cosine,
         )  # fmt: skip
-        if is_int8 and spec.quant_rules == cpu_quant_rules():
+        if is_quantized and spec.quant_rules == cpu_quant_rules():
             rows = np.arange(spec.batch_size or 1) % len(inputs)
             with onnxruntime_errors():
                 integers = count_integer_kernels(part, inputs[rows])
@@ -265,12 +274,13 @@ def land_graph(
     attentions = tuple(find_attentions(model))
     fusion = report_fusion(model, attentions)
     return OnnxGraph(
-        path, spec.opset, _count_ops(model), parity, fusion, attentions, warnings, integers
-    )
+        path, spec.opset, _count_ops(model), parity, fusion, attentions, warnings, integers,
+        quantized_products(model) if is_quantized else None,
+    )  # fmt: skip
 
 
 def _quant_rules(spec: GraphSpec) -> QuantRules:
-    return lookup(QUANT_RULES, spec.quant_rules or "", kind="int8 rules")
+    return lookup(QUANT_RULES, spec.quant_rules or "", kind="rules of 8 bits")
 
 
 def report_fusion(model: onnx.ModelProto, attentions: Sequence[AttentionMatch]) -> FusionReport:
@@ -305,7 +315,12 @@ def _check_graph(model: onnx.ModelProto) -> None:
 
 
 def _runtime_warnings(model: onnx.ModelProto, spec: GraphSpec) -> tuple[str, ...]:
-    """What the target's TensorRT would run badly; what it would not read is an ExportError."""
+    """What the target's runtime would run badly; what it would not read is an ExportError."""
+    if spec.runtime == "onnxruntime" and spec.precision == "int8" and spec.providers[0] != "cpu":
+        return (
+            f"int8 is written for the CPU, by {spec.quant_rules}: '{spec.providers[0]}' takes "
+            "other graphs and may leave all of it to the CPU; --precision fp16 is not changed",
+        )
     if spec.runtime != "tensorrt" or spec.runtime_version is None:
         return ()
     try:

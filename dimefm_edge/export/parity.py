@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.errors import ExportError, ParityError
-from dimefm_edge.targets.cpu import int8_products_saturate
+from dimefm_edge.targets.cpu import int8_products_saturate, unwanted_rewrites
 
 if TYPE_CHECKING:
     from torch import nn
 
 MAX_ABS_DIFF_FP32 = 1e-4
-MIN_COSINE = {"fp16": 0.999, "int8": 0.98}
-"""Least cosine allowed; int8's is that of the least strict rules (quant_rules.py has each)."""
+MIN_COSINE = {"fp16": 0.999, "int8": 0.98, "fp8": 0.98}
+"""Least cosine allowed; in 8 bits that of the least strict rules (quant_rules.py has each)."""
 
 PARITY_BATCHES = (1, 7, 32)
 
@@ -108,7 +108,7 @@ def check_parity(
         ExportError: If ONNX Runtime cannot run the graph.
         ParityError: If an embedding differs by more; it names the worst one.
     """
-    found, rows = _graph_embeds(path, inputs, batch_size)
+    found, rows = _graph_embeds(path, inputs, batch_size, precision)
     wanted = expected[rows]
     diffs = np.abs(found - wanted).max(axis=1)
     cosines = (found * wanted).sum(axis=1) / (
@@ -129,19 +129,26 @@ def check_parity(
             f"{rows[worst]} of {len(inputs)}, max abs difference {diffs[worst]:.3g}, cosine "
             f"{cosines[worst]:.6f} (allowed: {allowed}); "
             f"{len(set(rows[~is_good].tolist()))} {kind}s differ too much",
-            hint="another torch or onnxscript release: pip install --upgrade torch onnxscript"
-            if min_cosine is None
-            else f"dimefm-edge export RUN --{'text-' * (kind == 'sentence')}precision fp32",
+            hint=_mend(precision, kind, is_float=min_cosine is None),
         )
     return ParityReport(float(diffs.max()), min(1.0, float(cosines.min())), len(inputs))
 
 
+def _mend(precision: str, kind: str, *, is_float: bool) -> str:
+    if is_float:
+        return "another torch or onnxscript release: pip install --upgrade torch onnxscript"
+    if kind == "sentence":
+        return "dimefm-edge export RUN --text-precision fp32"
+    worst = "; or distill --ptq int8 --max-drop 1, which leaves the worst layers in float"
+    return f"dimefm-edge export RUN --precision fp32{worst if precision == 'int8' else ''}"
+
+
 def _graph_embeds(
-    path: Path, inputs: npt.NDArray[Any], batch_size: int | None
+    path: Path, inputs: npt.NDArray[Any], batch_size: int | None, precision: str
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
     """Embeddings by the graph, and the input that each row is of."""
     with onnxruntime_errors():
-        session = cpu_session(str(path))
+        session = cpu_session(str(path), precision=precision)
         batches = PARITY_BATCHES if batch_size is None else (batch_size,)
         input_name, output_name = session.get_inputs()[0].name, session.get_outputs()[0].name
         # Few inputs are repeated, so that every batch size is run, and fixed ones are full.
@@ -159,11 +166,12 @@ def _graph_embeds(
     return np.concatenate(pieces), rows
 
 
-def cpu_session(model: bytes | str, *, profile: str | None = None) -> Any:
+def cpu_session(model: bytes | str, *, precision: str = "fp32", profile: str | None = None) -> Any:
     """An ONNX Runtime session of a graph, or of its file, that an export runs to look at it.
 
     Args:
         model: The graph, or its file.
+        precision: The graph's.
         profile: How a file begins that each kernel's time is written to; None writes none.
     """
     import onnxruntime
@@ -175,7 +183,10 @@ def cpu_session(model: bytes | str, *, profile: str | None = None) -> Any:
         options.profile_file_prefix = profile
     if int8_products_saturate():  # as the runtime does: a graph may be for another CPU
         options.add_session_config_entry("session.x64quantprecision", "1")
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model, options, providers=["CPUExecutionProvider"],
+        disabled_optimizers=unwanted_rewrites(precision),
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -30,11 +30,16 @@ the least disturbed run (on a busy machine fp32 suffers more, and int8 looks bet
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 CalibrationMethod = Literal["minmax", "percentile", "mse"]
-IntType = Literal["int8", "uint8"]
+QuantType = Literal["int8", "uint8", "float8_e4m3fn"]
+FP8: QuantType = "float8_e4m3fn"
+"""Called so by torch and numpy alike."""
+FP8_MAX = 448
 
 PRODUCTS = ("Conv", "Gemm", "MatMul")
 
@@ -44,11 +49,11 @@ class QuantRules:
     """How one runtime wants its Q/DQ graphs."""
 
     name: str
-    activation: IntType
-    weight: IntType
+    activation: QuantType
+    weight: QuantType
     """uint8 weights have zero point 128: the same values, another kernel."""
     is_symmetric: bool
-    """Activations have zero point 0 (int8 only): clipped at one magnitude on both sides."""
+    """Activations have zero point 0 (not uint8): clipped at one magnitude on both sides."""
     attention_head_dims: tuple[int, ...]
     """Sizes of head at which both products of a spelt-out attention are quantised too."""
     is_depthwise_quantized: bool
@@ -69,11 +74,37 @@ class QuantRules:
     weight_bits: int = 8
     """7 keeps two u8 x s8 products below 2**15, for kernels that add them in 16 bits."""
     calibration: CalibrationMethod = "percentile"
+    is_weight_per_channel: bool = True
+    """Whether each output channel has a scale of its own, or the weight one in all."""
+    conv_min_channels: int = 1
+    """Convolutions with fewer, in a group or out, stay float."""
+    conv_max_taps: float = math.inf
+    """Convolutions with a larger kernel, height times width, stay float."""
+
+    @property
+    def precision(self) -> str:
+        """What the graph is then called: int8 or fp8."""
+        return "fp8" if self.activation == FP8 else "int8"
 
     @property
     def weight_max(self) -> int:
         """The largest weight, its zero point taken off; the smallest is as far below 0."""
-        return int(2 ** (self.weight_bits - 1)) - 1
+        return FP8_MAX if self.weight == FP8 else int(2 ** (self.weight_bits - 1)) - 1
+
+    def takes_convolution(self, shape: Sequence[int], *, is_stem: bool) -> bool:
+        """Whether a convolution is quantised.
+
+        Args:
+            shape: Of its weight: (O, I / groups, kernel...).
+            is_stem: Whether it reads the image.
+        """
+        channels_out, channels_in, *kernel = shape
+        if is_stem and not self.is_stem_quantized:
+            return False
+        if channels_in == 1 and channels_out > 1 and not (is_stem or self.is_depthwise_quantized):
+            return False
+        narrowest = channels_out if is_stem else min(channels_out, channels_in)
+        return narrowest >= self.conv_min_channels and math.prod(kernel) <= self.conv_max_taps
 
 
 _ORT_DOC = "onnxruntime.ai/docs/performance/model-optimizations/quantization.html"
@@ -88,7 +119,7 @@ _TENSORRT_DOC = (
 
 
 def _onnxruntime(
-    name: str, activation: IntType, weight: IntType, *sources: str, is_depthwise: bool = False
+    name: str, activation: QuantType, weight: QuantType, *sources: str, is_depthwise: bool = False
 ) -> QuantRules:
     return QuantRules(
         name=name,
@@ -104,6 +135,48 @@ def _onnxruntime(
         sources=(*sources, _ORT_FUSIONS),
     )
 
+
+_TENSORRT = QuantRules(
+    name="tensorrt",
+    activation="int8",
+    weight="int8",
+    is_symmetric=True,
+    attention_head_dims=(16, 32, 64),
+    is_depthwise_quantized=True,
+    is_stem_quantized=True,
+    is_bias_quantized=False,
+    output_op_types=(),
+    min_cosine=0.98,
+    sources=(
+        f"symmetric, per-tensor activations, per-channel weights, int8 weights behind a "
+        f"DequantizeLinear: {_TENSORRT_DOC}",
+        "Q/DQ before the first product of an attention, after its softmax and around the "
+        "second, heads of 16, 32 or 64 and up to 512 tokens: NVIDIA/TensorRT issue 4167",
+        "nothing on residual adds and norms, where int8 collapses a ViT: onnxsim PR 1742",
+    ),
+)
+
+_TENSORRT_FP8 = replace(
+    _TENSORRT,
+    name="tensorrt-fp8",
+    activation=FP8,
+    weight=FP8,
+    calibration="minmax",
+    is_weight_per_channel=False,
+    is_depthwise_quantized=False,
+    is_stem_quantized=False,
+    conv_min_channels=17,
+    conv_max_taps=32,
+    sources=(
+        "x is cast to e4m3 after x / scale is clipped at 448, one scale per tensor: "
+        "docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/"
+        "quantized-types-schemes.html",
+        "convolutions of 16 channels or fewer, or of more than 32 taps, have no fp8 kernel: "
+        "NVIDIA/Model-Optimizer, modelopt/onnx/quantization, find_nodes_from_convs_to_exclude",
+        "Q/DQ around attention as in int8; heads up to 64: TensorRT 10.6's release notes",
+        "per channel, weights gain where a kernel has it (10.6, Hopper): not used",
+    ),
+)
 
 _RULES = (
     _onnxruntime(
@@ -122,25 +195,8 @@ _RULES = (
         "DepthwiseQConvSymS8KernelNeon.S",
         is_depthwise=True,
     ),
-    QuantRules(
-        name="tensorrt",
-        activation="int8",
-        weight="int8",
-        is_symmetric=True,
-        attention_head_dims=(16, 32, 64),
-        is_depthwise_quantized=True,
-        is_stem_quantized=True,
-        is_bias_quantized=False,
-        output_op_types=(),
-        min_cosine=0.98,
-        sources=(
-            f"symmetric, per-tensor activations, per-channel weights, int8 weights behind a "
-            f"DequantizeLinear: {_TENSORRT_DOC}",
-            "Q/DQ before the first product of an attention, after its softmax and around the "
-            "second, heads of 16, 32 or 64 and up to 512 tokens: NVIDIA/TensorRT issue 4167",
-            "nothing on residual adds and norms, where int8 collapses a ViT: onnxsim PR 1742",
-        ),
-    ),
+    _TENSORRT,
+    _TENSORRT_FP8,
 )  # fmt: skip
 
 QUANT_RULES: dict[str, QuantRules] = {rules.name: rules for rules in _RULES}

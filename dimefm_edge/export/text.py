@@ -95,6 +95,8 @@ def write_text_side(
         spec=dataclasses.replace(
             graph,
             precision="fp16" if precision == "fp16" else "fp32",
+            quant_rules=None,
+            calibration=None,
             attention=attention,
             batch_size=None,
             image_input="float",

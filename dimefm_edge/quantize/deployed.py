@@ -72,6 +72,11 @@ def export_graph(module: nn.Module, image_size: int) -> fx.GraphModule:
             f"torch {torch.__version__} cannot export the student for training in int8: {reason}",
             hint="--ptq int8, which quantises the finished graph instead",
         ) from error
+    # It would insist on what it was traced with: fp32 on a CPU, where autocast has bf16 on a GPU.
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.graph.erase_node(node)
+    graph.recompile()
     return graph
 
 

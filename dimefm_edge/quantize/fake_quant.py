@@ -15,14 +15,14 @@ from torch import Tensor
 
 from dimefm_edge.errors import ExportError
 from dimefm_edge.export.calibration import Histogram, Range
-from dimefm_edge.export.quant_rules import QuantRules
+from dimefm_edge.export.quant_rules import FP8, FP8_MAX, QuantRules
 from dimefm_edge.export.trace import silence
 
 with silence():  # of torchao about torch
     from torchao.quantization.pt2e.fake_quantize import FakeQuantizeBase
 
 _MOMENTUM = 0.1
-_LIMITS = {"int8": (-128, 127), "uint8": (0, 255)}
+_LIMITS = {"int8": (-128, 127), "uint8": (0, 255), FP8: (-FP8_MAX, FP8_MAX)}
 
 
 class ActivationFakeQuant(FakeQuantizeBase):  # type: ignore[misc]
@@ -61,6 +61,8 @@ class ActivationFakeQuant(FakeQuantizeBase):  # type: ignore[misc]
         if not self.is_rounding:
             return x
         scale, zero_point = self.calculate_qparams()
+        if self.dtype == torch.float8_e4m3fn:
+            return _round_float8(x.float(), scale)
         # In fp32 whatever autocast says: bf16 cannot tell 256 values apart.
         return torch.fake_quantize_per_tensor_affine(
             x.float(), scale, zero_point, self.quant_min, self.quant_max
@@ -99,17 +101,18 @@ class ActivationFakeQuant(FakeQuantizeBase):  # type: ignore[misc]
 
 
 class WeightFakeQuant(FakeQuantizeBase):  # type: ignore[misc]
-    """One scale per output channel, axis 0; zero point 0."""
+    """One scale per output channel, axis 0, or the same for all of them; zero point 0."""
 
     qscheme = torch.per_channel_symmetric
     is_dynamic = False
     ch_axis = 0
-    dtype = torch.int8
 
     def __init__(self, rules: QuantRules) -> None:
         """Round to `rules.weight_bits` bits."""
         super().__init__()
         self.quant_min, self.quant_max = -rules.weight_max, rules.weight_max
+        self.dtype = torch.float8_e4m3fn if rules.weight == FP8 else torch.int8
+        self.is_per_channel = rules.is_weight_per_channel
         self.is_rounding = True
         self.scale = torch.ones(1)
         """(O,) of the last weight that was rounded."""
@@ -119,7 +122,11 @@ class WeightFakeQuant(FakeQuantizeBase):  # type: ignore[misc]
         if not self.is_rounding:
             return weight
         peak = weight.detach().flatten(1).abs().amax(dim=1).float()
+        if not self.is_per_channel:
+            peak = peak.amax().expand_as(peak)
         self.scale = _or_one(peak) / self.quant_max
+        if self.dtype == torch.float8_e4m3fn:
+            return _round_float8(weight, self.scale.view(-1, *[1] * (weight.ndim - 1)))
         zero_point = torch.zeros_like(self.scale, dtype=torch.int32)
         return torch.fake_quantize_per_channel_affine(
             weight, self.scale, zero_point, 0, self.quant_min, self.quant_max
@@ -128,6 +135,12 @@ class WeightFakeQuant(FakeQuantizeBase):  # type: ignore[misc]
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """(O,) scales and zeros of the last weight that was rounded."""
         return self.scale, torch.zeros_like(self.scale, dtype=torch.int64)
+
+
+def _round_float8(x: Tensor, scale: Tensor) -> Tensor:
+    """To what e4m3 holds; gradients pass where it is not clipped."""
+    clipped = (x / scale).clamp(-FP8_MAX, FP8_MAX)
+    return scale * (clipped + (clipped.to(torch.float8_e4m3fn).float() - clipped).detach())
 
 
 def _or_one(values: Tensor) -> Tensor:

@@ -70,11 +70,8 @@ def _product(node: fx.Node, rules: QuantRules) -> Product | None:
 
 
 def _is_wanted(source: fx.Node, weight: fx.Node, rules: QuantRules) -> bool:
-    """As int8.py's: stems and depthwise convolutions are not for every runtime."""
-    if source.op == "placeholder":
-        return rules.is_stem_quantized
-    channels_out, channels_in = weight.meta["val"].shape[:2]
-    return rules.is_depthwise_quantized or channels_in > 1 or channels_out == 1
+    """As int8.py's: not every convolution is for every runtime."""
+    return rules.takes_convolution(weight.meta["val"].shape, is_stem=source.op == "placeholder")
 
 
 def _integer_output(node: fx.Node) -> fx.Node | None:

@@ -51,16 +51,16 @@ def _load_onnxruntime(bundle: Bundle, threads: int, provider: str) -> Engine:
 
 
 def _check_quantization(bundle: Bundle) -> None:
-    """Say so when int8 was made for another CPU: right answers, but not this CPU's speed."""
+    """Say so when 8 bits were made for another place: right answers, but not this CPU's speed."""
     made_for = (bundle.manifest.get("quantization") or {}).get("rules")
     if made_for is None:
         return
     here = cpu_quant_rules()
     if made_for != here:
         logger.warning(
-            "%s holds int8 for %s; this CPU wants %s: the answers are right, but others would "
+            "%s holds %s for %s; this CPU wants %s: the answers are right, but others would "
             "come faster. try: dimefm-edge export RUN --precision int8 --target local",
-            bundle.path, made_for, here,
+            bundle.path, bundle.precision, made_for, here,
         )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from dimefm_edge.runtime.providers import (
     choose_providers,
     session_providers,
 )
-from dimefm_edge.targets.cpu import int8_products_saturate
+from dimefm_edge.targets.cpu import int8_products_saturate, unwanted_rewrites
 
 _ERRORS_ONLY = 3
 _CPUS = Path("/sys/devices/system/cpu")
@@ -76,7 +76,7 @@ class OnnxRuntimeEngine:
         self.takes_any_size = image_input == "image"
         names = choose_providers(providers, _available_providers(), asked=provider)
         given = session_providers(names, precision=precision)
-        self._session = load_session(model_path, self.threads, given)
+        self._session = load_session(model_path, self.threads, given, precision=precision)
         self.provider = check_started(names, self._session.get_providers(), asked=provider)
         self._check_signature(model_path)
 
@@ -180,9 +180,10 @@ def load_session(
     threads: int,
     providers: Sequence[Any] = ("CPUExecutionProvider",),
     *,
+    precision: str = "fp32",
     profile_prefix: str | None = None,
 ) -> Any:
-    """An InferenceSession; `providers` are as it takes them.
+    """An InferenceSession; `providers` are as it takes them, `precision` is the graph's.
 
     With `profile_prefix` it profiles its operators, into a file whose name begins so.
 
@@ -205,7 +206,10 @@ def load_session(
     if int8_products_saturate():  # a graph made for another CPU answers right here too
         options.add_session_config_entry("session.x64quantprecision", "1")
     try:
-        return onnxruntime.InferenceSession(str(model_path), options, providers=list(providers))
+        return onnxruntime.InferenceSession(
+            str(model_path), options, providers=list(providers),
+            disabled_optimizers=unwanted_rewrites(precision),
+        )  # fmt: skip
     # ONNX Runtime's own exceptions share no public base but Exception.
     except Exception as error:
         raise CheckpointError(

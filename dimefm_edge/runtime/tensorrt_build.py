@@ -6,7 +6,8 @@ these same calls, would be one more package on the board.
 Types: a network is strongly typed wherever the graph already says every type, as ours does in
 fp32 and fp16 (its norms and softmax are fp32 there), for TensorRT then neither lowers nor raises
 any of them, in 10.x as in 11 where no other way is left. 10.x alone can also lower an fp32 graph
-itself (weakly typed, by builder flags), which int8 with Q/DQ needs to run the rest in fp16.
+itself (weakly typed, by builder flags), which int8 and fp8 with Q/DQ need to run the rest in
+fp16.
 """
 
 from __future__ import annotations
@@ -334,10 +335,11 @@ def _precision_flags(
         )
     if precision == bundle.precision:
         # DLA takes fp16 and int8 only, and chooses by the flags.
-        is_lowered = precision == "int8" or (options.dla_core is not None and precision == "fp16")
+        has_qdq = precision in ("int8", "fp8")
+        is_lowered = has_qdq or (options.dla_core is not None and precision == "fp16")
         if not is_lowered or not has_flags:
             return ()
-        return ("INT8", "FP16") if precision == "int8" else ("FP16",)
+        return (precision.upper(), "FP16") if has_qdq else ("FP16",)
     if bundle.precision == "fp32" and precision in ("fp16", "bf16") and has_flags:
         return (precision.upper(),)
     why = (

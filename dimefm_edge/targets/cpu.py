@@ -1,4 +1,4 @@
-"""What this CPU multiplies integers with, and so which int8 graphs suit it.
+"""What this CPU multiplies integers with, and so which int8 graphs suit it and ONNX Runtime.
 
 Read by export, for the rules of a graph that is made for this machine, and by the runtime, to
 see whether a bundle was made for another. The names are those of export/quant_rules.py.
@@ -56,3 +56,17 @@ def int8_products_saturate() -> bool:
     (onnxruntime_session_options_config_keys.h).
     """
     return cpu_quant_rules() == AVX2_RULES
+
+
+def unwanted_rewrites(precision: str) -> list[str]:
+    """Names of ONNX Runtime's optimisations that spoil graphs of a precision.
+
+    Version 1.32 quantises float weights of a Conv or Gemm by itself where what it reads was in
+    integers, with one scale for all channels (weight_bias_quantization.cc): a depthwise convolution
+    that the rules leave in float, a layer that `--max-drop` keeps. In fp8 it drops a Relu before a
+    QuantizeLinear, as if 0 were the least number, and refuses a Clip there (relu_quantizelinear.cc
+    and clip_quantizelinear.cc know integers only).
+    """
+    names = {"int8": ["WeightBiasQuantization"]}
+    names["fp8"] = [*names["int8"], "ReluQuantRewrite", "ClipQuantRewrite"]
+    return names.get(precision, [])

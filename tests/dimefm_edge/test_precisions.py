@@ -59,14 +59,23 @@ def test_nothing_is_kept_float_unless_it_is_asked_for(run_dir):
 
 def test_a_limit_needs_a_test_set_and_says_so_before_training():
     with pytest.raises(ConfigError, match="there is no test set") as said:
-        require_int8(QuantConfig(ptq="int8", max_drop=0.5), ())
+        require_int8(QuantConfig(ptq="int8", max_drop=0.5), (), load_target("x86-cpu"))
     assert "--eval-sets" in said.value.hint
+
+
+def test_a_device_without_int8_is_refused_before_training(capsys):
+    for stage in ("--qat", "--ptq"):
+        words = ["distill", "--target", "jetson-nano", stage, "int8", "--dry-run"]
+        assert cli.main(words) == 1
+        said = capsys.readouterr().err
+        assert "jetson-nano has no int8: NVIDIA Jetson Nano 4 GB runs fp16, fp32" in said
+        assert "try: drop --qat and --ptq, or another --target" in said
 
 
 def test_torchao_is_missed_before_training(monkeypatch):
     monkeypatch.setattr("dimefm_edge.precisions.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match="int8 students need torchao") as said:
-        require_int8(QuantConfig(qat="int8"), ())
+        require_int8(QuantConfig(qat="int8"), (), load_target("x86-cpu"))
     assert "dimefm_edge[train]" in said.value.hint
 
 
@@ -91,6 +100,8 @@ def test_products_are_kept_float_until_the_limit_holds_and_only_once_searched(ru
     [
         (["--qat", "int8", "--precision", "fp16"], "cannot be both int8 and fp16"),
         (["--max-drop", "1"], "max_drop needs int8"),
+        (["--calibration", "mse"], "calibration needs int8"),
+        (["--precision", "int8"], "invalid choice 'int8'"),
         (["--qat", "int8", "--max-drop", "-1"], "max_drop must not be negative"),
         (["--qat", "int8", "--qat-steps-ratio", "0"], "qat_steps_ratio must be positive"),
         (["--qat", "int4"], "int4"),

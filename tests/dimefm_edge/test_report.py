@@ -9,7 +9,14 @@ import re
 import pytest
 
 from dimefm_edge.evaluate.zero_shot import ZeroShotReport
-from dimefm_edge.report import AccuracyRow, ModelRow, PrecisionRow, RunReport
+from dimefm_edge.report import (
+    AccuracyRow,
+    ModelRow,
+    PrecisionRow,
+    RunReport,
+    TextReport,
+    TextRow,
+)
 
 TEACHER = ModelRow("ViT-L-14", 303.97, 77.83, 41.7, 31.2, 55.5, "PyTorch", 812.25, 850.75)
 STUDENT = ModelRow("vit_s16", 22.05, 4.25, 4.36, 3.27, 5.81, "ONNX Runtime", 81.23, 97.5)
@@ -203,6 +210,15 @@ def test_int8_is_shown_beside_fp32():
     ]
     assert "- Training in int8: 321 steps, 100 images/s.\n" in report.to_markdown()
     assert "no more than was allowed: `trunk.fc1`, `proj`.\n" in report.to_markdown()
+
+
+def test_a_text_side_beside_an_int8_student_is_said_to_be_in_float():
+    row = TextRow("text-w64-d1", 0.24, 1.0, "ONNX Runtime", 1.0, 1.1)
+    training = {"steps": 3, "sentences_per_s": 9.0}
+    text = TextReport(row, row, {}, (), (), {}, training)
+    hint = "`dimefm-edge export runs/a --text-precision int8` stores it in 8 bits.\n"
+    assert hint in make(text=text, precision="int8").to_markdown()
+    assert hint not in make(text=text, precision="fp16").to_markdown()
 
 
 def test_without_int8_nothing_is_said_of_it():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -141,6 +142,88 @@ def test_int8_says_what_runs_in_integers(tiny_run_dir, tmp_path, capsys):
                          "jetson-orin", "--out", tmp_path / "c")  # fmt: skip
     assert code == 0
     assert values["graph"]["integer_kernels"] is None  # TensorRT's are told by `build`
+    assert values["graph"]["quantized"]["left_float"] == {}
+
+
+def test_int8_names_what_its_rules_leave_in_float(tiny_run_dir, tmp_path, capsys):
+    words = ["export", str(tiny_run_dir), "--precision", "int8", "--target", "raspberry-pi-5"]
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 0
+    told = load_bundle(tmp_path / "b").manifest["graph"]["quantized"]
+    kinds = list(told["left_float"].values())
+    assert set(kinds) == {"on the image", "attention"}
+    total = len(told["quantized"]) + len(kinds)
+    said = f"int8: {len(told['quantized'])} of {total} products quantised; left in float: 1 on the"
+    assert said in capsys.readouterr().out
+
+
+def test_int8_for_the_cpu_beside_an_npu_is_told(tiny_run_dir, tmp_path, capsys):
+    words = ["export", str(tiny_run_dir), "--precision", "int8", "--target", "snapdragon-x-elite"]
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 0
+    said = capsys.readouterr().out
+    assert "warning: int8 is written for the CPU, by onnxruntime-arm: 'qnn' takes other" in said
+
+
+def test_a_device_without_int8_is_refused(tiny_run_dir, tmp_path, capsys):
+    words = ["export", str(tiny_run_dir), "--precision", "int8", "--target", "jetson-nano"]
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 1
+    said = capsys.readouterr().err
+    assert "jetson-nano has no int8: NVIDIA Jetson Nano 4 GB runs fp16, fp32" in said
+    assert "try: --precision fp16, or another --target" in said
+    assert not (tmp_path / "b").exists()
+
+
+def test_fp8_for_a_gpu_that_has_it(tiny_run_dir, tmp_path, capsys):
+    words = ["export", str(tiny_run_dir), "--precision", "fp8", "--target", "jetson-agx-thor"]
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 0
+    assert "fp8: " in capsys.readouterr().out
+    bundle = load_bundle(tmp_path / "b")
+    assert bundle.precision == "fp8"
+    assert bundle.manifest["parity"]["min_cosine"] > 0.98
+    assert set(bundle.manifest["graph"]["quantized"]["left_float"].values()) == {"on the image"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--target", "jetson-orin"], r"jetson-agx-orin has no fp8: .* runs fp16, int8, fp32"),
+        (["--target", "x86-cpu"], "x86-cpu has no fp8"),
+        (["--target", "jetson-agx-thor", "--opset", "18"], "opset 18 has no fp8"),
+        (["--target", "jetson-agx-thor", "--attention", "plugin"], "fp32 and fp16 graphs, not fp8"),
+        (["--target", "jetson-agx-thor", "--format", "pt2"], "a .pt2 is fp32 or fp16, not fp8"),
+    ],
+)
+def test_fp8_elsewhere_is_refused(words, message, tiny_run_dir, tmp_path, capsys):
+    asked = ["export", str(tiny_run_dir), "--precision", "fp8", "--out", str(tmp_path / "b")]
+    assert cli.main([*asked, *words]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_fp8_of_a_teacher_needs_a_target(tiny_teacher_dir, tmp_path, capsys):
+    words = ["export", "--teacher", str(tiny_teacher_dir), "--precision", "fp8"]
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 1
+    said = capsys.readouterr().err
+    assert "no target says so" in said
+    assert "--target jetson-agx-thor" in said
+
+
+def test_calibration_of_a_float_graph_is_refused(tiny_run_dir, capsys):
+    assert cli.main(["export", str(tiny_run_dir), "--calibration", "mse"]) == 1
+    assert "how far int8 reaches, and the graph is fp32" in capsys.readouterr().err
+
+
+def test_calibration_beside_a_text_side_in_float(tiny_teacher_dir, tmp_path, capsys):
+    words = ["export", "--teacher", str(tiny_teacher_dir), "--precision", "int8"]
+    assert cli.main([*words, "--calibration", "minmax", "--out", str(tmp_path / "b")]) == 0
+    assert "text side: fp32" in capsys.readouterr().out
+
+
+def test_what_a_run_kept_float_is_told_when_it_is_not_kept(tiny_run_dir, tmp_path, caplog, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run_dir, run)
+    (run / "keep_float.json").write_text('{"asked": {}, "products": ["head", "stem"]}')
+    words = ["export", str(run), "--precision", "int8", "--target", "x86-cpu"]
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 0
+    assert "left head, stem in float: here all is quantised" in caplog.text
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from dimefm_edge.data.scenes import scene_image
 from dimefm_edge.export.onnx import export_onnx
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.students import StudentSpec, build_student, hybrid_spec, vit_spec
+from dimefm_edge.targets.cpu import unwanted_rewrites
 
 SIDE = 32
 _TEXT = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
@@ -126,9 +127,11 @@ def run(
         options.graph_optimization_level = level
     if is_exact:
         options.add_session_config_entry("session.x64quantprecision", "1")
+    is_fp8 = any(t.data_type == TensorProto.FLOAT8E4M3FN for t in model.graph.initializer)
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"],
+        disabled_optimizers=unwanted_rewrites("fp8" if is_fp8 else "int8"),
+    )  # fmt: skip
     size = session.get_inputs()[0].shape[0]
     step = size if isinstance(size, int) else len(images)
     rows = [session.run(None, {"image": images[i : i + step]})[0]

@@ -32,7 +32,7 @@ def test_what_is_asked_for_wins():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"precision": "fp61"}, UnknownNameError, "Did you mean 'fp16'.* Known: fp16, fp32, int8"),
+        ({"precision": "fp61"}, UnknownNameError, "mean 'fp16'.* Known: fp16, fp32, fp8, int8"),
         ({"opset": 17}, ExportError, r"opset 17 is not one of 18, 19, .*\n  try: leave it out"),
         ({"runtime": "onnxruntim"}, UnknownNameError, "unknown runtime .* mean 'onnxruntime'"),
         ({"attention": "Attention"}, UnknownNameError, "attention form for tensorrt 'Attention'"),

@@ -8,11 +8,15 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from dimefm_edge.errors import ExportError
 from dimefm_edge.export.int8 import quantize_graph
+from dimefm_edge.export.integer_kernels import quantized_products
 from dimefm_edge.export.quant_rules import QUANT_RULES
+from dimefm_edge.runtime.onnxruntime import load_session
 from dimefm_edge.targets.cpu import int8_products_saturate
 from tests.dimefm_edge.export.int8_case import (
     FAMILIES,
@@ -26,6 +30,7 @@ from tests.dimefm_edge.export.int8_case import (
 AVX2 = QUANT_RULES["onnxruntime-x86-avx2"]
 ARM = QUANT_RULES["onnxruntime-arm"]
 TENSORRT = QUANT_RULES["tensorrt"]
+FP8 = QUANT_RULES["tensorrt-fp8"]
 RNG = np.random.default_rng(0)
 _START = RNG.bit_generator.state
 
@@ -108,6 +113,82 @@ def test_saturation_is_real_and_avoided():
     for rules in (AVX2, replace(AVX2, weight="int8", weight_bits=7)):
         safe = quantize_graph(model, images, rules=rules)
         assert cosines(run(safe, images), run(safe, images, is_simulated=True)).min() > 0.9999
+
+
+# ---------------------------------------------------------------------------------- fp8
+
+
+def test_fp8_is_e4m3_with_one_scale_for_each_tensor():
+    model = quantize_graph(family_graph("vit"), scenes(4), rules=FP8)
+    onnx.checker.check_model(model, full_check=True)
+    kinds = {t.name: t.data_type for t in model.graph.initializer}
+    pairs = [n for n in model.graph.node if n.op_type.endswith("izeLinear")]
+    assert {kinds[n.input[2]] for n in pairs} == {onnx.TensorProto.FLOAT8E4M3FN}
+    assert all(not weight(model, n.input[1]).shape for n in pairs)
+    products = [n for n in model.graph.node if n.op_type in ("Conv", "MatMul", "Gemm")]
+    assert count(model)["DequantizeLinear"] > len(products)
+    stem = next(n for n in products if n.op_type == "Conv")
+    assert kinds[stem.input[1]] == onnx.TensorProto.FLOAT
+
+
+def test_fp8_answers_as_torch_and_as_onnx_define_it():
+    """ONNX Runtime, ONNX's own reference and torch's cast: clip at 448, round to the nearest."""
+    weights = {"w": normal(16, 8)}
+    node = helper.make_node("MatMul", ["image", "w"], ["image_embeds"], "product")
+    model = hand_made([node], weights, shape=["B", 16], out=["B", 8])
+    rows = normal(64, 16)
+    found = quantize_graph(model, rows, rules=FP8)
+    wider = 1.5 * rows  # some are clipped
+    scales = [torch.tensor(weight(found, name)) for name in ("image_scale", "w_scale")]
+    assert float(scales[0]) == pytest.approx(float(np.abs(rows).max()) / 448)
+    left, right = (
+        (torch.from_numpy(x) / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+        for x, scale in zip((wider, weights["w"]), scales, strict=True)
+    )
+    wanted = (left @ right).numpy()
+    np.testing.assert_allclose(run(found, wider), wanted, atol=1e-5)
+    np.testing.assert_allclose(run(found, wider, is_simulated=True), wanted, atol=1e-5)
+    reference = ReferenceEvaluator(found).run(None, {"image": wider})[0]
+    np.testing.assert_allclose(reference, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip", ["Relu", "Clip"])
+def test_the_runtime_keeps_what_stands_before_fp8(clip, tmp_path):
+    """ONNX Runtime by itself drops the Relu, and fails at the Clip."""
+    limits = ["low", "high"] if clip == "Clip" else []
+    nodes = [
+        helper.make_node("MatMul", ["image", "w0"], ["a"], "first"),
+        helper.make_node(clip, ["a", *limits], ["b"]),
+        helper.make_node("MatMul", ["b", "w1"], ["image_embeds"], "second"),
+    ]
+    ends = {"low": np.float32(0), "high": np.float32(6)} if limits else {}
+    weights = {"w0": normal(16, 8), "w1": normal(8, 8), **{k: np.array(v) for k, v in ends.items()}}
+    model = hand_made(nodes, weights, shape=["B", 16], out=["B", 8])
+    rows = normal(32, 16)
+    onnx.save(quantize_graph(model, rows, rules=FP8), str(tmp_path / "model.onnx"))
+    session = load_session(tmp_path / "model.onnx", 1, precision="fp8")
+    found = session.run(None, {"image": rows})[0]
+    assert cosines(found, run(model, rows)).min() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("shape", "group", "is_taken"),
+    [((32, 32, 3, 3), 1, True), ((16, 32, 3, 3), 1, False), ((32, 32, 7, 7), 1, False),
+     ((32, 1, 3, 3), 32, False), ((32, 16, 1, 1), 2, False)],
+)  # fmt: skip
+def test_convolutions_without_an_fp8_kernel_stay_float(shape, group, is_taken):
+    nodes = [
+        helper.make_node("Conv", ["image", "w0"], ["a"], "first"),
+        helper.make_node("Conv", ["a", "w1"], ["b"], "second", group=group),
+        helper.make_node("GlobalAveragePool", ["b"], ["c"]),
+        helper.make_node("Flatten", ["c"], ["d"]),
+        helper.make_node("Gemm", ["d", "w2"], ["image_embeds"], "last"),
+    ]
+    weights = {"w0": normal(32, 3, 1, 1), "w1": normal(*shape), "w2": normal(shape[0], 8)}
+    model = hand_made(nodes, weights, shape=["B", 3, 32, 32], out=["B", 8])
+    told = quantized_products(quantize_graph(model, scenes(2), rules=FP8))
+    assert ("second" in told.quantized) == is_taken
+    assert "last" in told.quantized
 
 
 # ---------------------------------------------------------------------------- placement

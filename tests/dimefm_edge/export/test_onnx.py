@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +231,23 @@ def test_int8_must_reach_what_its_rules_ask(
         return
     with pytest.raises(ParityError, match=r"allowed: cosine of at least 0\.99\)"):
         export()
+
+
+@pytest.mark.parametrize(
+    ("precision", "hint"),
+    [
+        ("fp32", "another torch or onnxscript release"),
+        ("fp16", "--precision fp32$"),
+        ("int8", "--precision fp32; or distill --ptq int8 --max-drop 1"),
+    ],
+)
+def test_a_parity_error_says_what_to_do(
+    precision: str, hint: str, images: npt.NDArray[np.float32], vit: Exported
+) -> None:
+    wrong = -module_embeds(vit.student, images)
+    with pytest.raises(ParityError) as said:
+        check_parity(vit.graphs["fp32"].path, wrong, inputs=images, precision=precision)
+    assert re.search(hint, str(said.value.hint))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

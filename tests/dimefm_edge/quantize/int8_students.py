@@ -19,6 +19,9 @@ SPECS = {
     "vit": vit_spec(image_size=SIDE, embed_dim=24, patch_size=8, width=64, depth=2, num_heads=2),
     "hybrid": hybrid_spec(image_size=SIDE, embed_dim=24, width=16, depth=(1, 1, 1, 1)),
     "resnet": StudentSpec("timm:resnet10t", "timm", SIDE, 24, {"model": "resnet10t"}),
+    "mobilenet": StudentSpec(
+        "timm:mobilenetv3_small_050", "timm", SIDE, 24, {"model": "mobilenetv3_small_050"}
+    ),
 }
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from dimefm_edge.export.graph_spec import GraphSpec
+from dimefm_edge.export.onnx import export_onnx
 from dimefm_edge.quantize.ptq import calibrated, sensitivity, worst_products
 from dimefm_edge.quantize.qat import FakeQuantStudent
-from tests.dimefm_edge.quantize.int8_students import AVX2, cosines, images, student
+from tests.dimefm_edge.quantize.int8_students import AVX2, SIDE, cosines, images, student
 
 BROKEN = "trunk.blocks.0.mlp.fc2"
 
@@ -30,14 +32,27 @@ def broken():
     found.set_ranges(ranges)
 
 
-def loss(module: nn.Module) -> float:
+def loss(module: nn.Module, family: str = "vit") -> float:
     with torch.no_grad():
-        return float((1 - cosines(module(images(32)), student("vit")(images(32)))).mean())
+        return float((1 - cosines(module(images(32)), student(family)(images(32)))).mean())
 
 
 def test_calibration_alone_is_near_to_float():
     assert not made().training
     assert loss(made()) < 1e-3
+
+
+@pytest.mark.parametrize(("family", "least"), [("vit", 0.9999), ("resnet", 0.995)])
+def test_fp8_in_torch_is_the_graph_of_fp8(family, least, tmp_path):
+    found = calibrated(student(family), images(32), rules_name="tensorrt-fp8")
+    assert loss(found, family) < 0.01
+    spec = GraphSpec(precision="fp8", quant_rules="tensorrt-fp8")
+    written = export_onnx(
+        found, tmp_path / "model.onnx", image_size=SIDE, parity_images=images(32).numpy(),
+        metadata={}, spec=spec,
+    )  # fmt: skip
+    assert written.parity.min_cosine > least
+    assert len(written.quantized.quantized) == len(found.product_names)
 
 
 def test_the_broken_product_is_the_most_sensitive(broken):

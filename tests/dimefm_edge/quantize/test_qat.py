@@ -186,3 +186,12 @@ def test_embeddings_are_of_unit_length():
     found = module_embeds(prepared(), images(8).numpy())
     assert found.shape == (8, 24)
     assert QUANT_RULES[AVX2].name == prepared().rules_name
+
+
+def test_it_runs_under_autocast():
+    made = prepared()
+    made.warm_up([images(8)])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = made(images(4))
+    with torch.no_grad():
+        assert cosines(found.float(), made(images(4))).min() > 0.99

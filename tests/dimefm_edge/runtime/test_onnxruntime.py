@@ -127,7 +127,7 @@ def _int8_bundle(bundle_path: Path, folder: Path, rules: str) -> Bundle:
     images = preprocess_images([scene_image(i) for i in range(16)], bundle.preprocess)
     model = quantize_graph(onnx.load(bundle.model_path), images, rules=QUANT_RULES[rules])
     onnx.save(model, folder / "model.onnx")
-    manifest = {**bundle.manifest, "quantization": {"rules": rules}}
+    manifest = {**bundle.manifest, "precision": "int8", "quantization": {"rules": rules}}
     return dataclasses.replace(bundle, manifest=manifest, model_path=folder / "model.onnx")
 
 

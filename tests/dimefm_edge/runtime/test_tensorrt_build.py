@@ -134,16 +134,22 @@ def test_version_11_runs_the_types_that_the_graph_says(fp32: Bundle, fake_tensor
     assert is_strongly_typed(double)
 
 
-@pytest.mark.parametrize(("version", "typing"), [("10.3", "weak: INT8 FP16"), ("11.4", "strong")])
-def test_int8_lets_the_rest_run_in_fp16_where_it_can(
-    version: str, typing: str, bundle_dir: Path, fake_tensorrt: Fake
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("version", ["10.3", "10.16", "11.4"])
+def test_8_bits_let_the_rest_run_in_fp16_where_they_can(
+    version: str, precision: str, bundle_dir: Path, fake_tensorrt: Fake
 ) -> None:
     manifest = bundle_dir / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"precision": "fp32"', '"precision": "int8"'))
+    said = f'"precision": "{precision}"'
+    manifest.write_text(manifest.read_text().replace('"precision": "fp32"', said))
     double = fake_tensorrt(version)
+    for name, value in (("fake_major", 11), ("fake_minor", 0)):
+        ctypes.c_int.in_dll(double.driver, name).value = value
+    is_weak = not version.startswith("11")
+    typing = f"weak: {precision.upper()} FP16" if is_weak else "strong"
     built = build_engine(load_bundle(bundle_dir))
     assert built.artifact.facts["typing"] == typing
-    expected = ["INT8", "FP16", "OBEY_PRECISION_CONSTRAINTS"] if version == "10.3" else []
+    expected = [precision.upper(), "FP16", "OBEY_PRECISION_CONSTRAINTS"] if is_weak else []
     assert flags_of(double) == expected
 
 

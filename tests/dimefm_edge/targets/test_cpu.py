@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from dimefm_edge.targets.cpu import cpu_features, cpu_quant_rules, int8_products_saturate
+from dimefm_edge.targets.cpu import (
+    cpu_features,
+    cpu_quant_rules,
+    int8_products_saturate,
+    unwanted_rewrites,
+)
 
 X86 = """processor\t: 0
 vendor_id\t: GenuineIntel
@@ -50,3 +55,8 @@ def test_rules_of_a_cpu(machine: str, features: set[str], name: str) -> None:
 def test_this_cpu_has_rules() -> None:
     assert cpu_quant_rules().startswith("onnxruntime-")
     assert int8_products_saturate() == (cpu_quant_rules() == "onnxruntime-x86-avx2")
+
+
+def test_graphs_of_8_bits_are_run_as_they_are_written() -> None:
+    assert set(unwanted_rewrites("int8")) < set(unwanted_rewrites("fp8"))
+    assert unwanted_rewrites("fp32") == unwanted_rewrites("fp16") == []
