@@ -129,6 +129,7 @@ class _Walk:
         self.counted: set[str] = set()
         self.gates: dict[str, str] = {}  # sigmoids, and what they were taken of
         self.products: set[str] = set()  # what a bias may be added to, for nothing
+        self.linears: dict[str, int] = {}  # inputs of products with a weight, and their places
         self.ops: list[Operator] = []
         for node in graph.node:
             self._visit(node)
@@ -143,14 +144,30 @@ class _Walk:
             self.sizes.update(node.output)
             return
         params = self._new_params(inputs)
-        is_free = self._is_gate(node, inputs) or self._is_bias(node, inputs)
+        is_free = (
+            self._is_gate(node, inputs) or self._is_bias(node, inputs) or self._is_by_one(node)
+        )
         op = None if is_free else self._operator(node, inputs)
         if op is not None and op.kind in ("linear", "conv", "grouped", "depthwise"):
             self.products.update(node.output)
         if op is not None:
-            self.ops.append(replace(op, params=params))
+            self._append(replace(op, params=params), node.input[0])
         elif params and self.ops:
             self.ops[-1] = replace(self.ops[-1], params=self.ops[-1].params + params)
+
+    def _append(self, op: Operator, source: str) -> None:
+        """Products of one input with weights, such as q, k and v, are one wide product."""
+        if op.kind != "linear" or source in self.constants:
+            self.ops.append(op)
+            return
+        place = self.linears.setdefault(source, len(self.ops))
+        if place == len(self.ops):
+            self.ops.append(op)
+            return
+        first = self.ops[place]
+        sums = {name: getattr(first, name) + getattr(op, name)
+                for name in ("macs", "weights", "written", "params")}  # fmt: skip
+        self.ops[place] = replace(first, **sums)
 
     def _is_gate(self, node: Any, inputs: list[str]) -> bool:
         """Whether it is the Mul of x * sigmoid(x): one activation, counted at the sigmoid."""
@@ -165,6 +182,13 @@ class _Walk:
         return node.op_type == "Add" and (
             bool(self.products.intersection(inputs)) and bool(self.constants.intersection(inputs))
         )
+
+    def _is_by_one(self, node: Any) -> bool:
+        """Whether it multiplies by one number, which the product before takes in, or takes one
+        slice, such as the class token, which is a view."""
+        places = {"Mul": (0, 1), "Gather": (1,)}.get(node.op_type, ())
+        single = {node.input[place] for place in places} & self.constants
+        return any(self._numel(name) == 1 for name in single)
 
     def _operator(self, node: Any, inputs: list[str]) -> Operator | None:
         kind = node.op_type

@@ -3,7 +3,8 @@
 trace.py lists a torch module's operators, onnx_costs.py an ONNX graph's. `cost_vector` sums them
 into the counts that the latency model (published.py, calibrate.py) has a coefficient for:
 multiply-adds, weights and activations by kind of operator, and how many kernels there are. What
-runtimes fuse is free here: ReLU and batch norm after a convolution, views, casts.
+runtimes fuse is free here: ReLU, clamps and factors (such as attention's scale) after a product,
+batch norm after a convolution, views, casts.
 
 No torch here.
 """
@@ -22,7 +23,7 @@ CHANNEL_TILE = 32
 ON_CHIP_ELEMENTS = 1e6
 """Of a tensor larger than this, the rest counts as `spilled`: it leaves the chip's memory."""
 
-COUNTING = 2
+COUNTING = 3
 """Raised when a model's counts change: caches of them, and fits on them, are made anew."""
 
 Vector = npt.NDArray[np.float64]

@@ -18,10 +18,8 @@ import numpy as np
 
 from dimefm_edge.errors import CheckpointError
 from dimefm_edge.files import atomic_file, user_config_dir
-from dimefm_edge.latency.operators import COST_NAMES, Vector
+from dimefm_edge.latency.operators import COST_NAMES, COUNTING, Vector
 from dimefm_edge.targets import LOCAL, Target
-
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,8 @@ def profile_path() -> Path:
 
 
 def load_profile(target: Target, precision: str) -> Profile | None:
-    """This machine's profile in a precision; None if it is another target, or was not measured.
+    """This machine's profile in a precision; None if it is another target, was not measured, or
+    what models count has changed since.
 
     Raises:
         CheckpointError: If the file is there and cannot be read.
@@ -83,7 +82,7 @@ def load_profile(target: Target, precision: str) -> Profile | None:
     except (OSError, ValueError) as error:
         raise _unreadable(path, str(error)) from error
     try:
-        if values["format"] != _FORMAT or precision not in values["precisions"]:
+        if values["format"] != COUNTING or precision not in values["precisions"]:
             return None
         return _parse(precision, values["precisions"][precision])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -104,12 +103,13 @@ def save_profile(profiles: list[Profile], machine: dict[str, Any]) -> Path:
     """Write this machine's profile, by rename; precisions that were not measured anew stay."""
     path = profile_path()
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))["precisions"]
+        before = json.loads(path.read_text(encoding="utf-8"))
+        kept = before["precisions"] if before["format"] == COUNTING else {}
     except (OSError, ValueError, KeyError, TypeError):
         kept = {}
     kept.update({profile.precision: profile.to_dict() for profile in profiles})
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {"format": _FORMAT, "machine": machine, "precisions": kept}
+    values = {"format": COUNTING, "machine": machine, "precisions": kept}
     with atomic_file(path) as stream:
         stream.write((json.dumps(values, indent=2) + "\n").encode())
     return path

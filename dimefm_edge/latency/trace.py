@@ -25,7 +25,7 @@ from dimefm_edge.students.hybrid import build_hybrid, reparameterise
 _KINDS = {
     "elementwise": (
         "add", "mul", "sub", "div", "pow", "rsqrt", "sqrt", "exp", "square", "addcmul", "where",
-        "neg", "clamp", "clamp_min", "linalg_vector_norm", "reciprocal", "abs", "rsub", "floor",
+        "neg", "linalg_vector_norm", "reciprocal", "abs", "rsub", "floor",
     ),
     "activation": (
         "gelu", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "elu", "erf", "leaky_relu",
@@ -264,6 +264,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return None
             return Operator(name, "batch_norm", read=read, written=written)
         known = _KIND.get(name) or _KIND.get(name.removesuffix("_"))
+        if name in ("mul", "mul_") and len(tensors) == 1:
+            return None  # by a number, such as attention's scale: the product before it takes it in
         return Operator(name, known, read=read, written=written) if known else None
 
     def _weights(self, tensors: list[Tensor]) -> float:

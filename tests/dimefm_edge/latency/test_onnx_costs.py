@@ -66,6 +66,39 @@ def test_a_swish_of_two_nodes_is_one_activation(tmp_path):
     assert [op.kind for op in onnx_ops(path)] == ["activation"]
 
 
+def test_a_factor_and_the_class_token_alone_are_free(tmp_path):
+    """As in trace.py, where one is taken in by the product before and the other is a view."""
+    one, first, three = (
+        numpy_helper.from_array(value, name)
+        for name, value in (("one", np.float32(0.5)), ("first", np.int64(0)),
+                            ("three", np.ones(3, np.float32)))
+    )  # fmt: skip
+    nodes = [
+        helper.make_node("Mul", ["one", "x"], ["half"]),
+        helper.make_node("Mul", ["half", "three"], ["scaled"]),
+        helper.make_node("Gather", ["scaled", "first"], ["y"], axis=1),
+    ]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 5, 3])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 3])
+    path = tmp_path / "token.onnx"
+    graph = helper.make_graph(nodes, "g", [x], [y], [one, first, three])
+    onnx.save(helper.make_model(graph), path)
+    assert [(op.kind, op.written) for op in onnx_ops(path)] == [("elementwise", 15.0)]
+
+
+def test_products_of_one_input_are_one_kernel(tmp_path):
+    weights = [numpy_helper.from_array(np.ones((3, 4), np.float32), name) for name in "qkv"]
+    nodes = [helper.make_node("MatMul", ["x", w.name], [f"y{w.name}"]) for w in weights]
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, 3])
+    outputs = [
+        helper.make_tensor_value_info(f"y{w.name}", TensorProto.FLOAT, [5, 4]) for w in weights
+    ]
+    path = tmp_path / "qkv.onnx"
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], outputs, weights)), path)
+    (op,) = onnx_ops(path)
+    assert op == Operator("MatMul", "linear", 180, 0, 36, 15, 60, params=36)
+
+
 def test_bad_onnx_files_are_refused(tmp_path):
     path = tmp_path / "conv.onnx"
     save_conv(path)

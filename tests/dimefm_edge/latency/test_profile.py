@@ -44,6 +44,17 @@ def test_precisions_are_added_to_those_that_are_there():
     assert load_profile(local, "int8").spread == 0.2
 
 
+def test_prices_of_other_counts_are_not_used():
+    path = save_profile([Profile("fp32", PRIORS, 0.1, 20, 0.05)], {})
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"format": values["format"] - 1}))
+    local = load_target("local")
+    assert load_profile(local, "fp32") is None
+    save_profile([Profile("int8", PRIORS, 0.2, 20, 0.05)], {})
+    assert load_profile(local, "fp32") is None
+    assert load_profile(local, "int8").spread == 0.2
+
+
 @pytest.mark.parametrize("damage", ["cut", "missing", "nan"])
 def test_a_damaged_profile_is_refused(damage):
     path = save_profile([Profile("fp32", PRIORS, 0.1, 20, 0.05)], {})

@@ -45,7 +45,8 @@ def test_a_classifier_is_traced_as_it_is_published():
 
 
 def test_operators_that_are_free_alone_and_together():
-    """A batch norm without a convolution costs; one after it, a ReLU and a view do not."""
+    """A batch norm without a convolution costs; one after it, a ReLU, a factor, a clamp and a
+    view do not."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -54,7 +55,8 @@ def test_operators_that_are_free_alone_and_together():
             self.after = nn.BatchNorm2d(8)
 
         def forward(self, image):
-            return torch.relu(self.after(self.conv(self.norm(image)))).flatten(1)
+            features = torch.relu(self.after(self.conv(self.norm(image))))
+            return (0.5 * features).clamp(max=3.0).flatten(1)
 
     ops = trace_ops(Net(), 8)
     assert [op.kind for op in ops] == ["batch_norm", "conv"]
