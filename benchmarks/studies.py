@@ -63,7 +63,7 @@ from dimefm_edge.students import (
     save_student,
     student_spec,
 )
-from dimefm_edge.students.vit import inherit_from_teacher
+from dimefm_edge.students.inherit import inherit_from_teacher
 from dimefm_edge.tables import format_table
 
 if __package__:

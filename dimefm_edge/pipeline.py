@@ -57,8 +57,8 @@ from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.report import RunReport
 from dimefm_edge.runtime import Bundle
 from dimefm_edge.students import StudentSpec, build_student, save_student
+from dimefm_edge.students.inherit import inherit_from_teacher
 from dimefm_edge.students.text_checkpoint import load_text_student
-from dimefm_edge.students.vit import inherit_from_teacher, vit_geometry
 from dimefm_edge.targets import LOCAL, Target, load_target
 from dimefm_edge.teacher import TEXT_TEACHER_KEY, Teacher, load_teacher
 from dimefm_edge.text_stage import (
@@ -284,16 +284,13 @@ def _initial_student(
     module = build_student(spec, pretrained=student.init == "pretrained")
     if student.init in ("random", "pretrained"):
         return module, ()
-    if spec.family == "vit" and vit_geometry(teacher.image_tower) is not None:
-        inherited = tuple(inherit_from_teacher(module, teacher.image_tower))
-        if inherited or student.init == "auto":
-            return module, inherited
-    if student.init == "teacher":
+    inherited = tuple(inherit_from_teacher(module, teacher.image_tower))
+    if student.init == "teacher" and not inherited:
         raise ConfigError(
             f"student {spec.name} cannot inherit from teacher {teacher.name}: their shapes differ",
             hint="--init auto",
         )
-    return module, ()
+    return module, inherited
 
 
 def _metadata(config: RunConfig, teacher: Teacher) -> dict[str, str]:

@@ -104,7 +104,7 @@ def vit_geometry(teacher_image_tower: nn.Module) -> dict[str, Any] | None:
 
 
 @torch.no_grad()
-def inherit_from_teacher(student: nn.Module, teacher_image_tower: nn.Module) -> list[str]:
+def inherit_layers(student: nn.Module, teacher_image_tower: nn.Module) -> list[str]:
     """Copy the teacher's weights into a ViT student, in place.
 
     Args:

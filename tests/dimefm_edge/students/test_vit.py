@@ -9,7 +9,7 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 
 from dimefm_edge.errors import ConfigError
 from dimefm_edge.students import build_student, student_spec, vit_spec
-from dimefm_edge.students.vit import inherit_from_teacher, inherited_layers, vit_geometry
+from dimefm_edge.students.vit import inherit_layers, inherited_layers, vit_geometry
 
 
 def teacher_tower(*, act=torch.nn.GELU, depth=5, **options):
@@ -36,7 +36,7 @@ def test_full_depth_inheritance_gives_the_teachers_embeddings(act, name):
     student = build_student(spec).eval()
     image = torch.randn(4, 3, 32, 32)
     before = student(image)
-    inherited = inherit_from_teacher(student, tower)
+    inherited = inherit_layers(student, tower)
     assert "proj" in inherited
     assert "blocks.4 <- 4" in inherited
     expected = F.normalize(tower(image), dim=-1)
@@ -50,14 +50,14 @@ def test_every_parameter_is_inherited():
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.fill_(float("nan"))
-    inherit_from_teacher(student, tower)
+    inherit_layers(student, tower)
     assert all(p.isfinite().all() for p in student.parameters())
 
 
 def test_a_shallow_student_takes_evenly_spaced_layers():
     tower = teacher_tower()
     student = build_student(spec_like(tower, depth=3))
-    inherited = inherit_from_teacher(student, tower)
+    inherited = inherit_layers(student, tower)
     assert [n for n in inherited if n.startswith("blocks")] == [
         "blocks.0 <- 0",
         "blocks.1 <- 2",
@@ -84,7 +84,7 @@ def test_inherited_layers(student, teacher, layers):
 def test_another_image_size_resamples_the_positions():
     tower = teacher_tower()
     student = build_student(spec_like(tower, image_size=64)).eval()
-    inherit_from_teacher(student, tower)
+    inherit_layers(student, tower)
     assert student.trunk.pos_embed.shape == (1, 65, 32)
     assert torch.equal(student.trunk.pos_embed[0, 0], tower.positional_embedding[0])
     assert student(torch.randn(2, 3, 64, 64)).isfinite().all()
@@ -93,7 +93,7 @@ def test_another_image_size_resamples_the_positions():
 def test_another_embedding_size_keeps_its_own_projection():
     tower = teacher_tower()
     student = build_student(spec_like(tower, embed_dim=8))
-    inherited = inherit_from_teacher(student, tower)
+    inherited = inherit_layers(student, tower)
     assert inherited
     assert "proj" not in inherited
 
@@ -106,7 +106,7 @@ def test_students_of_another_shape_inherit_nothing(changes):
     tower = teacher_tower()
     student = build_student(spec_like(tower, **changes))
     before = {k: v.clone() for k, v in student.state_dict().items()}
-    assert inherit_from_teacher(student, tower) == []
+    assert inherit_layers(student, tower) == []
     assert all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
 
 
@@ -123,9 +123,9 @@ def test_towers_that_a_student_cannot_copy_have_no_geometry(options):
 def test_a_student_of_ours_can_be_the_teacher():
     tower = teacher_tower()
     first = build_student(spec_like(tower)).eval()
-    inherit_from_teacher(first, tower)
+    inherit_layers(first, tower)
     second = build_student(spec_like(first)).eval()
-    inherit_from_teacher(second, first)
+    inherit_layers(second, first)
     image = torch.randn(2, 3, 32, 32)
     assert torch.equal(second(image), first(image))
     other = build_student(student_spec("hybrid-nano", image_size=32, embed_dim=16))

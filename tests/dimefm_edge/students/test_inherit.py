@@ -1,0 +1,76 @@
+"""Weight selection: what a convolutional student takes from a larger teacher of its class."""
+
+from __future__ import annotations
+
+import open_clip
+import pytest
+import torch
+
+from dimefm_edge.students import build_student, student_spec
+from dimefm_edge.students.inherit import inherit_from_teacher, select_weights
+
+
+def student(name: str, embed_dim: int = 32):
+    torch.manual_seed(1)
+    return build_student(student_spec(name, image_size=32, embed_dim=embed_dim))
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    """An open_clip tower around a resnet18d."""
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "timm_model_name": "resnet18d", "timm_pool": "avg"}
+    text = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    return open_clip.CLIP(32, vision, text).visual.eval()
+
+
+def test_blocks_are_taken_whole_and_channels_evenly_spaced(teacher):
+    small = student("timm:resnet10t")
+    taken = inherit_from_teacher(small, teacher)
+    state, source = small.state_dict(), teacher.trunk.state_dict()
+    assert set(taken) == set(state)
+    assert torch.equal(state["trunk.layer3.0.conv1.weight"], source["layer3.0.conv1.weight"])
+    assert torch.equal(state["trunk.layer4.0.bn2.running_var"], source["layer4.0.bn2.running_var"])
+    assert torch.equal(state["proj.weight"], teacher.head.proj.weight)
+    kept = torch.arange(24) * 32 // 24  # of the stem: 24 channels of 32, out here and in there
+    assert torch.equal(state["trunk.conv1.0.weight"], source["conv1.0.weight"][kept])
+    assert torch.equal(state["trunk.conv1.1.running_mean"], source["conv1.1.running_mean"][kept])
+    assert torch.equal(state["trunk.conv1.3.weight"], source["conv1.3.weight"][:, kept])
+
+
+def test_a_teacher_of_the_same_shape_is_copied(teacher):
+    same = student("timm:resnet18d").eval()
+    assert select_weights(same, teacher)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        answer = torch.nn.functional.normalize(teacher(x), dim=-1)
+        torch.testing.assert_close(same(x), answer)
+
+
+def test_another_embedding_size_keeps_its_projection(teacher):
+    small = student("timm:resnet10t", embed_dim=48)
+    before = small.proj.weight.clone()
+    assert "proj.weight" not in inherit_from_teacher(small, teacher)
+    assert torch.equal(small.proj.weight, before)
+
+
+@pytest.mark.parametrize("name", ["timm:mobilenetv3_small_050", "hybrid-w16-d1.1.1.1",
+                                  "timm:resnet50", "vit-p8-w32-d1"])  # fmt: skip
+def test_nothing_is_taken_by_another_kind(teacher, name):
+    other = student(name)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    assert inherit_from_teacher(other, teacher) == []
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+def test_attention_is_left_alone():
+    """A ViT of another width: heads would be torn apart."""
+    narrow, wide = student("vit-p8-w32-d1"), student("vit-p8-w64-d1")
+    assert inherit_from_teacher(narrow, wide) == []
+
+
+def test_a_convnet_takes_from_a_wider_one():
+    narrow, wide = student("convnet-w16-d1.1.1.1"), student("convnet-w24-d1.1.2.1")
+    taken = inherit_from_teacher(narrow, wide)
+    assert len(taken) == len(narrow.state_dict())
+    assert narrow(torch.randn(2, 3, 32, 32)).isfinite().all()
