@@ -46,7 +46,7 @@ def contrastive(positives: str) -> LossConfig:
 FEATURES = dataclasses.replace(PAPER, feature_weight=10.0)
 NEAR_PROMPTS = {"hard_negatives": 0.5}
 """With texts `beside`: half of a batch's sentences are near to its images, most of them prompts."""
-OURS = Arm(FEATURES, texts="beside", train=NEAR_PROMPTS)
+OURS = Arm(texts="prompts", inherits=True)
 
 
 def longer(arm: Arm, **changes: Any) -> Arm:
@@ -57,12 +57,12 @@ def longer(arm: Arm, **changes: Any) -> Arm:
 
 STUDIES: dict[str, dict[str, Arm]] = {
     "unpaired": {
-        "distilled, unlabelled images": Arm(),
-        "distilled, the paired images": Arm(images="labelled"),
+        "the paper's, unlabelled images": Arm(),
+        "the paper's, the paired images": Arm(images="labelled"),
         "ours, unlabelled images": OURS,
-        "ours, the paired images": dataclasses.replace(OURS, images="labelled"),
         "contrastive, own sentence": Arm(contrastive("pair"), "labelled"),
         "contrastive, shared labels": Arm(contrastive("label"), "labelled"),
+        "contrastive, own sentence, inherits": Arm(contrastive("pair"), "labelled", inherits=True),
     },
     "losses": {
         "0.7 vl + 0.3 pvl": Arm(),
@@ -107,20 +107,24 @@ STUDIES: dict[str, dict[str, Arm]] = {
     },
     "recipe": {
         "the paper's": Arm(),
-        "feature regression alone": Arm(only(feature=1)),
-        "ours: 10 feature, near prompts": OURS,
-        "ours without feature": dataclasses.replace(OURS, loss=PAPER),
-        "ours without prompts": Arm(FEATURES),
-        "ours, 8 views": dataclasses.replace(OURS, train={**NEAR_PROMPTS, "views": 8}),
-        "ours, pseudo-texts": dataclasses.replace(
-            OURS, train={**NEAR_PROMPTS, "pseudo_texts": 128}
-        ),
+        "feature regression": Arm(only(feature=1)),
+        "class prompts": Arm(texts="prompts"),
+        "class prompts, vl only": Arm(only(vl=1), texts="prompts"),
+        "class prompts + 10 feature": Arm(FEATURES, texts="prompts"),
+        "near prompts + 10 feature": Arm(FEATURES, texts="beside", train=NEAR_PROMPTS),
+        "feature regression, inherits": Arm(only(feature=1), inherits=True),
+        "class prompts, inherits: ours": OURS,
+        "ours, 8 views": dataclasses.replace(OURS, train={"views": 8}),
+        "ours, pseudo-texts": dataclasses.replace(OURS, train={"pseudo_texts": 128}),
     },
     "retention": {
+        "ours, 1500 steps of 128": dataclasses.replace(
+            OURS, image_size=64, train={"steps": 1500, "ema_decay": 0.998}
+        ),
         "ours": longer(OURS),
         "ours, both pools": longer(OURS, images="both"),
         **{
-            f"ours, {student}": longer(OURS, student=student)
+            f"class prompts, {student}": longer(Arm(texts="prompts"), student=student)
             for student in (
                 "timm:repvit_m1_0",
                 "vit-p8-w256-d6",
