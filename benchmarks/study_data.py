@@ -21,7 +21,7 @@ import torch
 
 from dimefm_edge.batches import CachedPixels, DistillData
 from dimefm_edge.config import TrainConfig
-from dimefm_edge.corpus import ROWS_FILE, build_corpus, class_prompts, load_kept_rows
+from dimefm_edge.corpus import ROWS_FILE, build_corpus, load_kept_rows
 from dimefm_edge.data import scenes
 from dimefm_edge.data.images import (
     ImagePool,
@@ -35,7 +35,7 @@ from dimefm_edge.data.images import (
 from dimefm_edge.data.neighbours import open_neighbours
 from dimefm_edge.data.pairs import Pairs, class_pairs
 from dimefm_edge.data.pixel_cache import DecodedPool
-from dimefm_edge.data.sentences import open_sentences
+from dimefm_edge.data.sentences import class_prompts, open_sentences
 from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.data.views import Views
 from dimefm_edge.embed import Encoder, embed_images, embed_texts

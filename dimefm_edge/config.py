@@ -37,8 +37,8 @@ class DataConfig:
     """Unlabelled images: folders, .tar shards, Parquet files, globs and brace patterns, or
     `scenes[:COUNT]`."""
     texts: tuple[str, ...] = ("scenes",)
-    """Sentences: .txt, .jsonl, .csv or .parquet files, each also .gz, globs, or
-    `scenes[:COUNT]`."""
+    """Sentences: .txt, .jsonl, .csv or .parquet files, each also .gz, globs, `prompts:TEST_SET`
+    (its class names in its templates), or `scenes[:COUNT]`."""
     labelled: str | None = None
     """Labelled images for `contrastive_weight`, in the layouts of test sets: the student is
     trained on these instead of `images`."""

@@ -162,11 +162,6 @@ def load_kept_rows(path: Path, texts: EmbeddingStore) -> Rows:
     return np.asarray(rows, np.int64)
 
 
-def class_prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
-    """Every class name in every template, at `{c}`."""
-    return [template.replace("{c}", name) for name in classnames for template in templates]
-
-
 # ------------------------------------------------------------------------------ the steps
 
 

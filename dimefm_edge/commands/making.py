@@ -114,8 +114,8 @@ def run_corpus(options: CorpusOptions) -> Outcome:
 
 
 def _prompts(options: CorpusOptions) -> list[str]:
-    from dimefm_edge.corpus import class_prompts
     from dimefm_edge.data.labelled import open_classes, read_template_file
+    from dimefm_edge.data.sentences import class_prompts
 
     if options.classnames is None:
         return []

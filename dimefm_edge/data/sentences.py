@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from dimefm_edge.data.image_pools import import_pyarrow, no_column
+from dimefm_edge.data.labelled import open_classes
 from dimefm_edge.data.scenes import DEFAULT_NUM_SENTENCES, scene_sentence
 from dimefm_edge.data.sources import (
     digest_lines,
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 _MAX_LINE_BYTES = 1 << 20
 _PARQUET_BATCH_ROWS = 4096
 _GZIP_SUFFIX = ".gz"
+_PROMPTS = "prompts:"
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ def open_sentences(sources: Sequence[str], *, column: str = "text") -> SentenceP
 
     Args:
         sources: `.txt` (a sentence a line), `.jsonl`, `.csv` or `.parquet` files, each also
-            `.gz`; globs, brace patterns, folders of such files; `scenes[:COUNT]`.
+            `.gz`; globs, brace patterns, folders of such files; `prompts:TEST_SET`, the class
+            names of what `open_classes` takes, in its templates; `scenes[:COUNT]`.
         column: The sentences' column, or key of a JSON record.
 
     Raises:
@@ -112,6 +115,10 @@ def open_sentences(sources: Sequence[str], *, column: str = "text") -> SentenceP
         count = scenes_count(text, DEFAULT_NUM_SENTENCES)
         if count is not None:
             opened.append(_scenes(count))
+            continue
+        if text.startswith(_PROMPTS):
+            _, classnames, templates = open_classes(text.removeprefix(_PROMPTS))
+            opened.append(_given(class_prompts(classnames, templates)))
             continue
         found = [_open_file(p, column) for path in expand_source(text) for p in _files(path)]
         # Reads up to the first sentence of each file, so a wrong column is told at once.
@@ -127,6 +134,11 @@ def open_sentences(sources: Sequence[str], *, column: str = "text") -> SentenceP
     if not opened:
         raise DataError("no source of sentences was given", hint="--texts scenes")
     return SentencePool(opened)
+
+
+def class_prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every class name in every template, at `{c}`."""
+    return [template.replace("{c}", name) for name in classnames for template in templates]
 
 
 class _Skipped:
@@ -150,6 +162,10 @@ def _scenes(count: int) -> _Source:
         return digest_lines(["scenes", str(count), *(scene_sentence(i) for i in range(32))])
 
     return _Source(lambda: (scene_sentence(i) for i in range(count)), count, digest)
+
+
+def _given(sentences: list[str]) -> _Source:
+    return _Source(lambda: iter(sentences), len(sentences), lambda: digest_lines(sentences))
 
 
 def _files(path: Path) -> list[Path]:

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dimefm_edge import cli, corpus
-from dimefm_edge.corpus import build_corpus, class_prompts, first_of_duplicates, load_kept_rows
+from dimefm_edge.corpus import build_corpus, first_of_duplicates, load_kept_rows
 from dimefm_edge.data.nearest import NearestRows
-from dimefm_edge.data.sentences import open_sentences
+from dimefm_edge.data.sentences import class_prompts, open_sentences
 from dimefm_edge.data.store import EmbeddingStore, StoreManifest, StoreWriter
 from dimefm_edge.errors import DataError, StoreError
 

@@ -213,3 +213,22 @@ def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtraError, match="pip install"):
         open_sentences([str(path)])
+
+
+def test_prompts_of_a_test_set(tmp_path):
+    """Names of a CLIP-benchmark folder's classes in its templates; more sources may follow."""
+    (tmp_path / "classnames.txt").write_text("red fox\nowl\n")
+    (tmp_path / "zeroshot_classification_templates.txt").write_text("a {c}.\nmany {c}\n")
+    prompts = f"prompts:{tmp_path / 'classnames.txt'}"
+    wanted = ["a red fox.", "many red fox", "a owl.", "many owl"]
+    more = write(tmp_path / "more.txt", WANTED)
+    pool = open_sentences([prompts, str(more)])
+    assert list(pool) == list(pool) == [*wanted, *WANTED]
+    assert len(pool) == 7
+    first = open_sentences([prompts]).fingerprint
+    assert first == open_sentences([prompts]).fingerprint
+    (tmp_path / "classnames.txt").write_text("red fox\neagle owl\n")
+    assert first != open_sentences([prompts]).fingerprint
+    assert len(open_sentences(["prompts:scenes"])) > 96
+    with pytest.raises(DataError, match="nowhere"):
+        open_sentences([f"prompts:{tmp_path / 'nowhere'}"])
