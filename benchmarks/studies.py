@@ -176,6 +176,8 @@ def summary_of(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, 
     for name, runs in results.items():
         row: dict[str, float] = {"seeds": len(runs)}
         for score in runs[0]["scores"] if runs else ():
+            if any(score not in run["scores"] for run in runs):  # probed in some only
+                continue
             values = [run["scores"][score] for run in runs]
             row[score] = statistics.fmean(values)
             if len(values) > 1:

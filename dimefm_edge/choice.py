@@ -13,12 +13,12 @@ from dimefm_edge.files import atomic_file
 from dimefm_edge.fit import FitReport, fit_student, plot_fit
 from dimefm_edge.latency.calibrate import measure_student
 from dimefm_edge.latency.estimate import trace_ops
-from dimefm_edge.run_log import require_same
+from dimefm_edge.run_log import STATE_FILE, require_same
 from dimefm_edge.students.vit import vit_geometry
 from dimefm_edge.targets import LOCAL, Target
 from dimefm_edge.teacher import Teacher
 
-FIT_FILE = "fit.json"
+FIT_FILE, INHERITED_FILE = "fit.json", "inherited.json"
 
 
 def choose_student(config: RunConfig, target: Target, teacher: Teacher) -> FitReport:
@@ -55,6 +55,22 @@ def keep_choice(fit: FitReport, config: RunConfig) -> None:
         values = fit.to_dict() | {"asked": _asked(config)}
         stream.write((json.dumps(values, indent=1) + "\n").encode())
     plot_fit(fit, path.with_suffix(".png"))
+
+
+def inherited_by(run_dir: Path, found: tuple[str, ...], *, keep: bool) -> tuple[str, ...]:
+    """What a run's student began with: as its folder says, else `found`, which is then kept.
+
+    A run from before it was kept took layers of a ViT only, not the tensors of a trunk.
+    """
+    path = run_dir / INHERITED_FILE
+    if path.is_file():
+        return tuple(json.loads(path.read_text(encoding="utf-8")))
+    if (run_dir / STATE_FILE).is_file():
+        return () if any(name.startswith("trunk.") for name in found) else found
+    if keep:
+        with atomic_file(path) as stream:
+            stream.write(json.dumps(found).encode())
+    return found
 
 
 def _chosen_before(path: Path, asked: dict[str, Any]) -> FitReport:

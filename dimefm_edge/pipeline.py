@@ -28,7 +28,7 @@ from torch import nn
 
 from dimefm_edge import config as config_file
 from dimefm_edge.batches import DistillData
-from dimefm_edge.choice import choose_student, keep_choice
+from dimefm_edge.choice import choose_student, inherited_by, keep_choice
 from dimefm_edge.config import RunConfig, StudentConfig
 from dimefm_edge.data.images import ImagePool, open_images, open_labelled
 from dimefm_edge.data.sentences import open_sentences
@@ -123,6 +123,7 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     student, inherited = _initial_student(
         config.student, fit.chosen, teacher, seed=config.train.seed
     )
+    inherited = inherited_by(run_dir, inherited, keep=ranks.is_main)
     evaluate = Scorer(eval_sets, banks, preprocess) if eval_sets else None
     metadata = _metadata(config, teacher)
     with clock("train"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from dimefm_edge.errors import CheckpointError
 from dimefm_edge.files import atomic_file, user_config_dir
 from dimefm_edge.latency.operators import COST_NAMES, COUNTING, Vector
 from dimefm_edge.targets import LOCAL, Target
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,10 @@ def load_profile(target: Target, precision: str) -> Profile | None:
     except (OSError, ValueError) as error:
         raise _unreadable(path, str(error)) from error
     try:
-        if values["format"] != COUNTING or precision not in values["precisions"]:
+        if values["format"] != COUNTING:
+            logger.warning("%s was measured by older counts and is left out: calibrate again", path)
+            return None
+        if precision not in values["precisions"]:
             return None
         return _parse(precision, values["precisions"][precision])
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -1,22 +1,24 @@
 """A student's first weights from its teacher: a ViT's layers, or a choice of a larger network's.
 
-ViTs of one width take whole layers (vit.py). A convolutional student takes from a teacher of its
-own class what has the same name, evenly spaced channels of it where the teacher is wider ("weight
-selection", arXiv 2311.18823); blocks that the student lacks are left out, which residual
-networks bear well (arXiv 1605.06431). Where there is attention channels belong to heads, and
-nothing is taken.
+ViTs of one width take whole layers (vit.py). A ResNet or FastViT student takes from a larger
+teacher of its class what has the same name, evenly spaced channels of it where the teacher is
+wider ("weight selection", arXiv 2311.18823); blocks that the student lacks are left out, which
+residual networks bear well (arXiv 1605.06431). It takes all or nothing: every tensor must have
+its counterpart, in a module of the same kind, kernel and grouping. Other networks join channels
+end to end or give them to heads, which evenly spaced ones would tear apart.
 """
 
 from __future__ import annotations
 
 import torch
+from timm.models.fastvit import FastVit
+from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from dimefm_edge.students.student import Student
 from dimefm_edge.students.vit import inherit_layers
 
-_LEAST_SHARE = 0.5
-"""Of a student's tensors; below it, teacher and student are alike in name only."""
+_SELECTABLE = (ResNet, FastVit)
 
 
 def inherit_from_teacher(student: nn.Module, teacher_image_tower: nn.Module) -> list[str]:
@@ -41,26 +43,45 @@ def select_weights(student: nn.Module, teacher_image_tower: nn.Module) -> list[s
 
     Returns:
         Names of the student's tensors that were copied; empty, and the student untouched, if
-        the trunks are of different classes or attend, or if less than half has a counterpart.
+        the trunks are not of one of those classes, or a tensor has no counterpart.
     """
     trunk = getattr(teacher_image_tower, "trunk", None)
-    if not isinstance(student, Student) or type(student.trunk) is not type(trunk):
+    if not isinstance(student, Student) or type(student.trunk) not in _SELECTABLE or trunk is None:
         return []
-    if any(hasattr(part, "num_heads") for part in student.trunk.modules()):
+    if type(trunk) is not type(student.trunk) or not _is_part_of(student.trunk, trunk):
         return []
     source = {f"trunk.{name}": value for name, value in trunk.state_dict().items()}
     source |= _projection(teacher_image_tower)
     state = student.state_dict()
-    chosen = {
-        name: _evenly_spaced(source[name], value)
-        for name, value in state.items()
-        if name in source and _is_within(value, source[name])
-    }
-    if len(chosen) < _LEAST_SHARE * len(state):
-        return []
-    for name, value in chosen.items():
-        state[name].copy_(value)
-    return list(chosen)
+    projection = source.get("proj.weight")
+    if projection is None or not _is_within(state["proj.weight"], projection):
+        del state["proj.weight"]
+    for name, value in state.items():
+        value.copy_(_evenly_spaced(source[name], value))
+    return list(state)
+
+
+def _is_part_of(mine: nn.Module, theirs: nn.Module) -> bool:
+    """Whether every module with tensors has a larger one of its kind, by name."""
+    others = dict(theirs.named_modules())
+    for name, part in mine.named_modules():
+        other = others.get(name)
+        if other is None or type(part) is not type(other) or hasattr(part, "num_heads"):
+            return False
+        tensors = dict(other.named_parameters(recurse=False)) | dict(
+            other.named_buffers(recurse=False)
+        )
+        own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
+        if any(n not in tensors or not _is_within(value, tensors[n]) for n, value in own):
+            return False
+        if isinstance(part, nn.Conv2d) and _grouping(part) != _grouping(other):
+            return False
+    return True
+
+
+def _grouping(conv: nn.Module) -> str:
+    groups, channels = int(conv.groups), int(conv.in_channels)  # type: ignore[arg-type]
+    return "none" if groups == 1 else "depthwise" if groups == channels else f"{groups}"
 
 
 def _projection(tower: nn.Module) -> dict[str, Tensor]:
@@ -76,8 +97,11 @@ def _projection(tower: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_within(mine: Tensor, theirs: Tensor) -> bool:
-    return mine.ndim == theirs.ndim and all(
-        m <= t for m, t in zip(mine.shape, theirs.shape, strict=True)
+    """As many channels or fewer; of kernels the same size."""
+    return (
+        mine.ndim == theirs.ndim
+        and all(m <= t for m, t in zip(mine.shape, theirs.shape, strict=True))
+        and mine.shape[2:] == theirs.shape[2:]
     )
 
 

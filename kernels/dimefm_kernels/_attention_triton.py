@@ -261,7 +261,10 @@ def launch_attention(
 
 def capability_of(q: Tensor) -> int:
     """Compute capability of the GPU that Triton compiles for, as 87, which also stands for none."""
-    return int(triton.runtime.driver.active.get_current_target().arch) if q.is_cuda else 87
+    if not q.is_cuda:
+        return 87
+    target = triton.runtime.driver.active.get_current_target()
+    return int(target.arch) if target.backend == "cuda" else 87  # ROCm's are names
 
 
 def program_count(q: Tensor, num_items: int, blocks: int) -> int | torch.SymInt:

@@ -8,8 +8,10 @@ import json
 import pytest
 
 from dimefm_edge import choice
+from dimefm_edge.choice import inherited_by
 from dimefm_edge.config import RunConfig, StudentConfig
 from dimefm_edge.errors import CheckpointError
+from dimefm_edge.run_log import STATE_FILE
 from dimefm_edge.targets import load_target
 from dimefm_edge.teacher import load_teacher
 
@@ -65,3 +67,18 @@ def test_a_damaged_choice_is_named(config, tmp_path, harm):
     path.write_text(harm(path.read_text()))
     with pytest.raises(CheckpointError, match=r"fit\.json is damaged"):
         choice.choose_student(config, target, teacher)
+
+
+def test_what_was_inherited_is_told_as_it_was(tmp_path):
+    trunk, layers = ("trunk.conv1.weight", "proj.weight"), ("patch_embed", "blocks.0 <- 1")
+    assert inherited_by(tmp_path / "new", trunk, keep=False) == trunk
+    run = tmp_path / "run"
+    run.mkdir()
+    assert inherited_by(run, layers, keep=True) == layers
+    assert inherited_by(run, (), keep=True) == layers  # resumed with a teacher that is gone, say
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / STATE_FILE).touch()
+    assert inherited_by(old, trunk, keep=True) == ()
+    assert inherited_by(old, layers, keep=True) == layers
+    assert not (old / "inherited.json").exists()

@@ -54,23 +54,49 @@ def test_another_embedding_size_keeps_its_projection(teacher):
     assert torch.equal(small.proj.weight, before)
 
 
-@pytest.mark.parametrize("name", ["timm:mobilenetv3_small_050", "hybrid-w16-d1.1.1.1",
-                                  "timm:resnet50", "vit-p8-w32-d1"])  # fmt: skip
-def test_nothing_is_taken_by_another_kind(teacher, name):
-    other = student(name)
-    before = {key: value.clone() for key, value in other.state_dict().items()}
-    assert inherit_from_teacher(other, teacher) == []
-    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("timm:resnet18", "timm:resnet50"),  # basic and bottleneck blocks
+        ("timm:resnet10t", "timm:resnet50"),
+        ("timm:resnet50", "timm:resnet18"),
+        ("timm:resnet34", "timm:resnet18"),  # deeper than its teacher
+        ("timm:resnet50", "timm:resnext50_32x4d"),  # groups
+        ("timm:mobilenetv3_small_050", "timm:mobilenetv3_large_100"),
+        ("timm:densenet121", "timm:densenet169"),
+        ("convnet-w16-d1.1.1.1", "timm:resnet18"),
+        ("hybrid-w16-d1.1.1.1", "hybrid-w24-d1.1.1.1"),  # heads
+        ("vit-p8-w32-d1", "vit-p8-w64-d1"),
+    ],
+)
+def test_nothing_is_taken_of_another_kind(name, other):
+    mine, theirs = student(name), student(other)
+    before = {key: value.clone() for key, value in mine.state_dict().items()}
+    assert inherit_from_teacher(mine, theirs) == []
+    assert all(torch.equal(value, before[key]) for key, value in mine.state_dict().items())
 
 
-def test_attention_is_left_alone():
-    """A ViT of another width: heads would be torn apart."""
-    narrow, wide = student("vit-p8-w32-d1"), student("vit-p8-w64-d1")
+def test_kernels_of_another_size_are_no_counterpart():
+    narrow, wide = student("convnet-w16-d1.1.1.1"), student("convnet-w24-d1.1.1.1")
+    name, conv = next(
+        (n, m) for n, m in wide.trunk.named_modules()
+        if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (7, 7)
+    )  # fmt: skip
+    parent = wide.trunk.get_submodule(name.rpartition(".")[0])
+    smaller = torch.nn.Conv2d(
+        conv.in_channels, conv.out_channels, 9, groups=conv.groups, bias=False
+    )
+    setattr(parent, name.rpartition(".")[2], smaller)
     assert inherit_from_teacher(narrow, wide) == []
 
 
 def test_a_convnet_takes_from_a_wider_one():
     narrow, wide = student("convnet-w16-d1.1.1.1"), student("convnet-w24-d1.1.2.1")
-    taken = inherit_from_teacher(narrow, wide)
-    assert len(taken) == len(narrow.state_dict())
+    assert set(inherit_from_teacher(narrow, wide)) == set(narrow.state_dict())
+    mine, theirs = narrow.state_dict(), wide.state_dict()
+    assert mine  # every tensor is one of the wider one's, channel by channel
+    for key, value in mine.items():
+        if value.ndim == 1 and len(value) * 3 == len(theirs[key]) * 2:
+            kept = torch.arange(len(value)) * 3 // 2
+            assert torch.equal(value, theirs[key][kept])
     assert narrow(torch.randn(2, 3, 32, 32)).isfinite().all()
