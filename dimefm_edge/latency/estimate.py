@@ -154,7 +154,7 @@ def estimate_latency(
     Args:
         ops: Operators of the pass: `trace_ops`, `trace_student`, `trace_timm` or `onnx_ops`.
         target: Where.
-        precision: fp32, fp16 or int8; default: the target's.
+        precision: fp32, fp16, fp8 or int8; default: the target's.
 
     Raises:
         UnknownNameError: If the target does not run that precision.
