@@ -57,8 +57,8 @@ def longer(arm: Arm, **changes: Any) -> Arm:
 
 STUDIES: dict[str, dict[str, Arm]] = {
     "unpaired": {
-        "the paper's, unlabelled images": Arm(),
-        "the paper's, the paired images": Arm(images="labelled"),
+        "distilled, unlabelled images": Arm(),
+        "distilled, the paired images": Arm(images="labelled"),
         "ours, unlabelled images": OURS,
         "contrastive, own sentence": Arm(contrastive("pair"), "labelled"),
         "contrastive, shared labels": Arm(contrastive("label"), "labelled"),
