@@ -100,8 +100,12 @@ class Remembers:
     """A teacher that looks up the sentences that it was asked before."""
 
     def __init__(self, teacher: Teacher, sentences: Iterable[str], store: EmbeddingStore) -> None:
-        self.teacher, self.store = teacher, store
-        self.row = {sentence: row for row, sentence in enumerate(sentences)}
+        self.teacher, self.sentences, self.store = teacher, sentences, store
+
+    @functools.cached_property
+    def row(self) -> dict[str, int]:
+        """Read when first asked for: what is embedded already needs none."""
+        return {sentence: row for row, sentence in enumerate(self.sentences)}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.teacher, name)

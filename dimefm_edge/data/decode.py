@@ -45,6 +45,23 @@ class ImagePool(Protocol):
         """
 
 
+class WrappedPool:
+    """The images of another pool, by its names: whoever inherits says how they are loaded."""
+
+    def __init__(self, pool: ImagePool) -> None:
+        self.pool = pool
+
+    @property
+    def fingerprint(self) -> str:
+        return self.pool.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.pool)
+
+    def name(self, row: int) -> str:
+        return self.pool.name(row)
+
+
 @dataclass(frozen=True)
 class DecodedBatch:
     """Pixels of the rows that could be read, in the order asked for."""

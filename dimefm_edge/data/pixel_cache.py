@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from dimefm_edge.data.decode import ImagePool
+from dimefm_edge.data.decode import ImagePool, WrappedPool
 from dimefm_edge.errors import DataError
 from dimefm_edge.files import atomic_file
 from dimefm_edge.image_files import BadImageError
@@ -116,24 +115,13 @@ class PixelCache:
         self._is_complete = True
 
 
-@dataclass(frozen=True)
-class DecodedPool:
+class DecodedPool(WrappedPool):
     """A pool whose images are in a complete cache: nothing is decoded again."""
 
-    pool: ImagePool
-    cache: PixelCache
-    bad_rows: Mapping[int, str]
-    """Rows that could not be read, which the cache lacks, and why."""
-
-    @property
-    def fingerprint(self) -> str:
-        return self.pool.fingerprint
-
-    def __len__(self) -> int:
-        return len(self.pool)
-
-    def name(self, row: int) -> str:
-        return self.pool.name(row)
+    def __init__(self, pool: ImagePool, cache: PixelCache, bad_rows: Mapping[int, str]) -> None:
+        """`bad_rows` could not be read and are not in the cache: by row, why."""
+        super().__init__(pool)
+        self.cache, self.bad_rows = cache, bad_rows
 
     def load(self, row: int) -> Image.Image:
         if row in self.bad_rows:

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from dimefm_edge.data.decode import WrappedPool
 from dimefm_edge.data.images import ImagePool, LabelledSet
 from dimefm_edge.errors import DataError, MissingExtraError
 from dimefm_edge.evaluate.features import EncodePixels, embed_pool
@@ -96,7 +97,7 @@ class ShiftReport:
         return 100 * self.drop_points / self.reference_top1_pct
 
 
-class CorruptedPool:
+class CorruptedPool(WrappedPool):
     """The images of a pool, resized, cropped and corrupted: the same ones every time."""
 
     def __init__(
@@ -109,20 +110,14 @@ class CorruptedPool:
             severity: 1 to 5.
             seed: Of the noise.
         """
-        self._pool, self._corruption, self._severity, self._seed = pool, corruption, severity, seed
-
-    @property
-    def fingerprint(self) -> str:
-        return self._pool.fingerprint
-
-    def __len__(self) -> int:
-        return len(self._pool)
+        super().__init__(pool)
+        self._corruption, self._severity, self._seed = corruption, severity, seed
 
     def name(self, row: int) -> str:
-        return f"{self._pool.name(row)} ({self._corruption} {self._severity})"
+        return f"{super().name(row)} ({self._corruption} {self._severity})"
 
     def load(self, row: int) -> Image.Image:
-        pixels = _square(self._pool.load(row))
+        pixels = _square(self.pool.load(row))
         if self._corruption is not None:
             number = CORRUPTIONS.index(self._corruption)
             # One draw an image: severities of one corruption share it, as far as they draw alike.
@@ -131,26 +126,16 @@ class CorruptedPool:
         return Image.fromarray(pixels)
 
 
-class _Squares:
+class _Squares(WrappedPool):
     """The images of a pool, resized, cropped and kept: as much as is asked for."""
 
     def __init__(self, pool: ImagePool) -> None:
-        self._pool = pool
+        super().__init__(pool)
         self._kept: dict[int, Image.Image] = {}
-
-    @property
-    def fingerprint(self) -> str:
-        return self._pool.fingerprint
-
-    def __len__(self) -> int:
-        return len(self._pool)
-
-    def name(self, row: int) -> str:
-        return self._pool.name(row)
 
     def load(self, row: int) -> Image.Image:
         if row not in self._kept:
-            self._kept[row] = Image.fromarray(_square(self._pool.load(row)))
+            self._kept[row] = Image.fromarray(_square(self.pool.load(row)))
         return self._kept[row]
 
 

@@ -68,15 +68,17 @@ def _is_part_of(mine: nn.Module, theirs: nn.Module) -> bool:
         other = others.get(name)
         if other is None or type(part) is not type(other) or hasattr(part, "num_heads"):
             return False
-        tensors = dict(other.named_parameters(recurse=False)) | dict(
-            other.named_buffers(recurse=False)
-        )
-        own = [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
-        if any(n not in tensors or not _is_within(value, tensors[n]) for n, value in own):
+        larger = _tensors(other)
+        if any(n not in larger or not _is_within(v, larger[n]) for n, v in _tensors(part).items()):
             return False
         if isinstance(part, nn.Conv2d) and _grouping(part) != _grouping(other):
             return False
     return True
+
+
+def _tensors(part: nn.Module) -> dict[str, Tensor]:
+    """A module's own, not those of its parts."""
+    return dict(part.named_parameters(recurse=False)) | dict(part.named_buffers(recurse=False))
 
 
 def _grouping(conv: nn.Module) -> str:
