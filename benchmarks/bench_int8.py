@@ -56,9 +56,9 @@ from dimefm_edge.latency.measure import peak_rss_mib
 from dimefm_edge.manifest import INPUT_NAME
 from dimefm_edge.runtime.onnxruntime import load_session
 import onnxruntime
-path, side = sys.argv[1], int(sys.argv[2])
+path, side, precision = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 bare_mib = peak_rss_mib()
-session = load_session(path, 1, ["CPUExecutionProvider"])
+session = load_session(path, 1, ["CPUExecutionProvider"], precision=precision)
 session.run(None, {INPUT_NAME: np.zeros((1, 3, side, side), np.float32)})
 print(json.dumps([peak_rss_mib(), peak_rss_mib() - bare_mib]))
 """
@@ -171,7 +171,8 @@ def peaks_mib(path: Path, side: int) -> tuple[float, float]:
     """Peak memory of a process that answers once, and how much of it came with the graph."""
     found = []
     for _ in range(_NUM_PROCESSES):
-        command = [sys.executable, "-c", _MEMORY, str(path), str(side)]
+        precision = "int8" if path.name.startswith("ours") else "fp32"
+        command = [sys.executable, "-c", _MEMORY, str(path), str(side), precision]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found.append(json.loads(done.stdout))
     peak, of_graph = (statistics.median(values) for values in zip(*found, strict=True))
