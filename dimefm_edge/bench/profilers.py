@@ -114,7 +114,8 @@ def _profile_openvino(prepared: Prepared, runnable: Runnable, load: Load) -> lis
     return [
         OperatorTime(node, operator, _openvino_kind(operator, merged.get(node, "")), ms)
         for (node, operator), ms in spent.items()
-        if ms > 0  # those that were merged into another, and did not run, took nothing
+        # Merged into another and did not run, or took less than the microsecond that it counts in.
+        if ms > 0
     ]
 
 
