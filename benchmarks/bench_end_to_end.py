@@ -3,7 +3,8 @@
 Both have 1,000 labels and one image a call, and take turns in one process on the same number of
 threads; times are medians, ratios medians over rounds. The students are those that `fit` chooses
 for this teacher on each target, with random weights, exported for ONNX Runtime on the CPU: what
-is timed does not depend on the weights. The teacher has random weights too, and is used as its
+is timed does not depend on the weights; each in fp32 and, calibrated, in int8 by the rules for this
+CPU. The teacher has random weights too, and is used as its
 README says: PIL, its own transform, eager PyTorch. The default budgets, half of the teacher's
 estimate on the target and 0.4 of its arithmetic at most, are what holds the student back; the
 rest of the ratio is the runtime's and the preprocessing's. Stages are timed one by one besides.
@@ -36,14 +37,16 @@ from dimefm_edge.latency.measure import machine_info, sample_interleaved
 from dimefm_edge.latency.trace import trace_ops
 from dimefm_edge.model_input import load_inputs
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
-from dimefm_edge.runtime import ZeroShotClassifier, load_bundle
+from dimefm_edge.runtime import ZeroShotClassifier
 from dimefm_edge.students import LoadedStudent, build_student
 from dimefm_edge.students.vit import vit_geometry
 from dimefm_edge.teacher import Teacher, load_teacher
 
 SIZES = ((320, 240), (640, 480), (1280, 960), (4032, 3024))
 TARGETS = ("x86-cpu", "jetson-orin")
+PRECISIONS = ("fp32", "int8")
 NUM_LABELS = 1000
+_NUM_IMAGES = 80  # 64 for parity, those before calibrate
 
 
 def random_labels(embed_dim: int) -> LabelBank:
@@ -52,8 +55,8 @@ def random_labels(embed_dim: int) -> LabelBank:
     return LabelBank("random", tuple(f"label {i}" for i in range(NUM_LABELS)), ("{c}",), embeds)
 
 
-def fitted_bundle(target: str, teacher: Teacher, geometry: Any, folder: Path) -> Path:
-    """The student that `fit` chooses for a target, random weights, as an ONNX Runtime bundle."""
+def fitted_bundles(target: str, teacher: Teacher, geometry: Any, folder: Path) -> dict[str, Path]:
+    """The student that `fit` chooses for a target, random weights, as ONNX Runtime bundles."""
     preprocess = teacher.preprocess
     spec = fit_student(
         target, image_size=preprocess.image_size, embed_dim=teacher.embed_dim,
@@ -62,11 +65,14 @@ def fitted_bundle(target: str, teacher: Teacher, geometry: Any, folder: Path) ->
         ),
     ).chosen  # fmt: skip
     loaded = LoadedStudent(build_student(spec).eval(), spec, preprocess, {})
-    return export_student(
-        loaded, folder / target, graph=graph_spec(None), logit_scale=100.0,
-        label_banks=[random_labels(teacher.embed_dim)],
-        parity_images=preprocess_images([scene_image(i) for i in range(4)], preprocess),
-    )  # fmt: skip
+    images = preprocess_images([scene_image(i) for i in range(_NUM_IMAGES)], preprocess)
+    return {
+        f"{spec.name} {precision} for {target}": export_student(
+            loaded, folder / f"{target}-{precision}", graph=graph_spec(None, precision=precision),
+            logit_scale=100.0, label_banks=[random_labels(teacher.embed_dim)], parity_images=images,
+        )
+        for precision in PRECISIONS
+    }  # fmt: skip
 
 
 class EagerClip:
@@ -160,11 +166,9 @@ def main() -> None:
     geometry = vit_geometry(teacher.image_tower)
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
-        bundles = {}
+        bundles: dict[str, Path] = {}
         for target in args.targets:
-            bundle = fitted_bundle(target, teacher, geometry, folder)
-            student = load_bundle(bundle).manifest["spec"]["name"]
-            bundles[f"{student} for {target}"] = bundle
+            bundles |= fitted_bundles(target, teacher, geometry, folder)
         clip = EagerClip(args.teacher)
         rows = [
             bench_size(

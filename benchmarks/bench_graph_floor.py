@@ -175,8 +175,7 @@ def profile(
             times[event["name"]].append(event["dur"])
             arguments[event["name"]] = event["args"]
     return [
-        (arguments[node]["op_name"], min(taken), arguments[node])
-        for node, taken in times.items()
+        (arguments[node]["op_name"], min(taken), arguments[node]) for node, taken in times.items()
     ]
 
 

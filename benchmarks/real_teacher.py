@@ -40,6 +40,7 @@ from dimefm_edge.files import atomic_file
 from dimefm_edge.preprocess import PreprocessSpec
 
 if __package__:
+    from benchmarks.small_maps import with_small_maps
     from benchmarks.train_teacher import (
         encode_text,
         normalise,
@@ -48,6 +49,7 @@ if __package__:
         zero_shot_top1,
     )  # fmt: skip
 else:
+    from small_maps import with_small_maps
     from train_teacher import (
         encode_text,
         normalise,
@@ -213,7 +215,7 @@ def train(args: argparse.Namespace) -> dict[str, float]:
         iter(open_sentences([str(args.data / "text/*.gz")])), args.vocab, args.model
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device)
+    model = with_small_maps(model.to(device))
     images, labels = training_images(args.data, classes)
     images = images.to(device)
     one_hot = F.one_hot(labels, len(classes.folders)).float()

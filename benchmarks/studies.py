@@ -67,10 +67,12 @@ from dimefm_edge.students.inherit import inherit_from_teacher
 from dimefm_edge.tables import format_table
 
 if __package__:
+    from benchmarks.small_maps import with_small_maps
     from benchmarks.study_arms import STUDIES, Arm
     from benchmarks.study_data import StudyData, locked
     from benchmarks.torch_logistic import TorchLogisticRegression
 else:
+    from small_maps import with_small_maps
     from study_arms import STUDIES, Arm
     from study_data import StudyData, locked
     from torch_logistic import TorchLogisticRegression
@@ -148,7 +150,7 @@ class Study(StudyData):
     def _train(self, arm: Arm, train: TrainConfig, run_dir: Path) -> dict[str, Any]:
         torch.manual_seed(train.seed)
         spec = self.spec(arm)
-        student = build_student(spec)
+        student = with_small_maps(build_student(spec))
         if arm.inherits:
             inherit_from_teacher(student, self.teacher.image_tower)
         begun = time.process_time()
