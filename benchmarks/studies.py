@@ -14,7 +14,7 @@
 | `extras` | what is not the paper's: pseudo-texts, views that the teacher saw, hard negatives |
 | `recipe` | all that helps together, and with each part left out; take `--probe` |
 | `retention` | that recipe for 6,000 steps at 64 px, several students: for a GPU |
-| `students` | many students: does what `fit` goes by rank them as training does (scenes)? |
+| `students` | many: does what `fit` goes by rank them as training does, and beat timm's (scenes)? |
 
 `--data scenes`: the sample teacher, procedural images; each image's pair is its own sentence.
 `--data real`: Tiny-ImageNet and CIFAR-10 by real_teacher.py's teacher, which is trained when it
@@ -41,7 +41,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -51,9 +50,6 @@ from dimefm_edge.encoders import module_encoder
 from dimefm_edge.evaluate.features import embed_pool
 from dimefm_edge.evaluate.linear_probe import evaluate_linear_probe, fit_linear_probe
 from dimefm_edge.files import atomic_file
-from dimefm_edge.fit import student_score
-from dimefm_edge.latency.operators import total_gmacs, total_params_m
-from dimefm_edge.latency.trace import trace_student
 from dimefm_edge.preprocess import PreprocessSpec
 from dimefm_edge.run_log import STATE_FILE
 from dimefm_edge.students import (
@@ -70,11 +66,18 @@ if __package__:
     from benchmarks.small_maps import with_small_maps
     from benchmarks.study_arms import STUDIES, Arm
     from benchmarks.study_data import StudyData, locked
+    from benchmarks.study_fit import (
+        against_hand_picked,
+        fit_figures,
+        measured_ms,
+        rank_correlations,
+    )
     from benchmarks.torch_logistic import TorchLogisticRegression
 else:
     from small_maps import with_small_maps
     from study_arms import STUDIES, Arm
     from study_data import StudyData, locked
+    from study_fit import against_hand_picked, fit_figures, measured_ms, rank_correlations
     from torch_logistic import TorchLogisticRegression
 
 RESULT_FILE = "result.json"
@@ -190,29 +193,6 @@ def summary_of(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, 
     return rows
 
 
-def fit_figures(study: Study, arm: Arm) -> dict[str, float]:
-    """What `fit` knows of a student before it is trained."""
-    spec = study.spec(arm)
-    ops = trace_student(spec)
-    return {
-        "gmacs": total_gmacs(ops), "params_m": total_params_m(ops),
-        "score": student_score(total_gmacs(ops), inherits=arm.inherits),
-    }  # fmt: skip
-
-
-def rank_correlations(rows: dict[str, dict[str, float]], score: str) -> dict[str, float]:
-    """Spearman's, of each figure with what training came to; none while fewer than two are done."""
-    done = pd.DataFrame([row for row in rows.values() if score in row])
-    return (
-        {}
-        if len(done) < 2
-        else {
-            name: float(done[name].corr(done[score], method="spearman"))
-            for name in ("gmacs", "params_m", "score")
-        }
-    )
-
-
 def table_of(summary: dict[str, dict[str, float]], teacher: dict[str, float]) -> str:
     scores = list(teacher)
     lines: list[list[str | float | None]] = [["teacher", None, *teacher.values(), None]]
@@ -249,10 +229,14 @@ def run_study(args: argparse.Namespace) -> dict[str, Any]:
         "devices": sorted({run["device"] for runs in results.values() for run in runs}),
     }  # fmt: skip
     if args.study == "students":
-        figures = {name: fit_figures(study, arm) for name, arm in arms.items()}
+        specs = {name: study.spec(arm) for name, arm in arms.items()}
+        times = {} if args.prepare else measured_ms(specs)
         for name, row in summary.items():
-            row |= figures[name]
-        values["rank_correlation"] = rank_correlations(summary, next(iter(study.teacher_scores())))
+            row |= fit_figures(specs[name], inherits=arms[name].inherits)
+            row |= {"p50_ms": times[name]} if name in times else {}
+        score = next(iter(study.teacher_scores()))
+        values["rank_correlation"] = rank_correlations(summary, score)
+        values["hand_picked"] = against_hand_picked(summary, score)
     if not args.prepare:
         with atomic_file(study.out / f"{args.study}.json") as stream:
             stream.write((json.dumps(values, indent=1) + "\n").encode())

@@ -88,7 +88,8 @@ def test_students_are_ranked_by_what_fit_goes_by(script, tmp_path, monkeypatch):
     rows = values["arms"]
     assert rows[names[2]]["score"] == 2 * rows[names[2]]["gmacs"]
     assert rows[names[0]]["score"] == rows[names[0]]["gmacs"] < rows[names[2]]["gmacs"]
-    assert set(values["rank_correlation"]) == {"gmacs", "params_m", "score"}
+    assert set(values["rank_correlation"]) == {"gmacs", "params_m", "score", "p50_ms"}
+    assert values["hand_picked"] == {}  # none of timm's was trained
     specs = {
         json.loads(path.read_text())["settings"]["student"]["name"]
         for path in (tmp_path / "out/scenes/runs").glob("*/result.json")

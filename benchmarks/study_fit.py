@@ -1,0 +1,80 @@
+"""What `fit` knows of the study's students before they are trained, and what it was worth.
+
+Used by studies.py `students`: rank correlations of each figure with the trained students' top-1,
+and each of timm's models, which one would pick by hand, against the best of ours that is no
+slower in ONNX Runtime on this machine.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dimefm_edge.fit import student_score
+from dimefm_edge.latency.calibrate import export_graphs, measure_graphs
+from dimefm_edge.latency.operators import total_gmacs, total_params_m
+from dimefm_edge.latency.trace import trace_student
+from dimefm_edge.students import StudentSpec
+
+Rows = dict[str, dict[str, float]]
+_FIGURES = ("gmacs", "params_m", "score", "p50_ms")
+
+
+def fit_figures(spec: StudentSpec, *, inherits: bool) -> dict[str, float]:
+    """Multiply-adds, parameters in millions, and the score that `fit` ranks by."""
+    ops = trace_student(spec)
+    gmacs = total_gmacs(ops)
+    return {
+        "gmacs": gmacs, "params_m": total_params_m(ops),
+        "score": student_score(gmacs, inherits=inherits),
+    }  # fmt: skip
+
+
+def measured_ms(specs: Mapping[str, StudentSpec], *, rounds: int = 15) -> dict[str, float]:
+    """Median milliseconds at batch 1 on one thread, fp32, all in turn; random weights do."""
+    with tempfile.TemporaryDirectory(prefix="dimefm-study-") as folder:
+        graphs: dict[tuple[str, str], tuple[Path, StudentSpec]] = {}
+        for i, (name, spec) in enumerate(specs.items()):
+            path = export_graphs(spec, Path(folder) / f"{i}", ["fp32"])["fp32"]
+            graphs[name, "fp32"] = (path, spec)
+        times = measure_graphs(graphs, threads=1, rounds=rounds)
+    return {name: times[name, "fp32"] for name in specs}
+
+
+def rank_correlations(rows: Rows, score: str) -> dict[str, float]:
+    """Spearman's, of each figure with what training came to; none while fewer than two are done."""
+    done = pd.DataFrame([row for row in rows.values() if score in row])
+    if len(done) < 2:
+        return {}
+    return {
+        name: float(done[name].corr(done[score], method="spearman"))
+        for name in _FIGURES
+        if name in done
+    }
+
+
+def against_hand_picked(rows: Rows, score: str) -> dict[str, dict[str, Any]]:
+    """For each of timm's models: the student that `fit` prefers among ours that are no slower.
+
+    Returns:
+        By the model: `ours`, that student; top-1 of both; its time over the model's.
+    """
+    done = {name: row for name, row in rows.items() if score in row and "p50_ms" in row}
+    found = {}
+    for name, row in done.items():
+        ours = {
+            other: figures
+            for other, figures in done.items()
+            if not other.startswith("timm:") and figures["p50_ms"] <= row["p50_ms"]
+        }
+        if name.startswith("timm:") and ours:
+            best = max(ours, key=lambda other: ours[other]["score"])
+            found[name] = {
+                "ours": best, "ours_pct": ours[best][score], "theirs_pct": row[score],
+                "time_ratio": ours[best]["p50_ms"] / row["p50_ms"],
+            }  # fmt: skip
+    return found
