@@ -205,9 +205,22 @@ def table_of(summary: dict[str, dict[str, float]], teacher: dict[str, float]) ->
     return format_table(["arm", "seeds", *scores, "CPU s"], lines)
 
 
+def chosen_arms(args: argparse.Namespace) -> dict[str, Arm]:
+    """Those that were asked for.
+
+    Raises:
+        SystemExit: If the study has no such arm.
+    """
+    arms = STUDIES[args.study]
+    unknown = [name for name in args.arms if name not in arms]
+    if unknown:
+        sys.exit(f"{args.study} has no arm {unknown[0]!r}; it has: {', '.join(map(repr, arms))}")
+    return {name: arms[name] for name in args.arms or arms}
+
+
 def run_study(args: argparse.Namespace) -> dict[str, Any]:
     """Every arm with every seed, seeds outermost: a stopped study has whole comparisons."""
-    study, arms = Study(args), STUDIES[args.study]
+    study, arms = Study(args), chosen_arms(args)
     for arm in arms.values() if args.prepare else ():
         study.arm_data(arm, dataclasses.replace(study.setup.train, **arm.train))
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
@@ -249,6 +262,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", choices=("scenes", "real"), default="real")
     parser.add_argument("--data-dir", type=Path, default=Path("../shared/data"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=[], help="default: all of the study's")
     parser.add_argument("--steps", type=int, help="default: 1500 on real images, 800 on scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"))
     parser.add_argument("--teacher", help="default: OUT/teacher; sample on scenes")

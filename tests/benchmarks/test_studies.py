@@ -97,6 +97,15 @@ def test_students_are_ranked_by_what_fit_goes_by(script, tmp_path, monkeypatch):
     assert specs == {name.split(",")[0] for name in names}
 
 
+def test_some_arms_only(script, tmp_path):
+    args = arguments(script, tmp_path, "--seeds", "0", "--arms", "contrastive, shared labels")
+    args.prepare = True
+    assert list(script.run_study(args)["arms"]) == ["contrastive, shared labels"]
+    args = arguments(script, tmp_path, "--seeds", "0", "--arms", "contrastive")
+    with pytest.raises(SystemExit, match="no arm 'contrastive'; it has: 'distilled"):
+        script.run_study(args)
+
+
 def test_the_signal_is_all_that_differs(script, tmp_path):
     """The paired images of scenes are the unlabelled ones: distilled, they end alike."""
     from safetensors.numpy import load_file
