@@ -60,6 +60,8 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "distilled, unlabelled images": Arm(),
         "distilled, the paired images": Arm(images="labelled"),
         "ours, unlabelled images": OURS,
+        "ours, the paired images": dataclasses.replace(OURS, images="labelled"),
+        "ours, both": dataclasses.replace(OURS, images="both"),
         "contrastive, own sentence": Arm(contrastive("pair"), "labelled"),
         "contrastive, shared labels": Arm(contrastive("label"), "labelled"),
         "contrastive, own sentence, inherits": Arm(contrastive("pair"), "labelled", inherits=True),
@@ -120,6 +122,16 @@ STUDIES: dict[str, dict[str, Arm]] = {
     "retention": {
         "ours, 1500 steps of 128": dataclasses.replace(
             OURS, image_size=64, train={"steps": 1500, "ema_decay": 0.998}
+        ),
+        "ours, 3000 steps of 128, both pools": dataclasses.replace(
+            OURS, images="both", image_size=64, train={"steps": 3000, "ema_decay": 0.998}
+        ),
+        "pairs, 3000 steps of 128": Arm(
+            contrastive("pair"),
+            "labelled",
+            image_size=64,
+            inherits=True,
+            train={"steps": 3000, "ema_decay": 0.998},
         ),
         "ours": longer(OURS),
         "ours, both pools": longer(OURS, images="both"),
