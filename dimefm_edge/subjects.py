@@ -118,8 +118,11 @@ def load_subject(
     return loaders[kind](name, device)
 
 
-def onnx_metadata(path: Path) -> tuple[PreprocessSpec, int, float, str]:
-    """Preprocessing, embedding size, logit scale and kind of input that a graph of ours carries.
+def onnx_metadata(path: Path) -> tuple[PreprocessSpec, int, float, str, str]:
+    """What a graph of ours carries.
+
+    Returns:
+        Preprocessing, embedding size, logit scale, kind of input, precision.
 
     Raises:
         CheckpointError: If the file is missing, no ONNX graph, or not exported by us.
@@ -140,7 +143,8 @@ def onnx_metadata(path: Path) -> tuple[PreprocessSpec, int, float, str]:
         )
         image_input = values.get("image_input", "float")
         lookup(dict.fromkeys(IMAGE_INPUTS), image_input, kind="input of a graph")
-        return preprocess, int(values["embed_dim"]), float(values["logit_scale"]), image_input
+        scale, precision = float(values["logit_scale"]), values.get("precision", "fp32")
+        return preprocess, int(values["embed_dim"]), scale, image_input, precision
     except (KeyError, ValueError) as error:
         raise CheckpointError(
             f"{path} does not say how images are prepared: it was not exported by dimefm_edge",
@@ -194,10 +198,11 @@ def _load_onnx(name: str, device: str | None) -> Subject:
     from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine
 
     path = Path(name).expanduser()
-    preprocess, embed_dim, logit_scale, image_input = onnx_metadata(path)
+    preprocess, embed_dim, logit_scale, image_input, precision = onnx_metadata(path)
     engine = OnnxRuntimeEngine(
-        path, preprocess=preprocess, embed_dim=embed_dim, image_input=image_input
-    )
+        path, preprocess=preprocess, embed_dim=embed_dim, image_input=image_input,
+        precision=precision,
+    )  # fmt: skip
     return Subject(
         "onnx",
         name,

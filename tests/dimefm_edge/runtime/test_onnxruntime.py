@@ -18,7 +18,7 @@ from dimefm_edge.data.scenes import scene_image
 from dimefm_edge.errors import CheckpointError, DimeFMError, UnknownNameError
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images, resize_image
 from dimefm_edge.runtime import Bundle, load_bundle, load_engine
-from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine, count_physical_cores
+from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine, count_physical_cores, load_session
 from dimefm_edge.targets.cpu import cpu_quant_rules
 
 
@@ -151,3 +151,44 @@ def test_int8_for_another_cpu_answers_right_and_is_named(
         assert len(told) == 1
         assert f"holds int8 for {rules}; this CPU wants {cpu_quant_rules()}" in told[0]
         assert "try: dimefm-edge export RUN --precision int8" in told[0]
+
+
+def test_a_file_of_ours_tells_its_precision(tmp_path: Path) -> None:
+    """Float weights behind integers stay float where the graph is ours and in int8."""
+    rng = np.random.default_rng(0)
+    weight = rng.normal(size=(8, 1, 3, 3)).astype(np.float32)
+    weight *= np.geomspace(1e-3, 1, 8).reshape(-1, 1, 1, 1).astype(np.float32)
+    scales = (np.float32(0.02), np.uint8(128))
+    nodes = [
+        onnx.helper.make_node("QuantizeLinear", ["image", "s", "z"], ["q"]),
+        onnx.helper.make_node("DequantizeLinear", ["q", "s", "z"], ["x"]),
+        onnx.helper.make_node("Conv", ["x", "w"], ["c"], group=8, pads=[1, 1, 1, 1]),
+        onnx.helper.make_node("QuantizeLinear", ["c", "s", "z"], ["p"]),
+        onnx.helper.make_node("DequantizeLinear", ["p", "s", "z"], ["y"]),
+    ]
+    sizes = ("N", 8, 6, 6)
+    graph = onnx.helper.make_graph(
+        nodes, "g",
+        [onnx.helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, sizes)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, sizes)],
+        [onnx.numpy_helper.from_array(np.asarray(v), n)
+         for n, v in zip("szw", (*scales, weight), strict=True)],
+    )  # fmt: skip
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10
+    )
+    path = tmp_path / "model.onnx"
+    image = {"image": rng.normal(size=(2, 8, 6, 6)).astype(np.float32)}
+
+    def answer(precision: str | None) -> np.ndarray:
+        session = load_session(path, 1, precision=precision)
+        found: np.ndarray = session.run(None, image)[0]
+        return found
+
+    path.write_bytes(model.SerializeToString())
+    ours, stock = answer("int8"), answer("fp32")
+    assert np.abs(ours - stock).max() > 0.01  # the rewrite spoils it
+    np.testing.assert_array_equal(answer(None), stock)  # of others nothing is known
+    onnx.helper.set_model_props(model, {"producer": "dimefm_edge", "precision": "int8"})
+    path.write_bytes(model.SerializeToString())
+    np.testing.assert_array_equal(answer(None), ours)
