@@ -61,7 +61,6 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "distilled, the paired images": Arm(images="labelled"),
         "ours, unlabelled images": OURS,
         "ours, the paired images": dataclasses.replace(OURS, images="labelled"),
-        "ours, both": dataclasses.replace(OURS, images="both"),
         "contrastive, own sentence": Arm(contrastive("pair"), "labelled"),
         "contrastive, shared labels": Arm(contrastive("label"), "labelled"),
         "contrastive, own sentence, inherits": Arm(contrastive("pair"), "labelled", inherits=True),
@@ -123,16 +122,16 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "ours, 1500 steps of 128": dataclasses.replace(
             OURS, image_size=64, train={"steps": 1500, "ema_decay": 0.998}
         ),
-        "ours, 3000 steps of 128, both pools": dataclasses.replace(
-            OURS, images="both", image_size=64, train={"steps": 3000, "ema_decay": 0.998}
-        ),
-        "pairs, 3000 steps of 128": Arm(
-            contrastive("pair"),
-            "labelled",
-            image_size=64,
-            inherits=True,
-            train={"steps": 3000, "ema_decay": 0.998},
-        ),
+        **{
+            f"{name}, 3000 steps of 128": dataclasses.replace(
+                arm, image_size=64, train={"steps": 3000, "ema_decay": 0.998}
+            )
+            for name, arm in {
+                "ours": OURS,
+                "ours, the paired images": dataclasses.replace(OURS, images="labelled"),
+                "pairs, inherits": Arm(contrastive("pair"), "labelled", inherits=True),
+            }.items()
+        },
         "ours": longer(OURS),
         "ours, both pools": longer(OURS, images="both"),
         **{
