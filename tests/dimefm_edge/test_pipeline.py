@@ -23,6 +23,8 @@ from dimefm_edge.errors import ConfigError
 from dimefm_edge.pipeline import resolve, run
 from tests.dimefm_edge.forks import Fork
 
+pytestmark = pytest.mark.usefixtures("short_timing")
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -347,7 +349,7 @@ def test_as_a_function(tiny_teacher_dir, images, texts, tmp_path):
         teacher=str(tiny_teacher_dir),
         out=str(tmp_path / "run"),
         data=DataConfig(images=(str(images),), texts=(str(texts),)),
-        student=StudentConfig(student="hybrid", image_size=64, init="random", latency_ms=1.5),
+        student=StudentConfig(student="hybrid", image_size=64, init="random", latency_ms=0.75),
         train=TrainConfig(steps=2, batch_size=4, text_batch_size=4),
         precision="fp16",
     )
