@@ -9,7 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +30,14 @@ def _subnormal_floats() -> None:
     """Loading a teacher or an engine turns them off for the thread; hypothesis needs them."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)
+
+
+@pytest.fixture(scope="module")
+def short_timing() -> Iterator[None]:
+    """A run times its models for 0.2 s instead of 4, for tests that compare no times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dimefm_edge.latency.measure._BLOCK_S", 0.005)
+        yield
 
 
 @pytest.fixture(scope="session")

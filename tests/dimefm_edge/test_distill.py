@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -24,21 +22,10 @@ from dimefm_edge.config import LossConfig
 from dimefm_edge.distributed import Ranks
 from dimefm_edge.errors import CheckpointError, ConfigError, TrainingError
 from dimefm_edge.run_log import STATE_FILE, read_metrics
+from tests.dimefm_edge import distill_case as case
+from tests.dimefm_edge.forks import Fork
 
-CASE_PATH = Path(__file__).with_name("distill_case.py")
 ROOT = Path(__file__).parents[2]
-
-
-def load_case() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("distill_case", CASE_PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-case = load_case()
 
 
 def weights(run_dir: Path, name: str = "checkpoint.safetensors") -> dict[str, torch.Tensor]:
@@ -51,14 +38,8 @@ def assert_equal_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tens
     assert different == []
 
 
-def process(run_dir: Path, *flags: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(CASE_PATH), str(run_dir), *flags],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+def process(run_dir: Path, *flags: str) -> Fork:
+    return Fork(case.main, [run_dir, *flags], run_dir.parent / f"{run_dir.name}{len(flags)}.log")
 
 
 @pytest.fixture(autouse=True)
@@ -142,19 +123,17 @@ def test_kill_9_and_resume_equals_an_uninterrupted_run(
     deadline = time.monotonic() + 90
     # Step 6's evaluation sleeps: by then the state of step 4 is on disk and step 6's is not.
     while not metrics.is_file() or metrics.read_text().count("\n") < 6:
-        assert broken.poll() is None, broken.communicate()[1].decode()
+        assert broken.poll() is None, broken.said
         assert time.monotonic() < deadline
         time.sleep(0.05)
     broken.send_signal(signal.SIGKILL)
-    broken.communicate()
-    assert broken.returncode == -signal.SIGKILL
+    assert broken.wait(60) == -signal.SIGKILL
     state = torch.load(tmp_path / "broken" / STATE_FILE, weights_only=True)
     assert state["step"] == 4
 
     resumed = process(tmp_path / "broken", "--resume", *flags)
     for finished in (whole, resumed):
-        _, errors = finished.communicate(timeout=120)
-        assert finished.returncode == 0, errors.decode()
+        assert finished.wait(120) == 0, finished.said
     assert_equal_bits(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
     states = [
         torch.load(tmp_path / name / STATE_FILE, weights_only=True) for name in ("whole", "broken")
@@ -234,13 +213,12 @@ def test_ctrl_c_saves_the_last_whole_step(tmp_path: Path) -> None:
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 90
     while not metrics.is_file() or metrics.read_text().count("\n") < 6:
-        assert running.poll() is None, running.communicate()[1].decode()
+        assert running.poll() is None, running.said
         assert time.monotonic() < deadline
         time.sleep(0.02)
     running.send_signal(signal.SIGINT)
-    _, errors = running.communicate(timeout=60)
-    assert running.returncode != 0
-    assert b"KeyboardInterrupt" in errors
+    assert running.wait(60) != 0
+    assert "KeyboardInterrupt" in running.said
     state = torch.load(tmp_path / "run" / STATE_FILE, weights_only=True)
     rows = [r for r in read_metrics(tmp_path / "run") if "loss" in r]
     assert state["step"] == rows[-1]["step"] + 1
@@ -263,7 +241,7 @@ def test_two_ranks_equal_one_process_of_the_double_batch(
     subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-            str(CASE_PATH), str(tmp_path / "two"), *flags,
+            case.__file__, str(tmp_path / "two"), *flags,
         ],
         env=environment, check=True, capture_output=True, timeout=180,
     )  # fmt: skip

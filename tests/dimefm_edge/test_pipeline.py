@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import io
 import json
-import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -21,8 +21,9 @@ from dimefm_edge.config import DataConfig, RunConfig, StudentConfig, TrainConfig
 from dimefm_edge.data.scenes import scene_image, scene_sentence
 from dimefm_edge.errors import ConfigError
 from dimefm_edge.pipeline import resolve, run
+from tests.dimefm_edge.forks import Fork
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("short_timing")
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +42,46 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def _words(*, teacher: Path, images: Path, texts: Path, labelled: Path, out: Path) -> list[str]:
+    return [
+        "distill", "--teacher", str(teacher), "--images", str(images),
+        "--texts", str(texts), "--eval-sets", str(labelled), "--steps", "6",
+        "--batch-size", "8", "--text-batch-size", "8", "--out", str(out),
+        "--student", "vit-p16-w32-d2", "--latency-ms", "1",
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def words(tiny_teacher_dir: Path, images: Path, texts: Path, labelled_dir: Path, tmp_path: Path):
     """A command line that distils in seconds, writing to `tmp_path / "run"`."""
-    return [
-        "distill", "--teacher", str(tiny_teacher_dir), "--images", str(images),
-        "--texts", str(texts), "--eval-sets", str(labelled_dir), "--steps", "6",
-        "--batch-size", "8", "--text-batch-size", "8", "--out", str(tmp_path / "run"),
-        "--student", "vit-p16-w32-d2", "--latency-ms", "1",
-    ]  # fmt: skip
+    return _words(
+        teacher=tiny_teacher_dir, images=images, texts=texts, labelled=labelled_dir,
+        out=tmp_path / "run",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_teacher_dir: Path, images: Path, texts: Path, labelled_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, str]:  # fmt: skip
+    """What `words` leave and print. Do not change it: `run_dir` is a copy."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    words = _words(
+        teacher=tiny_teacher_dir, images=images, texts=texts, labelled=labelled_dir, out=out
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main(words) == 0
+    return out, printed.getvalue()
+
+
+@pytest.fixture
+def run_dir(finished: tuple[Path, str], tmp_path: Path) -> Path:
+    """A finished run of `words`."""
+    run_dir = Path(shutil.copytree(finished[0], tmp_path / "run"))
+    config = run_dir / "config.toml"
+    config.write_text(config.read_text().replace(str(finished[0]), str(run_dir)))
+    return run_dir
 
 
 def _replaced(words: list[str], flag: str, value: object) -> list[str]:
@@ -62,10 +94,9 @@ def _run_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int
     return code, json.loads(capsys.readouterr().out)
 
 
-def test_the_walk_leaves_what_the_contract_says(words, tmp_path, labelled_dir, capsys):
-    code, report = _run_json(words, capsys)
-    assert code == 0, report
-    run_dir = tmp_path / "run"
+def test_the_walk_leaves_what_the_contract_says(finished, words, labelled_dir, capsys):
+    run_dir, _ = finished
+    report = json.loads((run_dir / "report.json").read_text())
     files = (
         "config.toml", "checkpoint.safetensors", "training_state.pt", "metrics.jsonl",
         "report.json", "report.md", "fit.png", "fit.json", "bundle/model.onnx",
@@ -73,7 +104,6 @@ def test_the_walk_leaves_what_the_contract_says(words, tmp_path, labelled_dir, c
     )  # fmt: skip
     for name in files:
         assert (run_dir / name).is_file(), name
-    assert json.loads((run_dir / "report.json").read_text()) == report
     assert report["data"] == {
         "num_images": 40, "num_bad": 0, "num_texts": 30, "bad_examples": [],
     }  # fmt: skip
@@ -95,28 +125,25 @@ def test_the_walk_leaves_what_the_contract_says(words, tmp_path, labelled_dir, c
     assert values["results"][0]["top1_pct"] == accuracy["teacher"]["top1_pct"]
 
 
-def test_report_page_says_the_figures(words, tmp_path, capsys):
-    assert cli.main(words) == 0
-    page = capsys.readouterr().out
-    assert page.strip() == (tmp_path / "run" / "report.md").read_text().strip()
-    values = json.loads((tmp_path / "run" / "report.json").read_text())
+def test_report_page_says_the_figures(finished):
+    run_dir, page = finished
+    assert page.strip() == (run_dir / "report.md").read_text().strip()
+    values = json.loads((run_dir / "report.json").read_text())
     assert f"| {values['student']['here_p50_ms']:.2f} /" in page
     assert f"{values['accuracy'][0]['student']['top1_pct']:.1f}%" in page
 
 
 def test_a_second_run_is_refused_and_resuming_a_finished_one_changes_nothing(
-    words, tmp_path, capsys
+    words, run_dir, capsys
 ):
-    assert cli.main(words) == 0
-    before = load_file(tmp_path / "run" / "checkpoint.safetensors")
-    capsys.readouterr()
+    before = load_file(run_dir / "checkpoint.safetensors")
     assert cli.main(words) == 2
     said = capsys.readouterr().err
     assert "already holds a run" in said
     assert "--resume" in said
     # Without the other flags: the run's own config.toml gives them.
-    assert cli.main(["distill", "--resume", "--out", str(tmp_path / "run")]) == 0
-    after = load_file(tmp_path / "run" / "checkpoint.safetensors")
+    assert cli.main(["distill", "--resume", "--out", str(run_dir)]) == 0
+    after = load_file(run_dir / "checkpoint.safetensors")
     assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
@@ -126,18 +153,14 @@ def test_a_killed_run_resumes_to_the_same_weights(words, tmp_path, capsys):
     assert cli.main(words) == 0
     killed_dir = tmp_path / "killed"
     killed = _replaced(words, "--out", killed_dir)
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dimefm_edge", *killed], env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    process = Fork(cli.main, killed, tmp_path / "killed.log")
     deadline = time.monotonic() + 120
     while not (killed_dir / "training_state.pt").is_file():
-        assert process.poll() is None, process.stderr.read().decode()
+        assert process.poll() is None, process.said
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    assert process.wait(60) == -signal.SIGKILL
     assert cli.main([*killed, "--resume"]) == 0
     whole, resumed = (
         load_file(folder / "checkpoint.safetensors") for folder in (tmp_path / "run", killed_dir)
@@ -153,6 +176,7 @@ def test_unreadable_images_are_counted_skipped_and_reported(words, images, tmp_p
     words = _replaced(words, "--images", mixed)
     code, report = _run_json(words, capsys)
     assert code == 0, report
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
     assert (report["data"]["num_images"], report["data"]["num_bad"]) == (42, 2)
     shown = " ".join(report["data"]["bad_examples"])
     assert "cut.png" in shown
@@ -269,12 +293,10 @@ def test_a_store_of_another_teacher_is_refused_by_name(
     assert cli.main([*_replaced(words, "--out", tmp_path / "third"), *store]) == 0
 
 
-def test_a_truncated_checkpoint_is_named(words, tmp_path, capsys):
-    assert cli.main(words) == 0
-    path = tmp_path / "run" / "checkpoint.safetensors"
+def test_a_truncated_checkpoint_is_named(words, run_dir, capsys):
+    path = run_dir / "checkpoint.safetensors"
     path.write_bytes(path.read_bytes()[:2000])
-    capsys.readouterr()
-    for command in (["eval", str(tmp_path / "run")], ["export", str(tmp_path / "run")]):
+    for command in (["eval", str(run_dir)], ["export", str(run_dir)]):
         assert cli.main(command) == 2
         said = capsys.readouterr().err
         assert "checkpoint.safetensors" in said
@@ -282,34 +304,30 @@ def test_a_truncated_checkpoint_is_named(words, tmp_path, capsys):
     # Nor is another student chosen on the way, or one from a damaged choice.
     assert cli.main([*_replaced(words, "--latency-ms", 2), "--resume"]) == 2
     assert "latency_ms was 1.0 and is 2.0" in " ".join(capsys.readouterr().err.split())
-    fit = tmp_path / "run" / "fit.json"
+    fit = run_dir / "fit.json"
     kept = fit.read_bytes()
     fit.write_bytes(kept[:200])
     assert cli.main([*words, "--resume"]) == 2
     assert "fit.json is damaged" in " ".join(capsys.readouterr().err.split())
     fit.write_bytes(kept)
-    state = tmp_path / "run" / "training_state.pt"
+    state = run_dir / "training_state.pt"
     state.write_bytes(state.read_bytes()[:2000])
     assert cli.main([*words, "--resume"]) == 2
     assert "training_state.pt" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_one_line_and_loses_nothing(words, tmp_path):
+def on_a_full_disk() -> int:
     """A limit on the size of files stands for the disk: the state of training exceeds it."""
-    script = (
-        "import resource, signal, sys\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))\n"
-        "from dimefm_edge.cli import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    done = subprocess.run(
-        [sys.executable, "-c", script, *words], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode in (1, 2), done.stderr
-    assert "Traceback" not in done.stderr
-    assert "error:" in done.stderr
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
+    return cli.main()
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(words, tmp_path):
+    process = Fork(on_a_full_disk, words, tmp_path / "full.log")
+    assert process.wait(120) in (1, 2), process.said
+    assert "Traceback" not in process.said
+    assert "error:" in process.said
     assert (tmp_path / "run" / "store" / "images" / "manifest.json").is_file()
     assert cli.main([*words, "--resume"]) == 0
 
@@ -331,7 +349,7 @@ def test_as_a_function(tiny_teacher_dir, images, texts, tmp_path):
         teacher=str(tiny_teacher_dir),
         out=str(tmp_path / "run"),
         data=DataConfig(images=(str(images),), texts=(str(texts),)),
-        student=StudentConfig(student="hybrid", image_size=64, init="random", latency_ms=1.5),
+        student=StudentConfig(student="hybrid", image_size=64, init="random", latency_ms=0.75),
         train=TrainConfig(steps=2, batch_size=4, text_batch_size=4),
         precision="fp16",
     )

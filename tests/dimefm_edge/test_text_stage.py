@@ -28,6 +28,8 @@ from dimefm_edge.subjects import load_subject
 from dimefm_edge.teacher import SAMPLE_DIR, load_teacher
 from dimefm_edge.text_stage import TextScorer, plan_text, text_stage
 
+pytestmark = pytest.mark.usefixtures("short_timing")
+
 CLIP: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16},

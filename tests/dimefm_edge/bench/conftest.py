@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from dimefm_edge.bench.prepare import Prepared, prepare
+from dimefm_edge.bench.specs import parse_subjects
+
 SUBJECTS = Path(__file__).with_name("subjects.py")
+
+
+@pytest.fixture(scope="session")
+def prepared_run(
+    tiny_run_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Prepared]:
+    """The tiny run made ready for a runtime, once for all that only read it."""
+
+    @functools.cache
+    def make(runtime: str) -> Prepared:
+        (spec,) = parse_subjects([f"{tiny_run_dir}@{runtime}"])
+        return prepare(spec, tmp_path_factory.mktemp("prepared"))
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,8 @@ def run(runnable, scenario, *, batch_size=1, seconds=0.5, expected_ms=2.0, **set
 @NEEDS_LOADGEN
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_each_scenario_agrees_with_a_call_of_known_length(scenario):
-    found = run(sleeper(0.004), scenario, expected_ms=4.0, seconds=1.0)
+    call_ms = 1 if scenario == "multi-stream" else 4  # it makes 662 queries of eight
+    found = run(sleeper(call_ms / 1000), scenario, expected_ms=float(call_ms), seconds=1.0)
     assert found["scenario"] == scenario
     if scenario == "single-stream":
         assert found["is_valid"], found["why_invalid"]
@@ -50,7 +51,7 @@ def test_each_scenario_agrees_with_a_call_of_known_length(scenario):
         assert 60 < found["samples_per_s"] <= 250
         assert found["answered"] == found["queries"] >= 64
     elif scenario == "multi-stream":
-        assert 32 <= found["p50_ms"] < 64
+        assert 8 <= found["p50_ms"] < 16
         assert found["answered"] == 8 * found["queries"]
     elif scenario == "offline":
         assert 60 < found["samples_per_s"] <= 250

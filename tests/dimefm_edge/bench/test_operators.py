@@ -34,16 +34,13 @@ def test_no_node():
     assert summarise([]) == {"operators_ms": 0, "kinds": {}, "top": []}
 
 
-def test_one_model_in_each_runtime(tiny_run_dir, tmp_path):
+def test_one_model_in_each_runtime(prepared_run):
     load = Load(batch_size=64)  # OpenVINO counts whole microseconds: a few images take none
     found = {}
     for runtime in ("onnxruntime", "dynamic-int8", "openvino", "eager"):
         if runtime == "openvino":
             pytest.importorskip("openvino")
-        (spec,) = parse_subjects([f"{tiny_run_dir}@{runtime}"])
-        folder = tmp_path / runtime
-        folder.mkdir()
-        prepared = prepare(spec, folder)
+        prepared = prepared_run(runtime)
         found[runtime] = profile_operators(prepared, load_runnable(prepared, load), load)
         assert sum(found[runtime]["kinds"].values()) == pytest.approx(1)
         assert {"gemm", "norm"} <= set(found[runtime]["kinds"])

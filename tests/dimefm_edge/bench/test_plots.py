@@ -13,8 +13,12 @@ from dimefm_edge.errors import MissingExtraError
 from tests.dimefm_edge.bench.bench_case import full_result, stopped_result
 
 
-def test_all_plots_of_a_full_result():
-    plots = draw_all(full_result())
+@pytest.fixture(scope="module")
+def plots():
+    return draw_all(full_result())
+
+
+def test_all_plots_of_a_full_result(plots):
     assert [title for title, _, _ in plots] == [
         "Ratios", "Latency distributions", "Round by round", "Accuracy against latency", "Stages",
         "Where calls spend their time", "Roofline", "Power, heat and clocks",
@@ -43,8 +47,8 @@ def test_only_what_there_is():
     assert draw_all(stopped_result()) == []
 
 
-def test_plots_are_the_same_each_time():
-    assert draw_all(full_result()) == draw_all(full_result())
+def test_plots_are_the_same_each_time(plots):
+    assert draw_all(full_result()) == plots
 
 
 def test_without_matplotlib(monkeypatch):

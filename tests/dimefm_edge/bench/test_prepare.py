@@ -21,13 +21,13 @@ def prepared(word, folder, **settings) -> Prepared:
     return prepare(spec, folder, **settings)
 
 
-def test_our_graph_the_plain_one_and_dynamic_int8(tiny_run_dir, tmp_path):
+def test_our_graph_the_plain_one_and_dynamic_int8(prepared_run):
     from onnxruntime import InferenceSession
 
     answers = {}
     image = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
     for runtime in ("onnxruntime", "plain", "dynamic-int8"):
-        made = prepared(f"{tiny_run_dir}@{runtime}", tmp_path / runtime)
+        made = prepared_run(runtime)
         assert (made.loader, made.runtime, made.image_size) == ("onnx", "ONNX Runtime", 32)
         assert made.size_mib > 0
         assert made.params_m > 0

@@ -45,9 +45,10 @@ def test_onnx_runtimes_last_runs():
     ]  # fmt: skip
 
 
-def test_openvino_names_a_generated_attention(tiny_run_dir, tmp_path):
+def test_openvino_names_a_generated_attention(prepared_run):
     pytest.importorskip("openvino")
-    found = profiled(f"{tiny_run_dir}@openvino", tmp_path / "o", Load())
+    prepared = prepared_run("openvino")
+    found = profile_nodes(prepared, load_runnable(prepared, Load()), Load())
     attentions = [entry for entry in found if entry.kind == "attention"]
     assert {entry.operator for entry in attentions} <= {"Subgraph", "ScaledDotProductAttention"}
     assert attentions

@@ -23,13 +23,13 @@ def loaded(word, folder, load=Load()):  # noqa: B008
     return load_runnable(prepare(spec, folder), load)
 
 
-def test_runtimes_agree(tiny_run_dir, tiny_bundle_dir, tmp_path):
+def test_runtimes_agree(prepared_run, tiny_bundle_dir, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, size=(2, 32, 32, 3)).astype(np.uint8)
     load = Load(batch_size=2)
-    words = [str(tiny_bundle_dir), *(f"{tiny_run_dir}@{runtime}" for runtime in RUNTIMES)]
+    runnables = [loaded(str(tiny_bundle_dir), tmp_path / "b", load)]
+    runnables += [load_runnable(prepared_run(runtime), load) for runtime in RUNTIMES]
     answers = []
-    for place, word in enumerate(words):
-        runnable = loaded(word, tmp_path / str(place), load)
+    for runnable in runnables:
         assert runnable.of_pixels is not None
         answers.append(np.asarray(runnable.run(runnable.of_pixels(pixels))))
     for answer in answers[1:]:

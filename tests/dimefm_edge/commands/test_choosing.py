@@ -77,7 +77,8 @@ def test_fit_for_a_teacher_takes_its_sizes(tiny_teacher_dir, capsys):
 
 
 def test_a_budget_that_none_meets_is_exit_3_with_one_that_would_do(capsys):
-    words = ["fit", "--latency-ms", "0.0001", "--image-size", "32", "--families", "vit"]
+    words = ["fit", "--latency-ms", "0.0001", "--image-size", "32", "--embed-dim", "16"]
+    words += ["--families", "vit"]
     code, values = _json(capsys, *words)
     assert code == values["exit_code"] == 3
     assert "no student meets" in values["error"]
@@ -108,7 +109,8 @@ def test_estimate_of_a_table(capsys, tmp_path, monkeypatch):
 
 def test_fit_measures_the_choice_here(capsys):
     words = ("fit", "--target", "local", "--latency-ms", "20", "--image-size", "32")
-    code, values = _json(capsys, *words, "--embed-dim", "16", "--families", "hybrid")
+    small = ("--embed-dim", "16", "--families", "hybrid", "--max-memory-mib", "2")
+    code, values = _json(capsys, *words, *small)
     assert code == 0
     chosen = next(c for c in values["candidates"] if c["spec"] == values["chosen"])
     assert 0 < chosen["measured_ms"] <= 20

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -257,32 +258,52 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
 
 
 REPLACE_FOREVER = """
-import shutil, sys
+import os, shutil, sys
 from pathlib import Path
 from dimefm_edge.export.bundle import building
-out, source = Path(sys.argv[1]), Path(sys.argv[2])
-print("ready", flush=True)
-while True:
-    with building(out) as folder:
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+
+def replace_forever(out, source):
+    while True:
+        with building(Path(out)) as folder:
+            shutil.copytree(source, folder, dirs_exist_ok=True)
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        replace_forever(*line.split())
+    print(child, flush=True)
+    os.waitpid(child, 0)
+    print("gone", flush=True)
 """
 
 
+@pytest.fixture(scope="module")
+def replacer() -> Iterator[subprocess.Popen[str]]:
+    """Imports once; for each line `OUT SOURCE`, a process that replaces the bundle for ever."""
+    with subprocess.Popen(
+        [sys.executable, "-c", REPLACE_FOREVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, cwd=Path(__file__).parents[3],
+    ) as process:  # fmt: skip
+        yield process
+
+
 @pytest.mark.parametrize("name", ["bundle", "bundle.zip"])
-def test_a_killed_export_destroys_nothing(name: str, exported: Path, tmp_path: Path) -> None:
+def test_a_killed_export_destroys_nothing(
+    name: str, exported: Path, tmp_path: Path, replacer: subprocess.Popen[str]
+) -> None:
     out = tmp_path / "out" / name
     source = exported.rename(tmp_path / "source")
     with building(out) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
     for pause_ms in (1, 7, 20):
-        with subprocess.Popen(
-            [sys.executable, "-c", REPLACE_FOREVER, str(out), str(source)],
-            stdout=subprocess.PIPE, cwd=Path(__file__).parents[3],
-        ) as child:  # fmt: skip
-            assert child.stdout is not None
-            assert child.stdout.readline() == b"ready\n"
-            time.sleep(pause_ms / 1000)
-            child.kill()
+        assert replacer.stdin is not None
+        assert replacer.stdout is not None
+        replacer.stdin.write(f"{out} {source}\n")
+        replacer.stdin.flush()
+        child = int(replacer.stdout.readline())
+        time.sleep(pause_ms / 1000)
+        os.kill(child, signal.SIGKILL)
+        assert replacer.stdout.readline() == "gone\n"
         assert load_bundle(out).logit_scale == 10.0
     record_accuracy(out, {})  # the next one clears away what the killed ones left
     assert [p.name for p in out.parent.iterdir()] == [name]
