@@ -7,9 +7,11 @@ goes to stderr.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from dimefm_edge.errors import DimeFMError
 
 Message = dict[str, Any]
 
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 _UNTIMED_S = 0.02
 """Calls before a turn is timed, at least one: caches are cold after a pause."""
 
@@ -115,6 +118,7 @@ def _import_runtime(loader: str) -> None:
 
 
 def _main() -> int:
+    _die_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # libraries print there
     sys.stdout = sys.stderr
@@ -133,6 +137,12 @@ def _main() -> int:
         answers.write(json.dumps(answer, default=_plain) + "\n")
         answers.flush()
     return 0
+
+
+def _die_with_parent() -> None:
+    """Linux ends this process when its parent is killed; stopped, it would not see that."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _plain(value: Any) -> Any:

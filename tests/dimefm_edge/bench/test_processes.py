@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dimefm_edge.bench.prepare import prepare
@@ -44,6 +48,30 @@ def test_it_is_stopped_between_turns_and_gone_after(tmp_path):
         pid = process.pid
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_it_does_not_outlive_a_killed_parent(tmp_path):
+    """Stopped as it is between turns."""
+    script = (
+        "import time\n"
+        "from dimefm_edge.bench.processes import SubjectProcess\n"
+        "process = SubjectProcess('quick', threads=1)\n"
+        f"process.ask('load', limit_s=60, **{message('quick', tmp_path)!r})\n"
+        "print(process.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate()
+    for _ in range(200):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("the worker lives on")
 
 
 def test_one_that_hangs_is_ended(tmp_path):
