@@ -17,11 +17,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -69,10 +71,11 @@ def config_of(args: argparse.Namespace, student: str, seed: int) -> RunConfig:
     if args.data is None:
         data = DataConfig()
     else:
+        tests = tuple(str(args.data / "zeroshot" / n) for n in ("cifar10", "tiny-imagenet"))
         data = DataConfig(
             images=(str(args.data / "images/cifar10*.tar"), str(args.data / "images/*1.tar")),
-            texts=(str(args.data / "text/coco*.gz"), str(args.data / "text/oewn*.gz")),
-            eval_sets=tuple(str(args.data / "zeroshot" / n) for n in ("cifar10", "tiny-imagenet")),
+            texts=(str(args.data / "text/coco*.gz"), *(f"prompts:{test}" for test in tests)),
+            eval_sets=tests,
         )
     return RunConfig(
         target=args.target,
@@ -91,28 +94,28 @@ def config_of(args: argparse.Namespace, student: str, seed: int) -> RunConfig:
 
 def other_tools(bundle: Bundle, images: Images, eval_sets: Sequence[str]) -> dict[str, Any]:
     """Zero-shot top-1 of the fp32 graph as others quantise it, by tool and test set."""
-    must_reduce = cpu_quant_rules() == AVX2_RULES
-    source = bundle.model_path
-    tools: dict[str, Callable[[], onnx.ModelProto]] = {
-        "stock u8s8": lambda: stock_graph(source, images, weight="int8", reduce_range=must_reduce),
-        "stock u8u8": lambda: stock_graph(source, images, weight="uint8", reduce_range=False),
-    }
-    if find_spec("modelopt") is not None:
-        tools["modelopt"] = lambda: modelopt_graph(source, images)
-    made = {}
-    for name, make in tools.items():
-        path = bundle.path / "other.onnx"
-        path.write_bytes(make().SerializeToString())
-        engine = OnnxRuntimeEngine(
-            path, preprocess=bundle.preprocess, embed_dim=bundle.embed_dim, precision="int8"
-        )
-        made[name] = {
-            labelled.name: evaluate_zero_shot(
-                engine.encode_pixels, bundle.preprocess, labelled, bundle.label_banks[labelled.name]
-            ).top1_pct
-            for labelled in map(open_labelled, eval_sets)
+    with tempfile.TemporaryDirectory() as folder:  # the bundle stays as it is
+        source = Path(shutil.copy(bundle.model_path, folder))
+        must_reduce = cpu_quant_rules() == AVX2_RULES
+        graphs = {
+            "stock u8s8": stock_graph(source, images, weight="int8", reduce_range=must_reduce),
+            "stock u8u8": stock_graph(source, images, weight="uint8", reduce_range=False),
         }
-        path.unlink()
+        if find_spec("modelopt") is not None:
+            graphs["modelopt"] = modelopt_graph(source, images)
+        made = {}
+        for name, graph in graphs.items():
+            path = source.with_name("other.onnx")
+            path.write_bytes(graph.SerializeToString())
+            engine = OnnxRuntimeEngine(
+                path, preprocess=bundle.preprocess, embed_dim=bundle.embed_dim, precision="int8"
+            )
+            made[name] = {
+                test.name: evaluate_zero_shot(
+                    engine.encode_pixels, bundle.preprocess, test, bundle.label_banks[test.name]
+                ).top1_pct
+                for test in map(open_labelled, eval_sets)
+            }
     return made
 
 
@@ -125,10 +128,7 @@ def modelopt_graph(path: Path, images: Images) -> onnx.ModelProto:
     np.save(given, images)
     words = (str(path), str(given), str(out), INPUT_NAME)
     subprocess.run([sys.executable, "-c", _MODELOPT, *words], check=True, stdout=sys.stderr)
-    model = onnx.load(str(out))
-    for made in (given, out):
-        made.unlink()
-    return model
+    return onnx.load(str(out))
 
 
 def study(args: argparse.Namespace, student: str, seed: int) -> dict[str, Any]:
