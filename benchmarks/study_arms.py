@@ -119,12 +119,9 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "ours, pseudo-texts": dataclasses.replace(OURS, train={"pseudo_texts": 128}),
     },
     "retention": {
-        "ours, 1500 steps of 128": dataclasses.replace(
-            OURS, image_size=64, train={"steps": 1500, "ema_decay": 0.998}
-        ),
         **{
-            f"{name}, 3000 steps of 128": dataclasses.replace(
-                arm, image_size=64, train={"steps": 3000, "ema_decay": 0.998}
+            f"{name}, 1500 steps of 128": dataclasses.replace(
+                arm, image_size=64, train={"steps": 1500, "ema_decay": 0.998}
             )
             for name, arm in {
                 "ours": OURS,
