@@ -143,7 +143,7 @@ def study(args: argparse.Namespace, student: str, seed: int) -> dict[str, Any]:
     fp32 = rows["fp32"]
     return {
         "top1_pct": {name: row.top1_pct for name, row in rows.items()}
-        | other_tools(plain, images, list(fp32.top1_pct)),
+        | other_tools(plain, images, config.data.eval_sets or list(fp32.top1_pct)),
         "cosine": {name: row.mean_cosine for name, row in rows.items()},
         "size_share": {name: row.size_mib / fp32.size_mib for name, row in rows.items()},
         "integer_products": {name: row.integer_products for name, row in rows.items()},
