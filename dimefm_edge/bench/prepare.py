@@ -48,6 +48,8 @@ class Prepared:
     """The spec's."""
     option: str = ""
     """ONNX Runtime's execution provider, an engine's name, eager or compile."""
+    precision: str = "fp32"
+    """Of an ONNX file of ours, as it tells itself; a bundle tells its own."""
     image_size: int | None = None
     """Side of the square input in pixels, where it is known."""
     preprocess: dict[str, Any] | None = None
@@ -108,6 +110,10 @@ def _of_file(
     if not path.is_file():
         raise CheckpointError(f"no ONNX file at {path}", hint="check the path")
     known["counted_on"] = str(path)
+    if spec.kind == "onnx" and runtime == "onnxruntime":
+        from dimefm_edge.runtime.onnxruntime import told_precision
+
+        known["precision"] = told_precision(path)  # here: the worker's loading is timed
     if runtime == "dynamic-int8":
         path = _quantised(path, folder / "dynamic-int8.onnx")
     loader, title = ("openvino", "OpenVINO") if runtime == "openvino" else ("onnx", "ONNX Runtime")

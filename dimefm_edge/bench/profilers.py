@@ -64,7 +64,7 @@ def profile_nodes(prepared: Prepared, runnable: Runnable, load: Load) -> list[Op
 def _profile_onnxruntime(prepared: Prepared, runnable: Runnable, load: Load) -> list[OperatorTime]:
     from dimefm_edge.runtime.onnxruntime import load_session
 
-    path, precision = prepared.path, None
+    path, precision = prepared.path, prepared.precision
     if prepared.loader == "bundle":
         bundle: Any = runnable.owner
         path, precision = bundle.model_path, bundle.precision

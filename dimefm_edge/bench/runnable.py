@@ -113,7 +113,7 @@ def _load_onnx(prepared: Prepared, load: Load) -> Runnable:
         raise CheckpointError(f"no ONNX file at {path}", hint="check the path")
     names = choose_providers((), onnxruntime.get_available_providers(), asked=prepared.option)
     providers = session_providers(names, precision="fp32")
-    session = load_session(path, load.threads, providers, precision=None)
+    session = load_session(path, load.threads, providers, precision=prepared.precision)
     entries = session.get_inputs()
     unknown = [entry.type for entry in entries if entry.type not in _DTYPES]
     if unknown:

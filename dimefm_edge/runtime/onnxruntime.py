@@ -180,12 +180,11 @@ def load_session(
     threads: int,
     providers: Sequence[Any] = ("CPUExecutionProvider",),
     *,
-    precision: str | None = "fp32",
+    precision: str = "fp32",
     profile_prefix: str | None = None,
 ) -> Any:
     """An InferenceSession; `providers` are as it takes them, `precision` is the graph's.
 
-    With None a graph of ours is of the precision that its own metadata tells, any other of none.
     With `profile_prefix` it profiles its operators, into a file whose name begins so.
 
     Raises:
@@ -206,10 +205,10 @@ def load_session(
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
     if int8_products_saturate():  # a graph made for another CPU answers right here too
         options.add_session_config_entry("session.x64quantprecision", "1")
-    unwanted = unwanted_rewrites(precision or "")
     try:
-        session = onnxruntime.InferenceSession(
-            str(model_path), options, providers=list(providers), disabled_optimizers=unwanted,
+        return onnxruntime.InferenceSession(
+            str(model_path), options, providers=list(providers),
+            disabled_optimizers=unwanted_rewrites(precision),
         )  # fmt: skip
     # ONNX Runtime's own exceptions share no public base but Exception.
     except Exception as error:
@@ -217,13 +216,17 @@ def load_session(
             f"ONNX Runtime {onnxruntime.__version__} cannot load {model_path}: {first_line(error)}",
             hint="pip install --upgrade onnxruntime, or " + EXPORT_AGAIN,
         ) from error
-    told = session.get_modelmeta().custom_metadata_map
-    of_us = told.get("precision", "") if told.get("producer") == "dimefm_edge" else ""
-    if precision is None and unwanted_rewrites(of_us):
-        return load_session(
-            model_path, threads, providers, precision=of_us, profile_prefix=profile_prefix
-        )
-    return session
+
+
+def told_precision(model_path: Path) -> str:
+    """The precision that a graph of ours tells of itself; fp32 of any other.
+
+    Raises:
+        CheckpointError: If ONNX Runtime cannot load the graph.
+        MissingExtraError: If ONNX Runtime is not installed.
+    """
+    told = load_session(model_path, 1).get_modelmeta().custom_metadata_map
+    return str(told.get("precision", "fp32")) if told.get("producer") == "dimefm_edge" else "fp32"
 
 
 def first_line(error: Exception) -> str:

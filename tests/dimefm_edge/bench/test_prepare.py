@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 
 import numpy as np
+import onnx
 import pytest
 
 from dimefm_edge.bench.prepare import Prepared, image_module, prepare
@@ -90,3 +91,13 @@ def test_as_a_process(tiny_bundle_dir, tmp_path):
     code, answer = ask(spec=asdict(spec) | {"name": str(tmp_path / "gone")})
     assert code == 2
     assert answer["kind"] == "CheckpointError"
+
+
+def test_a_file_of_ours_tells_its_precision(foreign_graph, tmp_path):
+    model = onnx.load(str(foreign_graph))
+    onnx.helper.set_model_props(model, {"producer": "dimefm_edge", "precision": "int8"})
+    ours = tmp_path / "ours.onnx"
+    onnx.save(model, str(ours))
+    for path, precision in ((foreign_graph, "fp32"), (ours, "int8")):
+        (spec,) = parse_subjects([str(path)])
+        assert prepare(spec, tmp_path).precision == precision
