@@ -169,10 +169,10 @@ def cpu_ms(sessions: dict[str, Any], image: Images, *, rounds: int) -> dict[str,
 
 def peaks_mib(path: Path, side: int) -> tuple[float, float]:
     """Peak memory of a process that answers once, and how much of it came with the graph."""
+    precision = "int8" if path.name.startswith("ours") else "fp32"
+    command = [sys.executable, "-c", _MEMORY, str(path), str(side), precision]
     found = []
     for _ in range(_NUM_PROCESSES):
-        precision = "int8" if path.name.startswith("ours") else "fp32"
-        command = [sys.executable, "-c", _MEMORY, str(path), str(side), precision]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         found.append(json.loads(done.stdout))
     peak, of_graph = (statistics.median(values) for values in zip(*found, strict=True))

@@ -128,7 +128,11 @@ def onnx_metadata(path: Path) -> tuple[PreprocessSpec, int, float, str, str]:
         CheckpointError: If the file is missing, no ONNX graph, or not exported by us.
         MissingExtraError: If ONNX Runtime is not installed.
     """
-    values = _metadata_of(path)
+    from dimefm_edge.runtime.onnxruntime import graph_metadata
+
+    if not path.is_file():
+        raise CheckpointError(f"no ONNX file at {path}", hint="check the path")
+    values = graph_metadata(path)
     try:
         mean, std = (tuple(float(v) for v in values[key].split(",")) for key in ("mean", "std"))
         preprocess = PreprocessSpec.from_dict(
@@ -150,22 +154,6 @@ def onnx_metadata(path: Path) -> tuple[PreprocessSpec, int, float, str, str]:
             f"{path} does not say how images are prepared: it was not exported by dimefm_edge",
             hint=f"dimefm-edge bench {path}  (times any ONNX file)",
         ) from error
-
-
-def _metadata_of(path: Path) -> dict[str, str]:
-    from dimefm_edge.runtime.onnxruntime import import_onnxruntime
-
-    if not path.is_file():
-        raise CheckpointError(f"no ONNX file at {path}", hint="check the path")
-    onnxruntime = import_onnxruntime()
-    try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # no public base but Exception
-        raise CheckpointError(
-            f"ONNX Runtime cannot load {path}: {str(error).splitlines()[0]}",
-            hint="copy it again, or export it again: dimefm-edge export RUN",
-        ) from error
-    return dict(session.get_modelmeta().custom_metadata_map)
 
 
 def bundle_subject(bundle: Bundle, engine: Engine, *, name: str | None = None) -> Subject:

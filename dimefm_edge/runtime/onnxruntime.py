@@ -218,15 +218,24 @@ def load_session(
         ) from error
 
 
-def told_precision(model_path: Path) -> str:
-    """The precision that a graph of ours tells of itself; fp32 of any other.
+def graph_metadata(model_path: Path) -> dict[str, str]:
+    """What an exporter wrote into a graph beside its nodes, by key.
 
     Raises:
         CheckpointError: If ONNX Runtime cannot load the graph.
         MissingExtraError: If ONNX Runtime is not installed.
     """
-    told = load_session(model_path, 1).get_modelmeta().custom_metadata_map
-    return str(told.get("precision", "fp32")) if told.get("producer") == "dimefm_edge" else "fp32"
+    return dict(load_session(model_path, 1).get_modelmeta().custom_metadata_map)
+
+
+def told_precision(model_path: Path) -> str:
+    """The precision that a graph of ours tells of itself; fp32 of any other.
+
+    Raises:
+        CheckpointError, MissingExtraError: As `graph_metadata`.
+    """
+    told = graph_metadata(model_path)
+    return told.get("precision", "fp32") if told.get("producer") == "dimefm_edge" else "fp32"
 
 
 def first_line(error: Exception) -> str:
