@@ -47,6 +47,7 @@ from torch import nn
 from dimefm_edge.config import TrainConfig
 from dimefm_edge.distill import distill
 from dimefm_edge.encoders import module_encoder
+from dimefm_edge.errors import UnknownNameError, lookup
 from dimefm_edge.evaluate.features import embed_pool
 from dimefm_edge.evaluate.linear_probe import evaluate_linear_probe, fit_linear_probe
 from dimefm_edge.files import atomic_file
@@ -209,13 +210,10 @@ def chosen_arms(args: argparse.Namespace) -> dict[str, Arm]:
     """Those that were asked for.
 
     Raises:
-        SystemExit: If the study has no such arm.
+        UnknownNameError: If the study has no such arm.
     """
     arms = STUDIES[args.study]
-    unknown = [name for name in args.arms if name not in arms]
-    if unknown:
-        sys.exit(f"{args.study} has no arm {unknown[0]!r}; it has: {', '.join(map(repr, arms))}")
-    return {name: arms[name] for name in args.arms or arms}
+    return {name: lookup(arms, name, kind=f"arm of {args.study}") for name in args.arms or arms}
 
 
 def run_study(args: argparse.Namespace) -> dict[str, Any]:
@@ -276,11 +274,19 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    values = run_study(args)
+    try:
+        values = run_study(args)
+    except UnknownNameError as error:
+        sys.exit(str(error))
     if args.json:
         print(json.dumps(values))
         return
     print(table_of(values["arms"], values["teacher"]))
+    for name, value in values.get("rank_correlation", {}).items():
+        print(f"{name} ranks the students as training does: {value:.2f}")
+    for name, row in values.get("hand_picked", {}).items():
+        print(f"{name} {row['theirs_pct']:.1f}%, fit's choice that is no slower {row['ours']} "
+              f"{row['ours_pct']:.1f}%, at {row['time_ratio']:.2f} of its time")  # fmt: skip
     if values["elsewhere"]:
         print(f"{values['elsewhere']} runs are under way in another process")
 

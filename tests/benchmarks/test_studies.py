@@ -14,6 +14,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from dimefm_edge.errors import UnknownNameError  # noqa: E402
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -102,7 +104,7 @@ def test_some_arms_only(script, tmp_path):
     args.prepare = True
     assert list(script.run_study(args)["arms"]) == ["contrastive, shared labels"]
     args = arguments(script, tmp_path, "--seeds", "0", "--arms", "contrastive")
-    with pytest.raises(SystemExit, match="no arm 'contrastive'; it has: 'distilled"):
+    with pytest.raises(UnknownNameError, match="arm of unpaired 'contrastive'"):
         script.run_study(args)
 
 

@@ -1,0 +1,182 @@
+"""One elastic ViT or every student alone, at the same total cost: whose students are better?
+
+    python benchmarks/bench_elastic.py --seeds 0 --out /tmp/studies --json \\
+        | python benchmarks/record.py elastic
+
+Three ways to five students, on scenes, for the multiply-adds that training each alone for --steps
+takes: alone; cuts of an elastic ViT as they are; cuts of one that was trained for TUNE less, each
+then tuned alone. Runs are kept as those of studies.py are, and are shared with its `students`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import hashlib
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dimefm_edge.config import TrainConfig
+from dimefm_edge.distill import distill
+from dimefm_edge.files import atomic_file
+from dimefm_edge.latency.operators import total_gmacs
+from dimefm_edge.latency.trace import trace_student
+from dimefm_edge.students import StudentSpec
+from dimefm_edge.tables import format_table
+
+if __package__:
+    from benchmarks import studies
+    from benchmarks.elastic_vit import SANDWICH, ElasticVit
+    from benchmarks.study_arms import Arm
+else:
+    import studies
+    from elastic_vit import SANDWICH, ElasticVit
+    from study_arms import Arm
+
+STUDENTS = ("vit-p8-w64-d2", "vit-p8-w128-d2", "vit-p8-w128-d4", "vit-p8-w192-d2", "vit-p8-w192-d4")
+"""Smallest first; the last holds all others."""
+TUNE = 0.4
+"""Share of the cost that tuning takes, where cuts are tuned."""
+TUNE_LR = 0.5
+"""Of the rate that they were trained with."""
+
+
+def elastic_steps(specs: tuple[StudentSpec, ...], steps: int) -> int:
+    """Steps of the elastic ViT that cost what `steps` of each student alone do, batch for batch."""
+    costs = [total_gmacs(trace_student(spec)) for spec in specs]
+    return round(steps * sum(costs) / (costs[-1] + costs[0] + statistics.fmean(costs)))
+
+
+class Elastic:
+    """The runs of one seed."""
+
+    def __init__(self, study: studies.Study, seed: int) -> None:
+        self.study, self.seed = study, seed
+        self.specs = tuple(study.spec(Arm(student=name)) for name in STUDENTS)
+        self.train = dataclasses.replace(study.setup.train, seed=seed)
+        self.steps: int = study.setup.train.steps or 1
+
+    def alone(self) -> dict[str, Any]:
+        """Every student on its own."""
+        scores, spent = [], []
+        for name in STUDENTS:
+            run = self.study.run(name, Arm(student=name), self.seed)
+            if run is None:
+                sys.exit(f"another process trains {name}: run this again when it is done")
+            scores.append(run["scores"])
+            spent.append(run["cpu_s"])
+        return self._figures(scores, spent)
+
+    def cuts(self, share: float) -> dict[str, Any]:
+        """Cuts of an elastic ViT that was trained for a share of the cost, as they are."""
+        model, cpu_s = self._elastic(share)
+        scores = [self.study.evaluate(model.cut_student(spec).eval()) for spec in self.specs]
+        return self._figures(scores, [cpu_s])
+
+    def tuned(self, share: float) -> dict[str, Any]:
+        """The same, each tuned alone for the rest of the cost."""
+        model, cpu_s = self._elastic(share)
+        train = dataclasses.replace(
+            self.train, steps=round((1 - share) * self.steps), lr=TUNE_LR * self.train.lr
+        )
+        scores, spent = [], [cpu_s]
+        for spec in self.specs:
+            student, seconds = self._trained(
+                f"tuned {share:g} {spec.name}", train, functools.partial(model.cut_student, spec)
+            )
+            scores.append(self.study.evaluate(student.eval()))
+            spent.append(seconds)
+        return self._figures(scores, spent)
+
+    def _elastic(self, share: float) -> tuple[ElasticVit, float]:
+        train = dataclasses.replace(
+            self.train, steps=round(share * elastic_steps(self.specs, self.steps)),
+            batch_size=SANDWICH * self.train.batch_size, accumulate=SANDWICH,
+        )  # fmt: skip
+        build = functools.partial(ElasticVit, self.specs)
+        model, seconds = self._trained(f"elastic {share:g}", train, build)
+        assert isinstance(model, ElasticVit)
+        return model, seconds
+
+    def _trained(
+        self, name: str, train: TrainConfig, build: Callable[[], nn.Module]
+    ) -> tuple[nn.Module, float]:
+        """A module with its averaged weights, trained or found, and the CPU seconds it took."""
+        torch.manual_seed(train.seed)
+        module = build()
+        settings = {"name": name, "students": STUDENTS, "steps": self.steps,
+                    "train": dataclasses.asdict(train) | {"threads": 0},
+                    "teacher": self.study.teacher.weights_hash, "limit": self.study.args.limit,
+                    }  # fmt: skip
+        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+        run_dir = self.study.out / "elastic" / key
+        run_dir.mkdir(parents=True, exist_ok=True)
+        result = run_dir / studies.RESULT_FILE
+        if not result.is_file():
+            begun = time.process_time()
+            distill(
+                module, self.study.arm_data(Arm(), train), loss=Arm().loss, run_dir=run_dir,
+                train=dataclasses.replace(train, eval_every=train.steps or 1), resume=True,
+                save_weights=lambda path, m: save_file(m.state_dict(), path),
+                evaluate=self.study.evaluate,
+            )  # fmt: skip
+            values = {"cpu_s": time.process_time() - begun, "settings": settings}
+            with atomic_file(result) as stream:
+                stream.write(json.dumps(values, indent=1).encode())
+        module.load_state_dict(load_file(run_dir / "checkpoint.safetensors"))
+        return module, json.loads(result.read_text())["cpu_s"]
+
+    def _figures(self, scores: list[dict[str, float]], cpu_s: list[float]) -> dict[str, Any]:
+        top1 = dict(zip(STUDENTS, (next(iter(s.values())) for s in scores), strict=True))
+        return {"top1_pct": top1, "mean_pct": statistics.fmean(top1.values()), "cpu_s": sum(cpu_s)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--limit", type=int, help="of images and sentences, for a short try")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/studies"))
+    parser.add_argument("--json", action="store_true", help="for record.py, instead of a table")
+    args = parser.parse_args()
+    words = ["students", "--data", "scenes", "--steps", str(args.steps), "--out", str(args.out),
+             "--threads", str(args.threads)]  # fmt: skip
+    words += [] if args.limit is None else ["--limit", str(args.limit)]
+    study = studies.Study(studies.parse_args(words))
+    found: dict[str, Any] = {"steps": args.steps, "teacher": study.teacher_scores(), "seeds": {}}
+    for seed in args.seeds:
+        runs = Elastic(study, seed)
+        ways = {
+            "alone": runs.alone,
+            "elastic": functools.partial(runs.cuts, 1.0),
+            "elastic, not tuned yet": functools.partial(runs.cuts, 1 - TUNE),
+            "elastic, tuned": functools.partial(runs.tuned, 1 - TUNE),
+        }
+        found["seeds"][seed] = {}
+        for name, way in ways.items():
+            found["seeds"][seed][name] = way()
+            print(f"seed {seed}, {name}: {found['seeds'][seed][name]}", file=sys.stderr, flush=True)
+    if args.json:
+        print(json.dumps(found))
+        return
+    lines = [
+        [str(seed), name, *row["top1_pct"].values(), row["mean_pct"], row["cpu_s"]]
+        for seed, ways in found["seeds"].items()
+        for name, row in ways.items()
+    ]
+    print(format_table(["seed", "way", *STUDENTS, "mean", "CPU s"], lines))
+
+
+if __name__ == "__main__":
+    main()
