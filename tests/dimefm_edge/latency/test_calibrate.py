@@ -36,7 +36,7 @@ def costs():
 
 
 def test_prices_of_another_machine_are_found(costs):
-    shift = np.linspace(-0.5, 0.9, len(PRIORS))
+    shift = np.linspace(0.2, 1.6, len(PRIORS))
     truth = np.exp(PRIORS + shift)
     profile, left_out = fit_profile(costs, costs @ truth, prior=PRIORS, precision="fp32")
     fitted = np.exp(profile.log_prices) @ costs.T
