@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from dimefm_edge.fit import FitReport, fit_student, plot_fit
 from dimefm_edge.latency.calibrate import measure_student
 from dimefm_edge.latency.estimate import trace_ops
 from dimefm_edge.run_log import STATE_FILE, require_same
+from dimefm_edge.students.inherit import can_inherit
 from dimefm_edge.students.vit import vit_geometry
 from dimefm_edge.targets import LOCAL, Target
 from dimefm_edge.teacher import Teacher
@@ -40,10 +42,19 @@ def choose_student(config: RunConfig, target: Target, teacher: Teacher) -> FitRe
         embed_dim=teacher.embed_dim,
         precision=target.precision,
         student=student.student,
-        teacher_geometry=vit_geometry(teacher.image_tower),
-        teacher_ops=trace_ops(teacher.image_tower, side, 1),
+        **teacher_facts(teacher),
         measure=measure_student if target.name == LOCAL else None,
     )
+
+
+def teacher_facts(teacher: Teacher) -> dict[str, Any]:
+    """What `fit_student` takes of a teacher: its shape, its work, and who can inherit from it."""
+    tower = teacher.image_tower
+    return {
+        "teacher_geometry": vit_geometry(tower),
+        "teacher_ops": trace_ops(tower, teacher.preprocess.image_size, 1),
+        "can_inherit": functools.partial(can_inherit, teacher_image_tower=tower),
+    }
 
 
 def keep_choice(fit: FitReport, config: RunConfig) -> None:

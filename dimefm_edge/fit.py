@@ -22,7 +22,7 @@ from dimefm_edge.latency.operators import (
     Operator,
     total_gmacs,
 )
-from dimefm_edge.student_grid import FAMILIES, GRIDS, find_student, student_grid
+from dimefm_edge.student_grid import FAMILIES, GRIDS, CanInherit, find_student, student_grid
 from dimefm_edge.students import StudentSpec
 from dimefm_edge.targets import Target, load_target
 
@@ -140,6 +140,7 @@ def fit_student(
     max_memory_mib: float | None = None,
     teacher_geometry: dict[str, Any] | None = None,
     teacher_ops: Sequence[Operator] | None = None,
+    can_inherit: CanInherit | None = None,
     measure: Measure | None = None,
 ) -> FitReport:
     """Choose the largest student that an estimate says is fast enough.
@@ -158,6 +159,7 @@ def fit_student(
         max_memory_mib: Limit of weights and the largest operator's tensors together.
         teacher_geometry: From `vit_geometry`: adds students that can inherit.
         teacher_ops: From `trace_ops`, at batch 1, for the default budget.
+        can_inherit: Whether a student can start from a teacher that is no ViT.
         measure: (spec, precision) -> ms, on the target: the choice is then one that was measured
             and meets the budget.
 
@@ -171,12 +173,13 @@ def fit_student(
     place = place_on(target, precision)
     limits = _limits(target, latency_ms, max_memory_mib, place, teacher_ops)
     sizes: dict[str, Any] = {"image_size": image_size, "embed_dim": embed_dim}
+    knows: dict[str, Any] = {"teacher": teacher_geometry, "can_inherit": can_inherit}
     is_one = student != "auto" and student not in GRIDS
     if is_one:
-        specs = [find_student(student, **sizes, teacher=teacher_geometry)]
+        specs = [find_student(student, **sizes, **knows)]
     else:
         families = (student,) if student in GRIDS else families
-        specs = student_grid(families, **sizes, teacher=teacher_geometry)
+        specs = student_grid(families, **sizes, **knows)
     candidates = [
         _candidate(spec, place, precision, limits, inherits=inherits) for spec, inherits in specs
     ]

@@ -43,6 +43,7 @@ _EDGE_MODELS = (
 """timm models that people put on devices."""
 
 Found = Iterator[tuple[StudentSpec, bool]]
+CanInherit = Callable[[StudentSpec], bool]
 Grid = Callable[[int, int, "dict[str, Any] | None"], Found]
 
 
@@ -100,7 +101,12 @@ GRIDS: dict[str, Grid] = {
 
 
 def student_grid(
-    families: Sequence[str], *, image_size: int, embed_dim: int, teacher: dict[str, Any] | None
+    families: Sequence[str],
+    *,
+    image_size: int,
+    embed_dim: int,
+    teacher: dict[str, Any] | None,
+    can_inherit: CanInherit | None = None,
 ) -> list[tuple[StudentSpec, bool]]:
     """Every family's students, and whether each can inherit from the teacher.
 
@@ -109,6 +115,9 @@ def student_grid(
         image_size: Side of the input, in pixels.
         embed_dim: Size of the teacher's embeddings.
         teacher: From `vit_geometry`; None if it is no ViT.
+        can_inherit: Whether a student can start from a teacher of another kind: where the first,
+            smallest one of a family cannot, none is asked. Those of timm's that can are looked at
+            whatever the families.
 
     Returns:
         Students of unlike names; of two with one name, the one that inherits.
@@ -125,7 +134,18 @@ def student_grid(
         grid = lookup(GRIDS, family, kind="student family to fit")
         for spec, inherits in grid(image_size, embed_dim, teacher):
             specs.setdefault(spec.name, (spec, inherits))
-    return list(specs.values())
+    if can_inherit is None:
+        return list(specs.values())
+    smallest = {spec.family: spec for spec, _ in reversed(specs.values())}
+    heirs = {family for family, spec in smallest.items() if family == "timm" or can_inherit(spec)}
+    known = {
+        name: (spec, inherits or (spec.family in heirs and can_inherit(spec)))
+        for name, (spec, inherits) in specs.items()
+    }
+    for spec, _ in _timm_grid(image_size, embed_dim, None):
+        if spec.name not in known and can_inherit(spec):
+            known[spec.name] = spec, True
+    return list(known.values())
 
 
 def find_student(
@@ -134,6 +154,7 @@ def find_student(
     image_size: int,
     embed_dim: int,
     teacher: dict[str, Any] | None,
+    can_inherit: CanInherit | None = None,
 ) -> tuple[StudentSpec, bool]:
     """One student by the name that it has in a grid, or that `student_spec` takes.
 
@@ -141,9 +162,10 @@ def find_student(
         UnknownNameError: If it is neither; the message offers the nearest.
     """
     sizes: dict[str, Any] = {"image_size": image_size, "embed_dim": embed_dim}
-    for spec, inherits in student_grid(FAMILIES, **sizes, teacher=teacher):
-        if spec.name == name:
-            return spec, inherits
-    if not is_student_name(name):
+    grid = {
+        spec.name: (spec, heir) for spec, heir in student_grid(FAMILIES, **sizes, teacher=teacher)
+    }
+    if name not in grid and not is_student_name(name):
         lookup(dict.fromkeys(("auto", *GRIDS, *NAMED_STUDENTS)), name, kind="student")
-    return student_spec(name, **sizes), False
+    spec, inherits = grid.get(name) or (student_spec(name, **sizes), False)
+    return spec, inherits or (can_inherit is not None and can_inherit(spec))

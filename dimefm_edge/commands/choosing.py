@@ -203,16 +203,12 @@ def run_fit(options: FitOptions) -> Outcome:
     side, embed_dim = options.image_size, options.embed_dim
     from_teacher: dict[str, Any] = {}
     if options.teacher is not None:
-        from dimefm_edge.latency.estimate import trace_ops
-        from dimefm_edge.students.vit import vit_geometry
+        from dimefm_edge.choice import teacher_facts
         from dimefm_edge.teacher import load_teacher
 
         teacher = load_teacher(options.teacher, device="cpu")
         side, embed_dim = side or teacher.preprocess.image_size, embed_dim or teacher.embed_dim
-        from_teacher["teacher_geometry"] = vit_geometry(teacher.image_tower)
-        from_teacher["teacher_ops"] = trace_ops(
-            teacher.image_tower, teacher.preprocess.image_size, 1
-        )
+        from_teacher = teacher_facts(teacher)
     target = load_target(options.target)
     report = fit_student(
         target,

@@ -50,9 +50,9 @@ MODELS = (  # (timm model or named student, pixels): every kind of operator, 1 t
     ("hybrid-w16-d1.1.1.1", 64), ("hybrid-w32-d1.1.2.1", 128), ("hybrid-w48-d2.2.4.2", 160),
     ("hybrid-w64-d2.2.6.2", 224), ("hybrid-w80-d1.1.2.1", 96),
 )  # fmt: skip
-"""What is measured, by the names that `student_spec` takes. The more kinds, the better: of 72 models
-by chance, 32 told the others within 22% (fp32) and 29% (int8) at the 90th percentile, 56 within 19%
-both (mean of 8 draws; an Intel Xeon with AMX)."""
+"""What is measured, by the names that `student_spec` takes. The more kinds, the better: of 72
+models by chance, 32 told the others within 22% (fp32) and 29% (int8) at the 90th percentile, 56
+within 19% both (mean of 8 draws; an Intel Xeon with AMX)."""
 EMBED_DIM = 512
 MIN_MODELS = 8
 

@@ -10,11 +10,14 @@ end to end or give them to heads, which evenly spaced ones would tear apart.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.models.fastvit import FastVit
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
+from dimefm_edge.students import StudentSpec, build_student
 from dimefm_edge.students.student import Student
 from dimefm_edge.students.vit import inherit_layers
 
@@ -37,6 +40,19 @@ def inherit_from_teacher(student: nn.Module, teacher_image_tower: nn.Module) -> 
     )
 
 
+def can_inherit(spec: StudentSpec, teacher_image_tower: nn.Module) -> bool:
+    """Whether `inherit_from_teacher` would find something for a student that is not built yet.
+
+    Of ViTs `fit` knows it by their shape; this is for the rest.
+    """
+    trunk = getattr(teacher_image_tower, "trunk", None)
+    if type(trunk) not in _SELECTABLE:
+        return False
+    with torch.device("meta"):
+        student = build_student(spec)
+    return _has_all_of(student, trunk)
+
+
 @torch.no_grad()
 def select_weights(student: nn.Module, teacher_image_tower: nn.Module) -> list[str]:
     """Weight selection: see the top; the projection too where the embeddings are of one size.
@@ -46,10 +62,10 @@ def select_weights(student: nn.Module, teacher_image_tower: nn.Module) -> list[s
         the trunks are not of one of those classes, or a tensor has no counterpart.
     """
     trunk = getattr(teacher_image_tower, "trunk", None)
-    if not isinstance(student, Student) or type(student.trunk) not in _SELECTABLE or trunk is None:
+    if type(trunk) not in _SELECTABLE or not _has_all_of(student, trunk):
         return []
-    if type(trunk) is not type(student.trunk) or not _is_part_of(student.trunk, trunk):
-        return []
+    assert isinstance(student, Student)
+    assert isinstance(trunk, nn.Module)
     source = {f"trunk.{name}": value for name, value in trunk.state_dict().items()}
     source |= _projection(teacher_image_tower)
     state = student.state_dict()
@@ -59,6 +75,12 @@ def select_weights(student: nn.Module, teacher_image_tower: nn.Module) -> list[s
     for name, value in state.items():
         value.copy_(_evenly_spaced(source[name], value))
     return list(state)
+
+
+def _has_all_of(student: nn.Module, trunk: Any) -> bool:
+    """Whether a teacher's trunk has a counterpart of everything in a student's."""
+    is_same = isinstance(student, Student) and type(student.trunk) is type(trunk)
+    return is_same and _is_part_of(student.trunk, trunk)  # type: ignore[arg-type]
 
 
 def _is_part_of(mine: nn.Module, theirs: nn.Module) -> bool:

@@ -60,3 +60,19 @@ def test_unknown_names_are_answered():
     with pytest.raises(UnknownNameError, match=r"unknown student 'vit-p8-w96'"):
         find_student("vit-p8-w96", **SIZES)
     assert not is_student_name("vit-p8-w96")
+
+
+def test_timms_heirs_of_a_teacher_that_is_no_vit_are_looked_at_too():
+    def can_inherit(spec):
+        return spec.name in ("timm:resnet10t", "hybrid-w16-d1.1.1.1", "hybrid-w32-d1.1.2.1")
+
+    before = student_grid(("vit", "hybrid"), **SIZES)
+    found = student_grid(("vit", "hybrid"), **SIZES, can_inherit=can_inherit)
+    assert [spec for spec, _ in found] == [
+        *(spec for spec, _ in before), student_spec("timm:resnet10t", image_size=64, embed_dim=32)
+    ]  # fmt: skip
+    heirs = {spec.name for spec, inherits in found if inherits}
+    assert heirs == {"hybrid-w16-d1.1.1.1", "hybrid-w32-d1.1.2.1", "timm:resnet10t"}
+    for name in heirs:
+        assert find_student(name, **SIZES, can_inherit=can_inherit)[1]
+    assert not find_student("timm:resnet18d", **SIZES, can_inherit=can_inherit)[1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dimefm_edge.students import build_student, student_spec
-from dimefm_edge.students.inherit import inherit_from_teacher, select_weights
+from dimefm_edge.students.inherit import can_inherit, inherit_from_teacher, select_weights
 
 
 def student(name: str, embed_dim: int = 32):
@@ -100,3 +100,12 @@ def test_a_convnet_takes_from_a_wider_one():
             kept = torch.arange(len(value)) * 3 // 2
             assert torch.equal(value, theirs[key][kept])
     assert narrow(torch.randn(2, 3, 32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "name", ["timm:resnet10t", "timm:resnet18d", "timm:resnet34d", "timm:resnet26t", "hybrid-nano",
+             "vit-p8-w64-d2"]
+)  # fmt: skip
+def test_who_can_inherit_is_known_before_it_is_built(teacher, name):
+    spec = student_spec(name, image_size=32, embed_dim=32)
+    assert can_inherit(spec, teacher) == bool(inherit_from_teacher(student(name), teacher))
