@@ -14,6 +14,7 @@
 | `extras` | what is not the paper's: pseudo-texts, views that the teacher saw, hard negatives |
 | `recipe` | all that helps together, and with each part left out; take `--probe` |
 | `retention` | that recipe for 6,000 steps at 64 px, several students: for a GPU |
+| `activations` | hybrids with GELU, as FastViT, and with ReLU, which int8 takes in |
 | `students` | many: does what `fit` goes by rank them as training does, and beat timm's (scenes)? |
 
 `--data scenes`: the sample teacher, procedural images; each image's pair is its own sentence.

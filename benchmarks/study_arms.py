@@ -141,6 +141,11 @@ STUDIES: dict[str, dict[str, Arm]] = {
             )
         },
     },
+    "activations": {
+        name: Arm(student=name)
+        for shape in ("hybrid-w16-d1.1.1.1", "hybrid-w24-d1.1.2.1")
+        for name in (shape, f"{shape}-relu")
+    },
     "students": {
         **{
             name: Arm(student=name)

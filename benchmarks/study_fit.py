@@ -14,10 +14,10 @@ from typing import Any
 
 import pandas as pd
 
-from dimefm_edge.fit import student_score
 from dimefm_edge.latency.calibrate import export_graphs, measure_graphs
-from dimefm_edge.latency.operators import total_gmacs, total_params_m
+from dimefm_edge.latency.operators import cost_vector, total_gmacs, total_params_m
 from dimefm_edge.latency.trace import trace_student
+from dimefm_edge.student_score import is_convolutional, student_score
 from dimefm_edge.students import StudentSpec
 
 Rows = dict[str, dict[str, float]]
@@ -30,7 +30,9 @@ def fit_figures(spec: StudentSpec, *, inherits: bool) -> dict[str, float]:
     gmacs = total_gmacs(ops)
     return {
         "gmacs": gmacs, "params_m": total_params_m(ops),
-        "score": student_score(gmacs, inherits=inherits),
+        "score": student_score(
+            gmacs, inherits=inherits, is_convolutional=is_convolutional(cost_vector(ops))
+        ),
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 On this machine, the choice is measured before it is made, and what measuring says of the
 estimates corrects the others.
 
-Quality is not known before training; `student_quality` stands in for it. A crude rule, stated so
+Quality is not known before training; student_score.py stands in for it. A crude rule, stated so
 that you can overrule it: every candidate is in the report.
 """
 
@@ -18,11 +18,9 @@ from typing import Any
 
 from dimefm_edge.errors import BudgetError, ConfigError
 from dimefm_edge.latency.estimate import Place, estimate_at, place_on
-from dimefm_edge.latency.operators import (
-    Operator,
-    total_gmacs,
-)
+from dimefm_edge.latency.operators import Operator, total_gmacs
 from dimefm_edge.student_grid import FAMILIES, GRIDS, CanInherit, find_student, student_grid
+from dimefm_edge.student_score import is_convolutional, student_score
 from dimefm_edge.students import StudentSpec
 from dimefm_edge.targets import Target, load_target
 
@@ -32,8 +30,6 @@ TEACHER_LATENCY_SHARE = 0.5
 """Of the teacher's estimated latency, what a student may take by default."""
 TEACHER_GMACS_SHARE = 0.4
 """Of the teacher's multiply-adds, likewise."""
-INHERITANCE_BONUS = 2.0
-"""A student that starts from the teacher's weights counts as one of twice the arithmetic."""
 
 _MAX_MEASURED = 10
 _MAX_OVER, _OVER = 3, 1.15
@@ -61,6 +57,8 @@ class FitCandidate:
     top."""
     inherits: bool
     """Can start from the teacher's weights."""
+    is_convolutional: bool
+    """Most of its multiply-adds are convolutions'."""
     fits: bool
     """Within the budget, the memory limit, and its share of the teacher's multiply-adds."""
     measured_ms: float | None = None
@@ -69,7 +67,9 @@ class FitCandidate:
     @property
     def score(self) -> float:
         """Stand-in for quality: see `student_score`."""
-        return student_score(self.gmacs, inherits=self.inherits)
+        return student_score(
+            self.gmacs, inherits=self.inherits, is_convolutional=self.is_convolutional
+        )
 
 
 @dataclass(frozen=True)
@@ -121,11 +121,6 @@ class FitReport:
             candidates=tuple(candidates),
             pareto=tuple(pareto),
         )
-
-
-def student_score(gmacs: float, *, inherits: bool) -> float:
-    """Stand-in for what a student comes to once it is trained: its GMACs, with a bonus."""
-    return gmacs * (INHERITANCE_BONUS if inherits else 1.0)
 
 
 def fit_student(
@@ -267,7 +262,7 @@ def _measure_best(
 
 
 def plot_fit(report: FitReport, path: Path) -> None:
-    """Draw candidates, Pareto front, budget and choice: latency against GMACs, as a PNG."""
+    """Draw candidates, Pareto front, budget and choice: latency against score, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -281,16 +276,16 @@ def plot_fit(report: FitReport, path: Path) -> None:
             ]
             if group:
                 label = f"{family}, inherits" if inherits else family
-                x, y = [c.latency_ms for c in group], [c.gmacs for c in group]
+                x, y = [c.latency_ms for c in group], [c.score for c in group]
                 axes.scatter(x, y, s=16, alpha=0.6, marker=marker, label=label)
     front = report.pareto
-    axes.plot([c.latency_ms for c in front], [c.gmacs for c in front], "k:", lw=1, label="front")
+    axes.plot([c.latency_ms for c in front], [c.score for c in front], "k:", lw=1, label="front")
     axes.axvline(report.budget_ms, color="tab:red", lw=1, label=f"budget {report.budget_ms:.3g} ms")
     best = report.chosen_candidate
-    axes.scatter(best.latency_ms, best.gmacs, s=160, marker="*", color="tab:red", zorder=3)
-    axes.annotate(best.spec.name, (best.latency_ms, best.gmacs), xytext=(8, -12),
+    axes.scatter(best.latency_ms, best.score, s=160, marker="*", color="tab:red", zorder=3)
+    axes.annotate(best.spec.name, (best.latency_ms, best.score), xytext=(8, -12),
                   textcoords="offset points")  # fmt: skip
-    axes.set(xscale="log", yscale="log", ylabel="GMACs per image")
+    axes.set(xscale="log", yscale="log", ylabel="score: GMACs, and what they count")
     axes.set_xlabel(f"estimated latency on {report.target}, {report.precision} (ms)")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120, format="png")
@@ -348,7 +343,7 @@ def _candidate(
     one = FitCandidate(
         spec, latency, low, high, gmacs=counts.gmacs, params_m=counts.params_m,
         memory_mib=counts.memory_elements * _BYTES.get(precision, 1) / 2**20,
-        inherits=inherits, fits=False,
+        inherits=inherits, is_convolutional=is_convolutional(counts.costs), fits=False,
     )  # fmt: skip
     return replace(one, fits=limits.allow(one) and one.latency_ms <= limits.budget_ms)
 

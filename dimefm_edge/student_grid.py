@@ -29,8 +29,12 @@ _VIT_DEPTHS = tuple(range(2, 13))
 _MAX_WIDTH_PER_LAYER = 96
 """Wide and shallow ViTs fill a budget with arithmetic that they cannot use; ViT-B has 64."""
 _MIN_DEPTH = 2
-_STAGED_WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96)
-_STAGED_DEPTHS = ((1, 1, 1, 1), (1, 1, 2, 1), (2, 2, 4, 2), (2, 2, 6, 2), (3, 3, 9, 3))
+_STAGED_WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192)
+_STAGED_DEPTHS = (
+    (1, 1, 1, 1), (1, 1, 2, 1), (2, 2, 4, 2), (2, 2, 6, 2), (3, 3, 9, 3), (4, 4, 12, 4),
+)  # fmt: skip
+_MAX_STAGED_WIDTH_PER_BLOCK = 10
+"""Likewise, of the first stage's width; FastViT's own have 2 to 6."""
 _EDGE_MODELS = (
     "mobilenetv3_small_050", "mobilenetv3_small_100", "mobilenetv3_large_100",
     "mobilenetv4_conv_small", "mobilenetv4_conv_medium", "mobilenetv4_conv_large",
@@ -80,7 +84,7 @@ def _staged(image_size: int, embed_dim: int) -> Iterator[dict[str, Any]]:
     if image_size < MIN_IMAGE_SIZE:
         return
     for width in _STAGED_WIDTHS:
-        for depth in _STAGED_DEPTHS:
+        for depth in (d for d in _STAGED_DEPTHS if width <= _MAX_STAGED_WIDTH_PER_BLOCK * sum(d)):
             yield {
                 "image_size": image_size, "embed_dim": embed_dim, "width": width, "depth": depth,
             }  # fmt: skip

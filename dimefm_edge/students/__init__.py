@@ -6,6 +6,7 @@ vit.py, hybrid.py, timm_model.py. Nothing here imports torch until a student is 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -130,7 +131,9 @@ NAMED_STUDENTS: dict[str, dict[str, Any]] = {
 """Fixed sizes by name, for comparisons; `fit` makes its own."""
 
 _VIT_NAME = re.compile(r"vit-p(\d+)-w(\d+)-d(\d+)")
-_STAGED_NAME = re.compile(rf"({'|'.join(STAGED_FAMILIES)})-w(\d+)-d(\d+)\.(\d+)\.(\d+)\.(\d+)")
+_STAGED_NAME = re.compile(
+    rf"({'|'.join(STAGED_FAMILIES)})-w(\d+)-d(\d+)\.(\d+)\.(\d+)\.(\d+)(?:-(relu))?"
+)
 
 
 def student_spec(name: str, *, image_size: int, embed_dim: int) -> StudentSpec:
@@ -139,7 +142,8 @@ def student_spec(name: str, *, image_size: int, embed_dim: int) -> StudentSpec:
     Args:
         name: A key of `NAMED_STUDENTS`; a shape, as `fit` names what it makes: patch, width and
             depth (`vit-p16-w192-d6`), or width and the depths of four stages
-            (`hybrid-w32-d1.1.2.1`, `convnet-w32-d1.1.2.1`); or a timm model, `timm:NAME`.
+            (`hybrid-w32-d1.1.2.1`, `convnet-w32-d1.1.2.1`), `-relu` for ReLUs instead of GELUs; or
+            a timm model, `timm:NAME`.
         image_size: Side of the input, in pixels.
         embed_dim: Size of the embeddings.
 
@@ -156,14 +160,14 @@ def student_spec(name: str, *, image_size: int, embed_dim: int) -> StudentSpec:
             **sizes, patch_size=patch, width=width, depth=depth, num_heads=heads_for(width)
         )
     if shape := _STAGED_NAME.fullmatch(name):
-        family, *counts = shape.groups()
+        family, *counts, act = shape.groups()
         width, *depths = map(int, counts)
-        return _staged_spec(family, **sizes, width=width, depth=tuple(depths))
+        return staged_spec(family, **sizes, width=width, depth=(*depths,), act=act or "gelu")
     values = dict(lookup(NAMED_STUDENTS, name, kind="student"))
     family = name.split("-")[0]
     if family == "vit":
         return vit_spec(**sizes, patch_size=patch_for(image_size), **values)
-    return _staged_spec(family, **sizes, **values)
+    return staged_spec(family, **sizes, **values)
 
 
 def is_student_name(name: str) -> bool:
@@ -209,30 +213,28 @@ def vit_spec(
     return StudentSpec(f"vit-p{patch_size}-w{width}-d{depth}", "vit", image_size, embed_dim, args)
 
 
-def hybrid_spec(
-    *, image_size: int, embed_dim: int, width: int, depth: tuple[int, ...]
+def staged_spec(
+    family: str,
+    *,
+    image_size: int,
+    embed_dim: int,
+    width: int,
+    depth: tuple[int, ...],
+    act: str = "gelu",
 ) -> StudentSpec:
-    """Describe a hybrid student: channels of the first stage, blocks of the four stages."""
-    return _staged_spec(
-        "hybrid", image_size=image_size, embed_dim=embed_dim, width=width, depth=depth
-    )
+    """Describe a hybrid or convnet: channels of the first stage, blocks of the four stages.
 
-
-def convnet_spec(
-    *, image_size: int, embed_dim: int, width: int, depth: tuple[int, ...]
-) -> StudentSpec:
-    """Describe a convolutional student: as `hybrid_spec`, without attention."""
-    return _staged_spec(
-        "convnet", image_size=image_size, embed_dim=embed_dim, width=width, depth=depth
-    )
-
-
-def _staged_spec(
-    family: str, *, image_size: int, embed_dim: int, width: int, depth: tuple[int, ...]
-) -> StudentSpec:
+    `act` is gelu or relu.
+    """
     name = f"{family}-w{width}-d{'.'.join(map(str, depth))}"
-    args = {"width": width, "depth": list(depth)}
+    args: dict[str, Any] = {"width": width, "depth": list(depth)}
+    if act != "gelu":  # a setting that older checkpoints do not have
+        name, args["act"] = f"{name}-{act}", act
     return StudentSpec(name, family, image_size, embed_dim, args)
+
+
+hybrid_spec = functools.partial(staged_spec, "hybrid")
+convnet_spec = functools.partial(staged_spec, "convnet")
 
 
 def build_student(spec: StudentSpec, *, pretrained: bool = False) -> nn.Module:

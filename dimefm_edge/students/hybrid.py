@@ -5,6 +5,9 @@ where tokens are few, and convnets have none, as FastViT-T8 to S12. Chosen over 
 because it is MobileCLIP's image tower, becomes plain convolutions for export, and needs nothing
 but convolution, matmul and softmax.
 
+Activations are FastViT's GELUs, or ReLUs (`-relu` in a name), which runtimes take into the
+convolution before them and for which int8 need not go back to float.
+
 The stem's stride follows the image: FastViT's own 32x reduction leaves 2 x 2 positions of a
 64 px image, so small images are reduced by 16 or 8 instead, to 4 x 4 or more.
 """
@@ -18,12 +21,13 @@ from timm.models.fastvit import FastVit, MobileOneBlock, RepConditionalPosEnc
 from timm.utils.model import reparameterize_model
 from torch import nn
 
-from dimefm_edge.errors import ConfigError
+from dimefm_edge.errors import ConfigError, lookup
 from dimefm_edge.students import StudentSpec
 from dimefm_edge.students.student import Student
 
 MIN_IMAGE_SIZE = 32
 _HEAD_DIM = 32
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 _LAYER_SCALE = (
     0.1  # FastViT's 1e-5 is for 300 epochs; CaiT (arXiv 2103.17239) uses 0.1 when shallow
 )
@@ -54,6 +58,7 @@ def build_hybrid(spec: StudentSpec, *, is_merged: bool = False) -> Student:
     is_small = spec.image_size < 128
     has_attention = spec.family == "hybrid"
     pos_emb: Any = partial(RepConditionalPosEnc, spatial_shape=(7, 7)) if has_attention else None
+    act = lookup(_ACTIVATIONS, spec.args.get("act", "gelu"), kind="activation")
     trunk = FastVit(
         layers=depth,
         embed_dims=(width, 2 * width, 4 * width, 8 * width),
@@ -62,10 +67,11 @@ def build_hybrid(spec: StudentSpec, *, is_merged: bool = False) -> Student:
         pos_embs=(None, None, None, pos_emb),
         down_patch_size=5 if is_small else 7,
         layer_scale_init_value=_LAYER_SCALE,
+        act_layer=act,
         num_classes=0,
         inference_mode=is_merged,
     )
-    trunk.stem = _stem(width, stem_stride(spec.image_size), is_merged=is_merged)
+    trunk.stem = _stem(width, stem_stride(spec.image_size), act, is_merged=is_merged)
     return Student(trunk, num_features=trunk.head_hidden_size, embed_dim=spec.embed_dim)
 
 
@@ -83,9 +89,9 @@ def reparameterise(student: nn.Module) -> nn.Module:
     return merged.eval()
 
 
-def _stem(width: int, stride: int, *, is_merged: bool) -> nn.Sequential:
+def _stem(width: int, stride: int, act: type[nn.Module], *, is_merged: bool) -> nn.Sequential:
     first, second = {4: (2, 2), 2: (2, 1), 1: (1, 1)}[stride]
-    block = partial(MobileOneBlock, inference_mode=is_merged)
+    block = partial(MobileOneBlock, act_layer=act, inference_mode=is_merged)
     return nn.Sequential(
         block(3, width, kernel_size=3, stride=first),
         block(width, width, kernel_size=3, stride=second, group_size=1),

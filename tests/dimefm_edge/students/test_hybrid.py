@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from dimefm_edge.errors import ConfigError
-from dimefm_edge.students import build_student, convnet_spec, hybrid_spec, vit_spec
+from dimefm_edge.students import (
+    StudentSpec,
+    build_student,
+    convnet_spec,
+    hybrid_spec,
+    student_spec,
+    vit_spec,
+)
 from dimefm_edge.students.hybrid import build_hybrid, reparameterise
 
 
@@ -81,6 +89,25 @@ def test_it_trains_at_64_px():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("family", ["hybrid", "convnet"])
+def test_relus_are_asked_for_by_name_and_stay_out_of_older_specs(family):
+    sizes = {"image_size": 64, "embed_dim": 16}
+    plain = student_spec(f"{family}-w8-d1.1.1.1", **sizes)
+    relu = student_spec(f"{family}-w8-d1.1.1.1-relu", **sizes)
+    assert "act" not in plain.args
+    assert StudentSpec.from_dict(relu.to_dict()) == relu != plain
+    for spec, wanted, other in ((plain, nn.GELU, nn.ReLU), (relu, nn.ReLU, nn.GELU)):
+        student = build_hybrid(spec)
+        student.trunk.final_conv.se = nn.Identity()  # has a ReLU of its own
+        kinds = {type(module) for module in student.modules()}
+        assert wanted in kinds
+        assert other not in kinds
+        merged = {
+            type(module) for module in build_hybrid(spec, is_merged=True).trunk.stem.modules()
+        }
+        assert wanted in merged
 
 
 def test_contradictions_are_refused():

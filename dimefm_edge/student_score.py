@@ -1,0 +1,49 @@
+"""What a student should come to once it is trained, guessed before it is: `fit` ranks by it.
+
+Its multiply-adds, times what they count for. Measured by `benchmarks/studies.py students`, short
+distillations of ViTs, hybrids, convnets and timm's models: README's figures say how well the
+guess ranks them. Long training on millions of images evens families out; the order stayed in
+MobileCLIP's (arXiv 2311.17049), whose hybrids are better than ViTs as fast as they are. No torch
+here.
+"""
+
+from __future__ import annotations
+
+from dimefm_edge.latency.operators import COST_NAMES, Vector
+
+CONVOLUTION_BONUS = 16.0
+"""A convolutional student counts as a ViT of so many times the arithmetic: what a ViT must learn of
+images first, it is built with."""
+INHERITANCE_BONUS = 20.0
+"""So does a ViT that starts from the teacher's layers."""
+CONVOLUTION_HEIR_BONUS = 2.0
+"""On top of its own, for a convolutional student that starts from the teacher's weights."""
+
+_CONVOLUTIONS = ("macs_conv", "macs_grouped", "macs_depthwise")
+_MACS = (*_CONVOLUTIONS, "macs_linear", "macs_attention")
+_MIN_SHARE = 0.65  # of multiply-adds: a narrow ViT's patches are up to 0.6
+_MIN_DEPTHWISE = 4  # their 1 x 1 convolutions are linear layers in some of timm's models
+
+
+def student_score(gmacs: float, *, inherits: bool, is_convolutional: bool) -> float:
+    """Multiply-adds of a ViT that starts at random and should come to the same, in 1e9.
+
+    Args:
+        gmacs: The student's own, in 1e9.
+        inherits: Whether it starts from the teacher's weights.
+        is_convolutional: As the function of that name says.
+    """
+    if is_convolutional:
+        return gmacs * CONVOLUTION_BONUS * (CONVOLUTION_HEIR_BONUS if inherits else 1.0)
+    return gmacs * (INHERITANCE_BONUS if inherits else 1.0)
+
+
+def is_convolutional(costs: Vector) -> bool:
+    """Whether a model's counts, (len(COSTS),), say that it looks at images by convolutions.
+
+    Not for its stem or patches alone: most of its multiply-adds are theirs, or several of them
+    are depthwise.
+    """
+    counts = dict(zip(COST_NAMES, costs, strict=True))
+    share = sum(counts[name] for name in _CONVOLUTIONS) / sum(counts[name] for name in _MACS)
+    return bool(share > _MIN_SHARE or counts["kernels_depthwise"] >= _MIN_DEPTHWISE)

@@ -1,0 +1,48 @@
+"""What `fit` ranks by: more arithmetic is better, and convolutions and inheritance count more."""
+
+from __future__ import annotations
+
+import pytest
+
+from dimefm_edge.latency.operators import cost_vector
+from dimefm_edge.latency.trace import trace_student
+from dimefm_edge.student_score import is_convolutional, student_score
+from dimefm_edge.students import student_spec
+
+WAYS = [
+    {"inherits": inherits, "is_convolutional": convolutional}
+    for inherits in (False, True)
+    for convolutional in (False, True)
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_more_arithmetic_is_better(way):
+    assert 0 < student_score(0.1, **way) < student_score(0.2, **way)
+
+
+def test_weights_that_are_inherited_and_convolutions_count_more():
+    vit, conv, heir, conv_heir = (student_score(1.0, **way) for way in WAYS)
+    assert vit < conv < conv_heir
+    assert vit < heir
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vit-p16-w32-d2", False),
+        ("vit-p8-w64-d2", False),
+        ("vit-p16-w192-d6", False),
+        ("hybrid-w16-d1.1.1.1", True),
+        ("convnet-w32-d1.1.2.1", True),
+        ("timm:resnet10t", True),
+        ("timm:mobilenetv3_small_050", True),
+        ("timm:convnext_tiny", True),
+        ("timm:vit_tiny_patch16_224", False),
+        ("timm:mixer_s32_224", False),
+        ("timm:levit_128s", False),
+    ],
+)
+def test_convolutional_is_what_looks_at_images_so(name, expected):
+    spec = student_spec(name, image_size=224 if "timm" in name else 64, embed_dim=64)
+    assert is_convolutional(cost_vector(trace_student(spec))) is expected
