@@ -44,7 +44,7 @@ else:
     from study_arms import Arm
 
 STUDENTS = ("vit-p8-w64-d2", "vit-p8-w128-d2", "vit-p8-w128-d4", "vit-p8-w192-d2", "vit-p8-w192-d4")
-"""Smallest first; the last holds all others."""
+"""The smallest first; the last holds all others."""
 TUNE = 0.4
 """Share of the cost that tuning takes, where cuts are tuned."""
 TUNE_LR = 0.5

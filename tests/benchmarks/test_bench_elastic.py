@@ -1,0 +1,66 @@
+"""benchmarks/bench_elastic.py: equal cost, and runs that are kept and not done again."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from dimefm_edge.latency.operators import total_gmacs  # noqa: E402
+from dimefm_edge.latency.trace import trace_student  # noqa: E402
+from dimefm_edge.students import student_spec  # noqa: E402
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+NAMES = ("vit-p8-w32-d2", "vit-p8-w64-d2")
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module("bench_elastic")
+    for name in ("bench_elastic", "elastic_vit", "studies", "study_arms", "study_data",
+                 "real_teacher", "train_teacher"):  # fmt: skip
+        sys.modules.pop(name, None)
+
+
+def test_an_elastic_student_costs_what_the_others_cost_together(script):
+    specs = tuple(student_spec(n, image_size=64, embed_dim=32) for n in script.STUDENTS)
+    costs = [total_gmacs(trace_student(spec)) for spec in specs]
+    assert (costs[0], costs[-1]) == (min(costs), max(costs))
+    a_step = costs[-1] + costs[0] + statistics.fmean(costs)
+    steps = script.elastic_steps(specs, 1000)
+    assert steps * a_step == pytest.approx(1000 * sum(costs), rel=1e-3)
+
+
+def test_every_way_is_trained_once_and_scored(script, tmp_path, monkeypatch, capsys):
+    from dimefm_edge.data.scenes import scene_image
+
+    for label, name in enumerate(("cat", "dog")):
+        (tmp_path / "test" / name).mkdir(parents=True)
+        scene_image(label).save(tmp_path / "test" / name / "0.png")
+    study_data = sys.modules["study_data"]
+    real = study_data.setup_of
+    monkeypatch.setattr(
+        study_data,
+        "setup_of",
+        lambda args: script.dataclasses.replace(real(args), eval_sets=(str(tmp_path / "test"),)),
+    )
+    monkeypatch.setattr(script, "STUDENTS", NAMES)
+    words = ["bench_elastic.py", "--limit", "80", "--steps", "5", "--out", str(tmp_path / "out"),
+             "--json"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", words)
+    script.main()
+    first = json.loads(capsys.readouterr().out)
+    ways = first["seeds"]["0"]
+    assert list(ways) == ["alone", "elastic", "elastic, not tuned yet", "elastic, tuned"]
+    assert all(list(way["top1_pct"]) == list(NAMES) for way in ways.values())
+    assert ways["elastic, tuned"]["cpu_s"] > ways["elastic, not tuned yet"]["cpu_s"]
+    monkeypatch.setattr(script, "distill", None)  # all is there: nothing is trained
+    script.main()
+    assert json.loads(capsys.readouterr().out) == first
