@@ -38,10 +38,12 @@ if __package__:
     from benchmarks import studies
     from benchmarks.elastic_vit import SANDWICH, ElasticVit
     from benchmarks.study_arms import Arm
+    from benchmarks.study_data import locked
 else:
     import studies
     from elastic_vit import SANDWICH, ElasticVit
     from study_arms import Arm
+    from study_data import locked
 
 STUDENTS = ("vit-p8-w64-d2", "vit-p8-w128-d2", "vit-p8-w128-d4", "vit-p8-w192-d2", "vit-p8-w192-d4")
 """The smallest first; the last holds all others."""
@@ -114,25 +116,26 @@ class Elastic:
         """A module with its averaged weights, trained or found, and the CPU seconds it took."""
         torch.manual_seed(train.seed)
         module = build()
-        settings = {"name": name, "students": STUDENTS, "steps": self.steps,
-                    "train": dataclasses.asdict(train) | {"threads": 0},
-                    "teacher": self.study.teacher.weights_hash, "limit": self.study.args.limit,
-                    }  # fmt: skip
+        settings = {
+            "name": name, "students": [spec.to_dict() for spec in self.specs], "steps": self.steps,
+            "train": dataclasses.asdict(train) | {"threads": 0}, "arm": dataclasses.asdict(Arm()),
+            "teacher": self.study.teacher.weights_hash, "limit": self.study.args.limit,
+        }  # fmt: skip
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
         run_dir = self.study.out / "elastic" / key
-        run_dir.mkdir(parents=True, exist_ok=True)
         result = run_dir / studies.RESULT_FILE
-        if not result.is_file():
-            begun = time.process_time()
-            distill(
-                module, self.study.arm_data(Arm(), train), loss=Arm().loss, run_dir=run_dir,
-                train=dataclasses.replace(train, eval_every=train.steps or 1), resume=True,
-                save_weights=lambda path, m: save_file(m.state_dict(), path),
-                evaluate=self.study.evaluate,
-            )  # fmt: skip
-            values = {"cpu_s": time.process_time() - begun, "settings": settings}
-            with atomic_file(result) as stream:
-                stream.write(json.dumps(values, indent=1).encode())
+        with locked(run_dir / ".lock"):
+            if not result.is_file():
+                begun = time.process_time()
+                distill(
+                    module, self.study.arm_data(Arm(), train), loss=Arm().loss, run_dir=run_dir,
+                    train=dataclasses.replace(train, eval_every=train.steps or 1), resume=True,
+                    save_weights=lambda path, m: save_file(m.state_dict(), path),
+                    evaluate=self.study.evaluate,
+                )  # fmt: skip
+                values = {"cpu_s": time.process_time() - begun, "settings": settings}
+                with atomic_file(result) as stream:
+                    stream.write(json.dumps(values, indent=1).encode())
         module.load_state_dict(load_file(run_dir / "checkpoint.safetensors"))
         return module, json.loads(result.read_text())["cpu_s"]
 

@@ -42,7 +42,7 @@ class ElasticVit(nn.Module):
     def embed(self, spec: StudentSpec, image: Tensor) -> Tensor:
         """Embed images by a cut, with gradients."""
         weights = self.cut(spec)
-        return torch.func.functional_call(_skeleton(spec.name, spec), weights, (image,))  # type: ignore[no-any-return]
+        return torch.func.functional_call(_skeleton(spec), weights, (image,))  # type: ignore[no-any-return]
 
     def cut(self, spec: StudentSpec) -> dict[str, Tensor]:
         """Views of the weights that a cut has, by its own names."""
@@ -61,7 +61,7 @@ def cut_weights(
     """Views of the largest ViT's weights in the shapes of a smaller one, by its names."""
     last, own_last = largest.args["depth"] - 1, spec.args["depth"] - 1
     found = {}
-    for name, wanted in _skeleton(spec.name, spec).named_parameters():
+    for name, wanted in _skeleton(spec).named_parameters():
         source = re.sub(rf"\bblocks\.{own_last}\.", f"blocks.{last}.", name)
         found[name] = _leading(weights[source], wanted.shape, is_qkv=".qkv." in name)
     return found
@@ -76,7 +76,7 @@ def _leading(value: Tensor, shape: torch.Size, *, is_qkv: bool) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _skeleton(name: str, spec: StudentSpec) -> nn.Module:
-    """A student without weights; specs of unlike args differ in name."""
+def _skeleton(spec: StudentSpec) -> nn.Module:
+    """A student without weights."""
     with torch.device("meta"):
         return build_student(spec)

@@ -42,17 +42,19 @@ def choose_student(config: RunConfig, target: Target, teacher: Teacher) -> FitRe
         embed_dim=teacher.embed_dim,
         precision=target.precision,
         student=student.student,
-        **teacher_facts(teacher),
+        **teacher_facts(teacher, inherits=student.init in ("auto", "teacher")),
         measure=measure_student if target.name == LOCAL else None,
     )
 
 
-def teacher_facts(teacher: Teacher) -> dict[str, Any]:
-    """What `fit_student` takes of a teacher: its shape, its work, and who can inherit from it."""
+def teacher_facts(teacher: Teacher, *, inherits: bool = True) -> dict[str, Any]:
+    """What `fit_student` takes of a teacher: its work and, if a student `inherits`, who can."""
     tower = teacher.image_tower
-    return {
+    work = {"teacher_ops": trace_ops(tower, teacher.preprocess.image_size, 1)}
+    if not inherits:
+        return work
+    return work | {
         "teacher_geometry": vit_geometry(tower),
-        "teacher_ops": trace_ops(tower, teacher.preprocess.image_size, 1),
         "can_inherit": functools.partial(can_inherit, teacher_image_tower=tower),
     }
 

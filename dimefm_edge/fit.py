@@ -1,4 +1,4 @@
-"""Which student: estimate a grid of them on the target, keep the largest that fits.
+"""Which student: estimate a grid of them on the target, keep the best that fits.
 
 On this machine, the choice is measured before it is made, and what measuring says of the
 estimates corrects the others.
@@ -21,7 +21,7 @@ from dimefm_edge.latency.estimate import Place, estimate_at, place_on
 from dimefm_edge.latency.operators import Operator, total_gmacs
 from dimefm_edge.student_grid import FAMILIES, GRIDS, CanInherit, find_student, student_grid
 from dimefm_edge.student_score import is_convolutional, student_score
-from dimefm_edge.students import StudentSpec
+from dimefm_edge.students import STAGED_FAMILIES, StudentSpec
 from dimefm_edge.targets import Target, load_target
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class FitCandidate:
     inherits: bool
     """Can start from the teacher's weights."""
     is_convolutional: bool
-    """Most of its multiply-adds are convolutions'."""
+    """See `student_score.is_convolutional`."""
     fits: bool
     """Within the budget, the memory limit, and its share of the teacher's multiply-adds."""
     measured_ms: float | None = None
@@ -97,7 +97,9 @@ class FitReport:
         """Plain values, for JSON; each candidate says whether it is on the Pareto front."""
         front = {id(c) for c in self.pareto}
         values = asdict(self)
-        values["candidates"] = [asdict(c) | {"pareto": id(c) in front} for c in self.candidates]
+        values["candidates"] = [
+            asdict(c) | {"score": c.score, "pareto": id(c) in front} for c in self.candidates
+        ]
         values["pareto"] = [c.spec.name for c in self.pareto]
         return values
 
@@ -111,7 +113,9 @@ class FitReport:
         candidates, pareto = [], []
         for row in values["candidates"]:
             spec = StudentSpec.from_dict(row["spec"])
-            figures = {k: v for k, v in row.items() if k not in ("spec", "pareto")}
+            figures = {"is_convolutional": spec.family in STAGED_FAMILIES} | {  # of older files
+                k: v for k, v in row.items() if k not in ("spec", "pareto", "score")
+            }
             candidates.append(FitCandidate(spec, **figures))
             pareto += candidates[-1:] * row["pareto"]
         plain = ("target", "precision", "budget_ms", "max_gmacs", "max_memory_mib")
@@ -138,7 +142,7 @@ def fit_student(
     can_inherit: CanInherit | None = None,
     measure: Measure | None = None,
 ) -> FitReport:
-    """Choose the largest student that an estimate says is fast enough.
+    """Choose the student of the best score that an estimate says is fast enough.
 
     Args:
         target: Where it will run.
@@ -154,7 +158,8 @@ def fit_student(
         max_memory_mib: Limit of weights and the largest operator's tensors together.
         teacher_geometry: From `vit_geometry`: adds students that can inherit.
         teacher_ops: From `trace_ops`, at batch 1, for the default budget.
-        can_inherit: Whether a student can start from a teacher that is no ViT.
+        can_inherit: Whether a student can start from a teacher that is no ViT. Those of timm's that
+            can are looked at, too, unless families are named.
         measure: (spec, precision) -> ms, on the target: the choice is then one that was measured
             and meets the budget.
 

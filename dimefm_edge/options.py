@@ -106,7 +106,7 @@ class FitOptions(CommonOptions):
     families: tuple[str, ...] = FAMILIES
     """Student families to look at: vit, hybrid, convnet, timm (a selection), or timm:NAME."""
     plot: Path | None = None
-    """Write latency against arithmetic as a PNG here."""
+    """Write latency against score as a PNG here."""
 
 
 @dataclass(frozen=True)

@@ -120,8 +120,8 @@ def student_grid(
         embed_dim: Size of the teacher's embeddings.
         teacher: From `vit_geometry`; None if it is no ViT.
         can_inherit: Whether a student can start from a teacher of another kind: where the first,
-            smallest one of a family cannot, none is asked. Those of timm's that can are looked at
-            whatever the families.
+            smallest one of a family cannot, none is asked. Beside the default families, timm's
+            models that can are looked at.
 
     Returns:
         Students of unlike names; of two with one name, the one that inherits.
@@ -146,9 +146,9 @@ def student_grid(
         name: (spec, inherits or (spec.family in heirs and can_inherit(spec)))
         for name, (spec, inherits) in specs.items()
     }
-    for spec, _ in _timm_grid(image_size, embed_dim, None):
-        if spec.name not in known and can_inherit(spec):
-            known[spec.name] = spec, True
+    if tuple(families) == FAMILIES:
+        timms = (spec for spec, _ in _timm_grid(image_size, embed_dim, None))
+        known |= {spec.name: (spec, True) for spec in timms if can_inherit(spec)}
     return list(known.values())
 
 

@@ -232,6 +232,7 @@ def run_fit(options: FitOptions) -> Outcome:
             c.spec.name,
             c.params_m,
             c.gmacs,
+            c.score,
             c.memory_mib,
             c.latency_ms,
             f"{c.low_ms:.3g} to {c.high_ms:.3g}",
@@ -242,8 +243,8 @@ def run_fit(options: FitOptions) -> Outcome:
         for c in shown
     ]
     headers = (
-        "", "student", "params M", "GMACs", "MiB", "estimate ms", "interval ms", "measured ms",
-        "inherits", "fits",
+        "", "student", "params M", "GMACs", "score", "MiB", "estimate ms", "interval ms",
+        "measured ms", "inherits", "fits",
     )  # fmt: skip
     text = (
         f"{format_table(headers, rows)}\n\n* chosen for {report.target} {report.precision}, budget "

@@ -6,7 +6,6 @@ vit.py, hybrid.py, timm_model.py. Nothing here imports torch until a student is 
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -162,12 +161,12 @@ def student_spec(name: str, *, image_size: int, embed_dim: int) -> StudentSpec:
     if shape := _STAGED_NAME.fullmatch(name):
         family, *counts, act = shape.groups()
         width, *depths = map(int, counts)
-        return staged_spec(family, **sizes, width=width, depth=(*depths,), act=act or "gelu")
+        return _staged_spec(family, **sizes, width=width, depth=(*depths,), act=act or "gelu")
     values = dict(lookup(NAMED_STUDENTS, name, kind="student"))
     family = name.split("-")[0]
     if family == "vit":
         return vit_spec(**sizes, patch_size=patch_for(image_size), **values)
-    return staged_spec(family, **sizes, **values)
+    return _staged_spec(family, **sizes, **values)
 
 
 def is_student_name(name: str) -> bool:
@@ -213,7 +212,22 @@ def vit_spec(
     return StudentSpec(f"vit-p{patch_size}-w{width}-d{depth}", "vit", image_size, embed_dim, args)
 
 
-def staged_spec(
+def hybrid_spec(**shape: Any) -> StudentSpec:
+    """Describe a hybrid student.
+
+    Args:
+        shape: image_size and embed_dim; width, channels of the first stage; depth, blocks of the
+            four stages; act, gelu (the default) or relu.
+    """
+    return _staged_spec("hybrid", **shape)
+
+
+def convnet_spec(**shape: Any) -> StudentSpec:
+    """Describe a convolutional student: as `hybrid_spec`, without attention."""
+    return _staged_spec("convnet", **shape)
+
+
+def _staged_spec(
     family: str,
     *,
     image_size: int,
@@ -222,19 +236,11 @@ def staged_spec(
     depth: tuple[int, ...],
     act: str = "gelu",
 ) -> StudentSpec:
-    """Describe a hybrid or convnet: channels of the first stage, blocks of the four stages.
-
-    `act` is gelu or relu.
-    """
     name = f"{family}-w{width}-d{'.'.join(map(str, depth))}"
     args: dict[str, Any] = {"width": width, "depth": list(depth)}
     if act != "gelu":  # a setting that older checkpoints do not have
         name, args["act"] = f"{name}-{act}", act
     return StudentSpec(name, family, image_size, embed_dim, args)
-
-
-hybrid_spec = functools.partial(staged_spec, "hybrid")
-convnet_spec = functools.partial(staged_spec, "convnet")
 
 
 def build_student(spec: StudentSpec, *, pretrained: bool = False) -> nn.Module:

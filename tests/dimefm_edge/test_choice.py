@@ -36,6 +36,15 @@ def test_a_choice_is_made_once(config, tmp_path, monkeypatch):
     assert (tmp_path / "fit.json").read_bytes() == kept
 
 
+def test_who_does_not_inherit_is_not_chosen_for_it(config):
+    target, teacher = load_target("jetson-orin"), load_teacher(config.teacher)
+    for init, inherits in (("auto", True), ("teacher", True), ("random", False)):
+        student = StudentConfig(init=init, latency_ms=50.0)
+        asked = dataclasses.replace(config, student=student)
+        found = choice.choose_student(asked, target, teacher)
+        assert any(c.inherits for c in found.candidates) == inherits
+
+
 @pytest.mark.parametrize("changed", ["student", "latency_ms", "max_memory_mib", "image_size"])
 def test_other_settings_are_refused(config, changed):
     target, teacher = load_target("jetson-orin"), load_teacher(config.teacher)

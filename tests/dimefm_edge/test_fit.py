@@ -1,4 +1,4 @@
-"""fit: the largest student in the budget, teachers' geometry first, and honest refusals."""
+"""fit: the best student in the budget, teachers' geometry first, and honest refusals."""
 
 from __future__ import annotations
 
@@ -133,6 +133,13 @@ def test_memory_is_a_limit_too():
 def test_the_report_comes_back_from_its_json(report):
     again = FitReport.from_dict(json.loads(json.dumps(report.to_dict())))
     assert again == report
+
+
+def test_a_report_from_before_there_were_scores_comes_back(report):
+    values = json.loads(json.dumps(report.to_dict()))
+    for row in values["candidates"]:
+        del row["score"], row["is_convolutional"]
+    assert FitReport.from_dict(values) == report
 
 
 def test_bad_requests_are_answered():

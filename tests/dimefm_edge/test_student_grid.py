@@ -6,7 +6,7 @@ import pytest
 import timm
 
 from dimefm_edge.errors import UnknownNameError
-from dimefm_edge.student_grid import _EDGE_MODELS, GRIDS, find_student, student_grid
+from dimefm_edge.student_grid import _EDGE_MODELS, FAMILIES, GRIDS, find_student, student_grid
 from dimefm_edge.students import STUDENTS, build_student, is_student_name, student_spec
 
 SIZES = {"image_size": 64, "embed_dim": 32, "teacher": None}
@@ -66,13 +66,15 @@ def test_timms_heirs_of_a_teacher_that_is_no_vit_are_looked_at_too():
     def can_inherit(spec):
         return spec.name in ("timm:resnet10t", "hybrid-w16-d1.1.1.1", "hybrid-w32-d1.1.2.1")
 
-    before = student_grid(("vit", "hybrid"), **SIZES)
-    found = student_grid(("vit", "hybrid"), **SIZES, can_inherit=can_inherit)
+    before = student_grid(FAMILIES, **SIZES)
+    found = student_grid(FAMILIES, **SIZES, can_inherit=can_inherit)
     assert [spec for spec, _ in found] == [
         *(spec for spec, _ in before), student_spec("timm:resnet10t", image_size=64, embed_dim=32)
     ]  # fmt: skip
     heirs = {spec.name for spec, inherits in found if inherits}
     assert heirs == {"hybrid-w16-d1.1.1.1", "hybrid-w32-d1.1.2.1", "timm:resnet10t"}
+    named = student_grid(("vit", "hybrid"), **SIZES, can_inherit=can_inherit)
+    assert {spec.family for spec, _ in named} == {"vit", "hybrid"}
     for name in heirs:
         assert find_student(name, **SIZES, can_inherit=can_inherit)[1]
     assert not find_student("timm:resnet18d", **SIZES, can_inherit=can_inherit)[1]
