@@ -3,9 +3,10 @@
     python benchmarks/bench_elastic.py --seeds 0 --out /tmp/studies --json \\
         | python benchmarks/record.py elastic
 
-Three ways to five students, on scenes, for the multiply-adds that training each alone for --steps
-takes: alone; cuts of an elastic ViT as they are; cuts of one that was trained for TUNE less, each
-then tuned alone. Runs are kept as those of studies.py are, and are shared with its `students`.
+Three ways to several students, on scenes, for the multiply-adds that training each alone for
+--steps takes: alone; cuts of an elastic ViT as they are; cuts of one that was trained for TUNE
+less, each then tuned alone. `--students heirs`: all start from the teacher's layers, the elastic
+one too. Runs are kept as those of studies.py are, and are shared with its `students`.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from dimefm_edge.files import atomic_file
 from dimefm_edge.latency.operators import total_gmacs
 from dimefm_edge.latency.trace import trace_student
 from dimefm_edge.students import StudentSpec
+from dimefm_edge.students.inherit import inherit_from_teacher
 from dimefm_edge.tables import format_table
 
 if __package__:
@@ -45,8 +47,13 @@ else:
     from study_arms import Arm
     from study_data import locked
 
-STUDENTS = ("vit-p8-w64-d2", "vit-p8-w128-d2", "vit-p8-w128-d4", "vit-p8-w192-d2", "vit-p8-w192-d4")
-"""The smallest first; the last holds all others."""
+STUDENTS = {
+    "random": (
+        "vit-p8-w64-d2", "vit-p8-w128-d2", "vit-p8-w128-d4", "vit-p8-w192-d2", "vit-p8-w192-d4"
+    ),
+    "heirs": ("vit-p8-w192-d2", "vit-p8-w192-d3", "vit-p8-w192-d4"),
+}  # fmt: skip
+"""By what they start from. The smallest first; the last holds all others."""
 TUNE = 0.4
 """Share of the cost that tuning takes, where cuts are tuned."""
 TUNE_LR = 0.5
@@ -62,17 +69,19 @@ def elastic_steps(specs: tuple[StudentSpec, ...], steps: int) -> int:
 class Elastic:
     """The runs of one seed."""
 
-    def __init__(self, study: studies.Study, seed: int) -> None:
+    def __init__(self, study: studies.Study, which: str, seed: int) -> None:
         self.study, self.seed = study, seed
-        self.specs = tuple(study.spec(Arm(student=name)) for name in STUDENTS)
+        self.inherits = which == "heirs"
+        self.arms = {n: Arm(student=n, inherits=self.inherits) for n in STUDENTS[which]}
+        self.specs = tuple(map(study.spec, self.arms.values()))
         self.train = dataclasses.replace(study.setup.train, seed=seed)
         self.steps: int = study.setup.train.steps or 1
 
     def alone(self) -> dict[str, Any]:
         """Every student on its own."""
         scores, spent = [], []
-        for name in STUDENTS:
-            run = self.study.run(name, Arm(student=name), self.seed)
+        for name, arm in self.arms.items():
+            run = self.study.run(name, arm, self.seed)
             if run is None:
                 sys.exit(f"another process trains {name}: run this again when it is done")
             scores.append(run["scores"])
@@ -105,10 +114,15 @@ class Elastic:
             self.train, steps=round(share * elastic_steps(self.specs, self.steps)),
             batch_size=SANDWICH * self.train.batch_size, accumulate=SANDWICH,
         )  # fmt: skip
-        build = functools.partial(ElasticVit, self.specs)
-        model, seconds = self._trained(f"elastic {share:g}", train, build)
+        model, seconds = self._trained(f"elastic {share:g}", train, self._untrained)
         assert isinstance(model, ElasticVit)
         return model, seconds
+
+    def _untrained(self) -> ElasticVit:
+        model = ElasticVit(self.specs)
+        if self.inherits:
+            inherit_from_teacher(model.student, self.study.teacher.image_tower)
+        return model
 
     def _trained(
         self, name: str, train: TrainConfig, build: Callable[[], nn.Module]
@@ -118,7 +132,8 @@ class Elastic:
         module = build()
         settings = {
             "name": name, "students": [spec.to_dict() for spec in self.specs], "steps": self.steps,
-            "train": dataclasses.asdict(train) | {"threads": 0}, "arm": dataclasses.asdict(Arm()),
+            "train": dataclasses.asdict(train) | {"threads": 0},
+            "arm": dataclasses.asdict(Arm(inherits=self.inherits)),
             "teacher": self.study.teacher.weights_hash, "limit": self.study.args.limit,
         }  # fmt: skip
         key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -140,12 +155,13 @@ class Elastic:
         return module, json.loads(result.read_text())["cpu_s"]
 
     def _figures(self, scores: list[dict[str, float]], cpu_s: list[float]) -> dict[str, Any]:
-        top1 = dict(zip(STUDENTS, (next(iter(s.values())) for s in scores), strict=True))
+        top1 = dict(zip(self.arms, (next(iter(s.values())) for s in scores), strict=True))
         return {"top1_pct": top1, "mean_pct": statistics.fmean(top1.values()), "cpu_s": sum(cpu_s)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--students", choices=tuple(STUDENTS), default="random")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--limit", type=int, help="of images and sentences, for a short try")
@@ -157,9 +173,12 @@ def main() -> None:
              "--threads", str(args.threads)]  # fmt: skip
     words += [] if args.limit is None else ["--limit", str(args.limit)]
     study = studies.Study(studies.parse_args(words))
-    found: dict[str, Any] = {"steps": args.steps, "teacher": study.teacher_scores(), "seeds": {}}
+    found: dict[str, Any] = {
+        "students": args.students, "steps": args.steps, "teacher": study.teacher_scores(),
+        "seeds": {},
+    }  # fmt: skip
     for seed in args.seeds:
-        runs = Elastic(study, seed)
+        runs = Elastic(study, args.students, seed)
         ways = {
             "alone": runs.alone,
             "elastic": functools.partial(runs.cuts, 1.0),
@@ -178,7 +197,7 @@ def main() -> None:
         for seed, ways in found["seeds"].items()
         for name, row in ways.items()
     ]
-    print(format_table(["seed", "way", *STUDENTS, "mean", "CPU s"], lines))
+    print(format_table(["seed", "way", *STUDENTS[args.students], "mean", "CPU s"], lines))
 
 
 if __name__ == "__main__":

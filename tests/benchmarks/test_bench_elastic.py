@@ -17,7 +17,6 @@ from dimefm_edge.latency.trace import trace_student  # noqa: E402
 from dimefm_edge.students import student_spec  # noqa: E402
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-NAMES = ("vit-p8-w32-d2", "vit-p8-w64-d2")
 
 
 @pytest.fixture
@@ -29,8 +28,9 @@ def script(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_an_elastic_student_costs_what_the_others_cost_together(script):
-    specs = tuple(student_spec(n, image_size=64, embed_dim=32) for n in script.STUDENTS)
+@pytest.mark.parametrize("which", ["random", "heirs"])
+def test_an_elastic_student_costs_what_the_others_cost_together(script, which):
+    specs = tuple(student_spec(n, image_size=64, embed_dim=32) for n in script.STUDENTS[which])
     costs = [total_gmacs(trace_student(spec)) for spec in specs]
     assert (costs[0], costs[-1]) == (min(costs), max(costs))
     a_step = costs[-1] + costs[0] + statistics.fmean(costs)
@@ -38,7 +38,14 @@ def test_an_elastic_student_costs_what_the_others_cost_together(script):
     assert steps * a_step == pytest.approx(1000 * sum(costs), rel=1e-3)
 
 
-def test_every_way_is_trained_once_and_scored(script, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("which", "names"),
+    [
+        ("random", ("vit-p8-w32-d2", "vit-p8-w64-d2")),
+        ("heirs", ("vit-p8-w192-d2", "vit-p8-w192-d3")),
+    ],
+)
+def test_every_way_is_trained_once_and_scored(script, which, names, tmp_path, monkeypatch, capsys):
     from dimefm_edge.data.scenes import scene_image
 
     for label, name in enumerate(("cat", "dog")):
@@ -51,15 +58,15 @@ def test_every_way_is_trained_once_and_scored(script, tmp_path, monkeypatch, cap
         "setup_of",
         lambda args: script.dataclasses.replace(real(args), eval_sets=(str(tmp_path / "test"),)),
     )
-    monkeypatch.setattr(script, "STUDENTS", NAMES)
+    monkeypatch.setitem(script.STUDENTS, which, names)
     words = ["bench_elastic.py", "--limit", "80", "--steps", "5", "--out", str(tmp_path / "out"),
-             "--json"]  # fmt: skip
+             "--students", which, "--json"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", words)
     script.main()
     first = json.loads(capsys.readouterr().out)
     ways = first["seeds"]["0"]
     assert list(ways) == ["alone", "elastic", "elastic, not tuned yet", "elastic, tuned"]
-    assert all(list(way["top1_pct"]) == list(NAMES) for way in ways.values())
+    assert all(list(way["top1_pct"]) == list(names) for way in ways.values())
     assert ways["elastic, tuned"]["cpu_s"] > ways["elastic, not tuned yet"]["cpu_s"]
     monkeypatch.setattr(script, "distill", None)  # all is there: nothing is trained
     script.main()
