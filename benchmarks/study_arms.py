@@ -161,6 +161,8 @@ STUDIES: dict[str, dict[str, Arm]] = {
                 "hybrid-w16-d1.1.1.1",
                 "hybrid-w24-d1.1.2.1",
                 "hybrid-w32-d2.2.4.2",
+                "convnet-w8-d1.1.1.1",
+                "convnet-w12-d1.1.1.1",
                 "convnet-w16-d1.1.1.1",
                 "convnet-w24-d1.1.2.1",
                 "convnet-w32-d2.2.4.2",

@@ -29,7 +29,7 @@ _VIT_DEPTHS = tuple(range(2, 13))
 _MAX_WIDTH_PER_LAYER = 96
 """Wide and shallow ViTs fill a budget with arithmetic that they cannot use; ViT-B has 64."""
 _MIN_DEPTH = 2
-_STAGED_WIDTHS = (16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192)
+_STAGED_WIDTHS = (8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192)
 _STAGED_DEPTHS = (
     (1, 1, 1, 1), (1, 1, 2, 1), (2, 2, 4, 2), (2, 2, 6, 2), (3, 3, 9, 3), (4, 4, 12, 4),
 )  # fmt: skip

@@ -47,7 +47,7 @@ def test_timm_models_are_timms_and_one_can_be_named():
     assert found[0].name == "timm:resnet10t"
 
 
-@pytest.mark.parametrize("name", ["vit-p16-w48-d1", "hybrid-w8-d1.1.1.1", "convnet-w8-d1.2.1.1"])
+@pytest.mark.parametrize("name", ["vit-p16-w48-d1", "hybrid-w20-d1.1.1.1", "convnet-w8-d1.2.1.1"])
 def test_shapes_of_no_grid_can_be_named(name):
     spec, _ = find_student(name, **SIZES)
     assert spec.name == name
@@ -64,7 +64,7 @@ def test_unknown_names_are_answered():
 
 def test_timms_heirs_of_a_teacher_that_is_no_vit_are_looked_at_too():
     def can_inherit(spec):
-        return spec.name in ("timm:resnet10t", "hybrid-w16-d1.1.1.1", "hybrid-w32-d1.1.2.1")
+        return spec.name in ("timm:resnet10t", "hybrid-w8-d1.1.1.1", "hybrid-w32-d1.1.2.1")
 
     before = student_grid(FAMILIES, **SIZES)
     found = student_grid(FAMILIES, **SIZES, can_inherit=can_inherit)
@@ -72,7 +72,7 @@ def test_timms_heirs_of_a_teacher_that_is_no_vit_are_looked_at_too():
         *(spec for spec, _ in before), student_spec("timm:resnet10t", image_size=64, embed_dim=32)
     ]  # fmt: skip
     heirs = {spec.name for spec, inherits in found if inherits}
-    assert heirs == {"hybrid-w16-d1.1.1.1", "hybrid-w32-d1.1.2.1", "timm:resnet10t"}
+    assert heirs == {"hybrid-w8-d1.1.1.1", "hybrid-w32-d1.1.2.1", "timm:resnet10t"}
     named = student_grid(("vit", "hybrid"), **SIZES, can_inherit=can_inherit)
     assert {spec.family for spec, _ in named} == {"vit", "hybrid"}
     for name in heirs:
