@@ -219,7 +219,8 @@ def chosen_arms(args: argparse.Namespace) -> dict[str, Arm]:
 
 def run_study(args: argparse.Namespace) -> dict[str, Any]:
     """Every arm with every seed, seeds outermost: a stopped study has whole comparisons."""
-    study, arms = Study(args), chosen_arms(args)
+    arms = chosen_arms(args)
+    study = Study(args)
     for arm in arms.values() if args.prepare else ():
         study.arm_data(arm, dataclasses.replace(study.setup.train, **arm.train))
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
