@@ -15,8 +15,7 @@ from typing import Any
 import pandas as pd
 
 from dimefm_edge.latency.calibrate import export_graphs, measure_graphs
-from dimefm_edge.latency.operators import cost_vector, total_gmacs, total_params_m
-from dimefm_edge.latency.trace import trace_student
+from dimefm_edge.latency.student_counts import count_student
 from dimefm_edge.student_score import is_convolutional, student_score
 from dimefm_edge.students import StudentSpec
 
@@ -26,14 +25,11 @@ _FIGURES = ("gmacs", "params_m", "score", "p50_ms")
 
 def fit_figures(spec: StudentSpec, *, inherits: bool) -> dict[str, float]:
     """Multiply-adds, parameters in millions, and the score that `fit` ranks by."""
-    ops = trace_student(spec)
-    gmacs = total_gmacs(ops)
-    return {
-        "gmacs": gmacs, "params_m": total_params_m(ops),
-        "score": student_score(
-            gmacs, inherits=inherits, is_convolutional=is_convolutional(cost_vector(ops))
-        ),
-    }  # fmt: skip
+    counts = count_student(spec)
+    score = student_score(
+        counts.gmacs, inherits=inherits, is_convolutional=is_convolutional(counts.costs)
+    )
+    return {"gmacs": counts.gmacs, "params_m": counts.params_m, "score": score}
 
 
 def measured_ms(specs: Mapping[str, StudentSpec], *, rounds: int = 15) -> dict[str, float]:
