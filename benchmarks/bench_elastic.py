@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import hashlib
 import json
 import statistics
 import sys
@@ -40,12 +39,12 @@ if __package__:
     from benchmarks import studies
     from benchmarks.elastic_vit import SANDWICH, ElasticVit
     from benchmarks.study_arms import Arm
-    from benchmarks.study_data import locked
+    from benchmarks.study_data import locked, run_key
 else:
     import studies
     from elastic_vit import SANDWICH, ElasticVit
     from study_arms import Arm
-    from study_data import locked
+    from study_data import locked, run_key
 
 STUDENTS = {
     "random": (
@@ -136,8 +135,7 @@ class Elastic:
             "arm": dataclasses.asdict(Arm(inherits=self.inherits)),
             "teacher": self.study.teacher.weights_hash, "limit": self.study.args.limit,
         }  # fmt: skip
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-        run_dir = self.study.out / "elastic" / key
+        run_dir = self.study.out / "elastic" / run_key(settings)
         result = run_dir / studies.RESULT_FILE
         with locked(run_dir / ".lock"):
             if not result.is_file():

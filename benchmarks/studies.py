@@ -34,7 +34,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import hashlib
 import json
 import statistics
 import sys
@@ -67,7 +66,7 @@ from dimefm_edge.tables import format_table
 if __package__:
     from benchmarks.small_maps import with_small_maps
     from benchmarks.study_arms import STUDIES, Arm
-    from benchmarks.study_data import StudyData, locked
+    from benchmarks.study_data import StudyData, locked, run_key
     from benchmarks.study_fit import (
         against_hand_picked,
         fit_figures,
@@ -78,7 +77,7 @@ if __package__:
 else:
     from small_maps import with_small_maps
     from study_arms import STUDIES, Arm
-    from study_data import StudyData, locked
+    from study_data import StudyData, locked, run_key
     from study_fit import against_hand_picked, fit_figures, measured_ms, rank_correlations
     from torch_logistic import TorchLogisticRegression
 
@@ -111,8 +110,7 @@ class Study(StudyData):
             "limit": self.args.limit,
         }  # fmt: skip
         settings["train"].pop("threads")
-        key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-        run_dir = self.out / "runs" / key
+        run_dir = self.out / "runs" / run_key(settings)
         result = run_dir / RESULT_FILE
         with locked(run_dir / ".lock", wait=False) as is_ours:
             if not is_ours:

@@ -10,6 +10,8 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
+import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +96,11 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
             yield False
             return
         yield True
+
+
+def run_key(settings: dict[str, Any]) -> str:
+    """The name of a run's folder: what it was trained with, as JSON values."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 class Remembers:

@@ -108,7 +108,8 @@ def calibrate(
         precisions: Of `PRECISIONS`.
         models: As `MODELS` has them; at least `MIN_MODELS`.
         threads: Of ONNX Runtime; 0: one a physical core.
-        progress: Called with each model's name as it is built; 2 x models x precisions calls.
+        progress: Called with each model's name as it is built, and loaded in each precision:
+            models x (1 + precisions) calls.
 
     Raises:
         ConfigError: If there are too few models.

@@ -50,7 +50,7 @@ def can_inherit(spec: StudentSpec, teacher_image_tower: nn.Module) -> bool:
         return False
     with torch.device("meta"):
         student = build_student(spec)
-    return _has_all_of(student, trunk)
+    return _has_all_of(trunk, student)
 
 
 @torch.no_grad()
@@ -61,11 +61,9 @@ def select_weights(student: nn.Module, teacher_image_tower: nn.Module) -> list[s
         Names of the student's tensors that were copied; empty, and the student untouched, if
         the trunks are not of one of those classes, or a tensor has no counterpart.
     """
-    trunk = getattr(teacher_image_tower, "trunk", None)
-    if type(trunk) not in _SELECTABLE or not _has_all_of(student, trunk):
+    trunk: Any = getattr(teacher_image_tower, "trunk", None)
+    if type(trunk) not in _SELECTABLE or not _has_all_of(trunk, student):
         return []
-    assert isinstance(student, Student)
-    assert isinstance(trunk, nn.Module)
     source = {f"trunk.{name}": value for name, value in trunk.state_dict().items()}
     source |= _projection(teacher_image_tower)
     state = student.state_dict()
@@ -77,10 +75,10 @@ def select_weights(student: nn.Module, teacher_image_tower: nn.Module) -> list[s
     return list(state)
 
 
-def _has_all_of(student: nn.Module, trunk: Any) -> bool:
+def _has_all_of(trunk: Any, student: nn.Module) -> bool:
     """Whether a teacher's trunk has a counterpart of everything in a student's."""
-    is_same = isinstance(student, Student) and type(student.trunk) is type(trunk)
-    return is_same and _is_part_of(student.trunk, trunk)  # type: ignore[arg-type]
+    own: Any = student.trunk if isinstance(student, Student) else None
+    return type(own) is type(trunk) and _is_part_of(own, trunk)
 
 
 def _is_part_of(mine: nn.Module, theirs: nn.Module) -> bool:
