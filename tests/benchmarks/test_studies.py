@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from dimefm_edge.errors import UnknownNameError  # noqa: E402
+from dimefm_edge.student_score import INHERITANCE_BONUS  # noqa: E402
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -88,7 +89,7 @@ def test_students_are_ranked_by_what_fit_goes_by(script, tmp_path, monkeypatch):
     args.prepare = False
     values = script.run_study(args)
     rows = values["arms"]
-    assert rows[names[2]]["score"] > rows[names[2]]["gmacs"]
+    assert rows[names[2]]["score"] == INHERITANCE_BONUS * rows[names[2]]["gmacs"]
     assert rows[names[0]]["score"] == rows[names[0]]["gmacs"] < rows[names[2]]["gmacs"]
     assert set(values["rank_correlation"]) == {"gmacs", "params_m", "score", "p50_ms"}
     assert values["hand_picked"] == {}  # none of timm's was trained
