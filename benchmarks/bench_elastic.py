@@ -1,12 +1,13 @@
-"""One elastic ViT or every student alone, at the same total cost: whose students are better?
+"""One elastic student or every student alone, at the same total cost: whose students are better?
 
     python benchmarks/bench_elastic.py --seeds 0 --out /tmp/studies --json \\
         | python benchmarks/record.py elastic
 
-Three ways to several students, on scenes, for the multiply-adds that training each alone for
---steps takes: alone; cuts of an elastic ViT as they are; cuts of one that was trained for TUNE
-less, each then tuned alone. `--students heirs`: all start from the teacher's layers, the elastic
-one too. Runs are kept as those of studies.py are, and are shared with its `students`.
+Ways to several students, on scenes, for the multiply-adds that training each alone for --steps
+takes: alone; cuts of an elastic student as they are; with --tune, cuts of one that was trained for
+TUNE less, each then tuned alone. `--students` says which: ViTs, heirs (the elastic one starts from
+the teacher's layers too), heirs of which the elastic one has narrower cuts that are not compared,
+convnets. Runs are kept as those of studies.py are, and are shared with its `students`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,38 +32,50 @@ from dimefm_edge.distill import distill
 from dimefm_edge.files import atomic_file
 from dimefm_edge.latency.operators import total_gmacs
 from dimefm_edge.latency.trace import trace_student
-from dimefm_edge.students import StudentSpec
+from dimefm_edge.sides import training_inputs
+from dimefm_edge.students import StudentSpec, build_student
+from dimefm_edge.students.elastic import SANDWICH, ElasticStudent, cut_student, recalibrate
 from dimefm_edge.students.inherit import inherit_from_teacher
 from dimefm_edge.tables import format_table
 
 if __package__:
     from benchmarks import studies
-    from benchmarks.elastic_vit import SANDWICH, ElasticVit
     from benchmarks.study_arms import Arm
     from benchmarks.study_data import locked, run_key
 else:
     import studies
-    from elastic_vit import SANDWICH, ElasticVit
     from study_arms import Arm
     from study_data import locked, run_key
 
+_HEIRS = ("vit-p8-w192-d2", "vit-p8-w192-d3", "vit-p8-w192-d4")
 STUDENTS = {
-    "random": (
+    "vits": (
         "vit-p8-w64-d2", "vit-p8-w128-d2", "vit-p8-w128-d4", "vit-p8-w192-d2", "vit-p8-w192-d4"
     ),
-    "heirs": ("vit-p8-w192-d2", "vit-p8-w192-d3", "vit-p8-w192-d4"),
+    "heirs": _HEIRS,
+    "heirs-and-narrower": _HEIRS,
+    "convnets": ("convnet-w8-d1.1.1.1", "convnet-w12-d1.1.1.1", "convnet-w16-d1.1.1.1"),
 }  # fmt: skip
-"""By what they start from. The smallest first; the last holds all others."""
+"""The smallest first; the last holds all others."""
+NARROWER = (
+    "vit-p8-w96-d2", "vit-p8-w128-d2", "vit-p8-w96-d3", "vit-p8-w128-d3", "vit-p8-w96-d4",
+    "vit-p8-w128-d4",
+)  # fmt: skip
+"""Cuts that `heirs-and-narrower` trains beside its own, the smallest first."""
+BATCHES = 16
+"""Of images, that a cut's batch norms see."""
 TUNE = 0.4
 """Share of the cost that tuning takes, where cuts are tuned."""
 TUNE_LR = 0.5
 """Of the rate that they were trained with."""
 
 
-def elastic_steps(specs: tuple[StudentSpec, ...], steps: int) -> int:
-    """Steps of the elastic ViT that cost what `steps` of each student alone do, batch for batch."""
-    costs = [total_gmacs(trace_student(spec)) for spec in specs]
-    return round(steps * sum(costs) / (costs[-1] + costs[0] + statistics.fmean(costs)))
+def elastic_steps(specs: Sequence[StudentSpec], cuts: Sequence[StudentSpec], steps: int) -> int:
+    """Steps of an elastic student of those cuts that cost what `steps` of each of `specs` alone do,
+    batch for batch."""
+    alone = sum(total_gmacs(trace_student(spec)) for spec in specs)
+    costs = [total_gmacs(trace_student(spec)) for spec in cuts]
+    return round(steps * alone / (costs[0] + statistics.fmean(costs[1:-1] or costs) + costs[-1]))
 
 
 class Elastic:
@@ -70,9 +83,11 @@ class Elastic:
 
     def __init__(self, study: studies.Study, which: str, seed: int) -> None:
         self.study, self.seed = study, seed
-        self.inherits = which == "heirs"
+        self.inherits = which.startswith("heirs")
         self.arms = {n: Arm(student=n, inherits=self.inherits) for n in STUDENTS[which]}
         self.specs = tuple(map(study.spec, self.arms.values()))
+        more = NARROWER if which == "heirs-and-narrower" else ()
+        self.trained = (*(study.spec(Arm(student=n)) for n in more), *self.specs)
         self.train = dataclasses.replace(study.setup.train, seed=seed)
         self.steps: int = study.setup.train.steps or 1
 
@@ -88,9 +103,9 @@ class Elastic:
         return self._figures(scores, spent)
 
     def cuts(self, share: float) -> dict[str, Any]:
-        """Cuts of an elastic ViT that was trained for a share of the cost, as they are."""
+        """Cuts of an elastic student that was trained for a share of the cost, as they are."""
         model, cpu_s = self._elastic(share)
-        scores = [self.study.evaluate(model.cut_student(spec).eval()) for spec in self.specs]
+        scores = [self.study.evaluate(self._cut(model, spec).eval()) for spec in self.specs]
         return self._figures(scores, [cpu_s])
 
     def tuned(self, share: float) -> dict[str, Any]:
@@ -102,26 +117,33 @@ class Elastic:
         scores, spent = [], [cpu_s]
         for spec in self.specs:
             student, seconds = self._trained(
-                f"tuned {share:g} {spec.name}", train, functools.partial(model.cut_student, spec)
+                f"tuned {share:g} {spec.name}", train, functools.partial(self._cut, model, spec)
             )
             scores.append(self.study.evaluate(student.eval()))
             spent.append(seconds)
         return self._figures(scores, spent)
 
-    def _elastic(self, share: float) -> tuple[ElasticVit, float]:
+    def _elastic(self, share: float) -> tuple[ElasticStudent, float]:
+        steps = elastic_steps(self.specs, self.trained, self.steps)
         train = dataclasses.replace(
-            self.train, steps=round(share * elastic_steps(self.specs, self.steps)),
-            batch_size=SANDWICH * self.train.batch_size, accumulate=SANDWICH,
+            self.train, steps=round(share * steps), accumulate=SANDWICH,
+            batch_size=SANDWICH * self.train.batch_size,
         )  # fmt: skip
         model, seconds = self._trained(f"elastic {share:g}", train, self._untrained)
-        assert isinstance(model, ElasticVit)
+        assert isinstance(model, ElasticStudent)
         return model, seconds
 
-    def _untrained(self) -> ElasticVit:
-        model = ElasticVit(self.specs)
+    def _untrained(self) -> ElasticStudent:
+        student = build_student(self.specs[-1])
         if self.inherits:
-            inherit_from_teacher(model.student, self.study.teacher.image_tower)
-        return model
+            inherit_from_teacher(student, self.study.teacher.image_tower)
+        return ElasticStudent(student, self.trained, seed=self.seed)
+
+    def _cut(self, model: ElasticStudent, spec: StudentSpec) -> nn.Module:
+        student = cut_student(model.student, self.specs[-1], spec)
+        data = self.study.arm_data(Arm(), self.train)
+        recalibrate(student, training_inputs(data, Arm().loss, self.train, BATCHES))
+        return student
 
     def _trained(
         self, name: str, train: TrainConfig, build: Callable[[], nn.Module]
@@ -130,9 +152,10 @@ class Elastic:
         torch.manual_seed(train.seed)
         module = build()
         settings = {
-            "name": name, "students": [spec.to_dict() for spec in self.specs], "steps": self.steps,
+            "name": name, "steps": self.steps,
+            "students": [spec.to_dict() for spec in self.trained],
             "train": dataclasses.asdict(train) | {"threads": 0},
-            "arm": dataclasses.asdict(Arm(inherits=self.inherits)),
+            "arm": dataclasses.asdict(Arm(inherits=self.inherits)), "sandwich": 2,
             "teacher": self.study.teacher.weights_hash, "limit": self.study.args.limit,
         }  # fmt: skip
         run_dir = self.study.out / "elastic" / run_key(settings)
@@ -159,9 +182,10 @@ class Elastic:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--students", choices=tuple(STUDENTS), default="random")
+    parser.add_argument("--students", choices=tuple(STUDENTS), default="vits")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--tune", action="store_true", help="cuts that are tuned alone, too")
     parser.add_argument("--limit", type=int, help="of images and sentences, for a short try")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/studies"))
@@ -177,12 +201,10 @@ def main() -> None:
     }  # fmt: skip
     for seed in args.seeds:
         runs = Elastic(study, args.students, seed)
-        ways = {
-            "alone": runs.alone,
-            "elastic": functools.partial(runs.cuts, 1.0),
-            "elastic, not tuned yet": functools.partial(runs.cuts, 1 - TUNE),
-            "elastic, tuned": functools.partial(runs.tuned, 1 - TUNE),
-        }
+        ways = {"alone": runs.alone, "elastic": functools.partial(runs.cuts, 1.0)}
+        if args.tune:
+            ways["elastic, not tuned yet"] = functools.partial(runs.cuts, 1 - TUNE)
+            ways["elastic, tuned"] = functools.partial(runs.tuned, 1 - TUNE)
         found["seeds"][seed] = {}
         for name, way in ways.items():
             found["seeds"][seed][name] = way()

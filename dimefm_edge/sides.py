@@ -7,6 +7,7 @@ of it, and what its answer is worth.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -167,6 +168,18 @@ def side_of(
     if isinstance(data, DistillData) and isinstance(loss, LossConfig):
         return ImageSide(data, loss, train, ranks, device)
     raise TypeError(f"{type(loss).__name__} holds no losses for {type(data).__name__}")
+
+
+def training_inputs(
+    data: DistillData, loss: LossConfig, train: TrainConfig, count: int
+) -> Iterator[Tensor]:
+    """Batches of images, (B, 3, S, S) on the CPU, as a student is trained on them.
+
+    The first `count`, or what one pass over the images has.
+    """
+    side = ImageSide(data, loss, train, Ranks(), torch.device("cpu"))
+    count = min(count, math.ceil(side.num_rows / train.batch_size))
+    return map(side.inputs, side.batches(0, count))
 
 
 def image_layout(device: torch.device) -> torch.memory_format:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dimefm_edge.errors import lookup
+from dimefm_edge.errors import ConfigError, lookup
 from dimefm_edge.students import (
     NAMED_STUDENTS,
+    STAGED_FAMILIES,
     StudentSpec,
     convnet_spec,
     heads_for,
@@ -35,6 +36,8 @@ _STAGED_DEPTHS = (
 )  # fmt: skip
 _MAX_STAGED_WIDTH_PER_BLOCK = 10
 """Likewise, of the first stage's width; FastViT's own have 2 to 6."""
+_CUT_WIDTHS, _CUT_DEPTHS = (1 / 2, 3 / 4, 1), (1 / 3, 1 / 2, 3 / 4, 1)
+"""Of an elastic student's width and depth, its cuts'; the smallest has a tenth of the products."""
 _EDGE_MODELS = (
     "mobilenetv3_small_050", "mobilenetv3_small_100", "mobilenetv3_large_100",
     "mobilenetv4_conv_small", "mobilenetv4_conv_medium", "mobilenetv4_conv_large",
@@ -150,6 +153,58 @@ def student_grid(
         timms = (spec for spec, _ in _timm_grid(image_size, embed_dim, None))
         known |= {spec.name: (spec, True) for spec in timms if can_inherit(spec)}
     return list(known.values())
+
+
+def elastic_cuts(spec: StudentSpec) -> tuple[StudentSpec, ...]:
+    """Students that can be cut out of a larger one: three widths, four depths.
+
+    Returns:
+        The smallest first, `spec` itself last.
+
+    Raises:
+        ConfigError: If it is one of timm's, or so small that there is none.
+    """
+    if spec.family not in (*STAGED_FAMILIES, "vit"):
+        raise ConfigError(
+            f"student {spec.name} cannot be elastic: smaller ones are cut out of ViTs, hybrids and "
+            "convnets only",
+            hint="--student hybrid, or without --elastic",
+        )
+    cuts = _vit_cuts(spec) if spec.family == "vit" else _staged_cuts(spec)
+    if len(cuts) < 2:
+        raise ConfigError(
+            f"student {spec.name} cannot be elastic: it has no smaller one",
+            hint="a larger --latency-ms, or without --elastic",
+        )
+    return cuts
+
+
+def _vit_cuts(spec: StudentSpec) -> tuple[StudentSpec, ...]:
+    args = dict(spec.args)
+    width, heads, depth = args.pop("width"), args.pop("num_heads"), args.pop("depth")
+    sizes: dict[str, Any] = {"image_size": spec.image_size, "embed_dim": spec.embed_dim}
+    least = min(_MIN_DEPTH, depth)
+    depths = sorted({max(least, round(share * depth)) for share in _CUT_DEPTHS})
+    return tuple(
+        vit_spec(**sizes, **args, width=count * width // heads, num_heads=count, depth=blocks)
+        for count in sorted({max(1, round(share * heads)) for share in _CUT_WIDTHS})
+        for blocks in depths
+    )
+
+
+def _staged_cuts(spec: StudentSpec) -> tuple[StudentSpec, ...]:
+    args = dict(spec.args)
+    width, depth = args.pop("width"), args.pop("depth")
+    make = hybrid_spec if spec.family == "hybrid" else convnet_spec
+    widths = sorted({max(4, 4 * round(share * width / 4)) for share in _CUT_WIDTHS})
+    depths = dict.fromkeys(
+        tuple(max(1, round(share * count)) for count in depth) for share in _CUT_DEPTHS
+    )
+    return tuple(
+        make(image_size=spec.image_size, embed_dim=spec.embed_dim, **args, width=w, depth=d)
+        for w in widths
+        for d in depths
+    )
 
 
 def find_student(

@@ -23,25 +23,31 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def script(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield importlib.import_module("bench_elastic")
-    for name in ("bench_elastic", "elastic_vit", "studies", "study_arms", "study_data",
+    for name in ("bench_elastic", "studies", "study_arms", "study_data",
                  "real_teacher", "train_teacher"):  # fmt: skip
         sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("which", ["random", "heirs"])
+@pytest.mark.parametrize("which", ["vits", "heirs", "heirs-and-narrower", "convnets"])
 def test_an_elastic_student_costs_what_the_others_cost_together(script, which):
-    specs = tuple(student_spec(n, image_size=64, embed_dim=32) for n in script.STUDENTS[which])
-    costs = [total_gmacs(trace_student(spec)) for spec in specs]
+    def sized(names):
+        return tuple(student_spec(n, image_size=64, embed_dim=32) for n in names)
+
+    specs = sized(script.STUDENTS[which])
+    cuts = sized(script.NARROWER * (which == "heirs-and-narrower")) + specs
+    costs = [total_gmacs(trace_student(spec)) for spec in cuts]
     assert (costs[0], costs[-1]) == (min(costs), max(costs))
-    a_step = costs[-1] + costs[0] + statistics.fmean(costs)
-    steps = script.elastic_steps(specs, 1000)
-    assert steps * a_step == pytest.approx(1000 * sum(costs), rel=1e-3)
+    a_step = costs[0] + statistics.fmean(costs[1:-1]) + costs[-1]
+    steps = script.elastic_steps(specs, cuts, 1000)
+    alone = sum(costs[-len(specs) :])
+    assert steps * a_step == pytest.approx(1000 * alone, rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("which", "names"),
     [
-        ("random", ("vit-p8-w32-d2", "vit-p8-w64-d2")),
+        ("vits", ("vit-p8-w32-d2", "vit-p8-w64-d2")),
+        ("convnets", ("convnet-w4-d1.1.1.1", "convnet-w8-d1.1.1.1")),
         ("heirs", ("vit-p8-w192-d2", "vit-p8-w192-d3")),
     ],
 )
@@ -60,7 +66,7 @@ def test_every_way_is_trained_once_and_scored(script, which, names, tmp_path, mo
     )
     monkeypatch.setitem(script.STUDENTS, which, names)
     words = ["bench_elastic.py", "--limit", "80", "--steps", "5", "--out", str(tmp_path / "out"),
-             "--students", which, "--json"]  # fmt: skip
+             "--students", which, "--tune", "--json"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", words)
     script.main()
     first = json.loads(capsys.readouterr().out)

@@ -11,7 +11,7 @@ import torch
 from dimefm_edge.config import LossConfig
 from dimefm_edge.distributed import Ranks
 from dimefm_edge.losses import distillation_loss, text_distillation_loss
-from dimefm_edge.sides import ImageSide, TextSide, image_layout, side_of
+from dimefm_edge.sides import ImageSide, TextSide, image_layout, side_of, training_inputs
 
 _SPEC = importlib.util.spec_from_file_location(
     "distill_case", Path(__file__).with_name("distill_case.py")
@@ -75,3 +75,15 @@ def test_a_text_sides_inputs_and_terms_of_a_piece_of_each_rank(tmp_path: Path) -
 def test_channels_lie_last_on_gpus_only() -> None:
     assert image_layout(CPU) is torch.contiguous_format
     assert image_layout(torch.device("cuda")) is torch.channels_last
+
+
+def test_training_inputs_are_what_the_loop_gives_a_student(tmp_path: Path) -> None:
+    data = case.make_data(tmp_path)
+    side = ImageSide(data, LossConfig(), case.TRAIN, Ranks(), CPU)
+    wanted = [side.inputs(batch) for batch in side.batches(0, 3)]
+    found = list(training_inputs(data, LossConfig(), case.TRAIN, 3))
+    assert len(found) == 3
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    everything = list(training_inputs(data, LossConfig(), case.TRAIN, 100))
+    assert len(everything) == 6  # 90 images in batches of 16, once

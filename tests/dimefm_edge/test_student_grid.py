@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 import timm
 
-from dimefm_edge.errors import UnknownNameError
-from dimefm_edge.student_grid import _EDGE_MODELS, FAMILIES, GRIDS, find_student, student_grid
+from dimefm_edge.errors import ConfigError, UnknownNameError
+from dimefm_edge.student_grid import (
+    _EDGE_MODELS,
+    FAMILIES,
+    GRIDS,
+    elastic_cuts,
+    find_student,
+    student_grid,
+)
 from dimefm_edge.students import STUDENTS, build_student, is_student_name, student_spec
 
 SIZES = {"image_size": 64, "embed_dim": 32, "teacher": None}
@@ -78,3 +85,40 @@ def test_timms_heirs_of_a_teacher_that_is_no_vit_are_looked_at_too():
     for name in heirs:
         assert find_student(name, **SIZES, can_inherit=can_inherit)[1]
     assert not find_student("timm:resnet18d", **SIZES, can_inherit=can_inherit)[1]
+
+
+@pytest.mark.parametrize("family", ["vit", "hybrid", "convnet"])
+def test_every_student_of_ours_holds_smaller_ones(family):
+    for spec, _ in student_grid([family], **SIZES):
+        width, depth = spec.args["width"], spec.args["depth"]
+        cuts = elastic_cuts(spec)
+        assert cuts[-1] == spec
+        assert 2 <= len(set(cuts)) == len(cuts) <= 12
+        for cut in cuts:
+            assert cut.family == family
+            assert cut.args["width"] <= width
+            depths = (
+                (cut.args["depth"], depth) if family != "vit" else ([cut.args["depth"]], [depth])
+            )
+            assert all(1 <= own <= full for own, full in zip(*depths, strict=True))
+            if family == "vit":  # heads of one size
+                assert cut.args["width"] * spec.args["num_heads"] == width * cut.args["num_heads"]
+        smallest = cuts[0].args
+        assert smallest["width"] == min(cut.args["width"] for cut in cuts)
+        assert smallest["depth"] == min(cut.args["depth"] for cut in cuts)
+
+
+def test_what_is_not_width_or_depth_stays():
+    spec = student_spec("hybrid-w16-d1.1.2.1-relu", image_size=64, embed_dim=32)
+    assert {cut.args["act"] for cut in elastic_cuts(spec)} == {"relu"}
+    heirs = [s for s, inherits in student_grid(["vit"], **SIZES | {"teacher": TEACHER}) if inherits]
+    for cut in elastic_cuts(heirs[-1]):
+        assert (cut.args["mlp_ratio"], cut.args["act"]) == (3.0, "quick_gelu")
+        build_student(cut)
+
+
+def test_what_has_no_cuts_is_answered():
+    with pytest.raises(ConfigError, match="timm:resnet18 cannot be elastic: smaller ones are cut"):
+        elastic_cuts(student_spec("timm:resnet18", image_size=64, embed_dim=32))
+    with pytest.raises(ConfigError, match="vit-p8-w32-d2 cannot be elastic: it has no smaller one"):
+        elastic_cuts(student_spec("vit-p8-w32-d2", image_size=64, embed_dim=32))
