@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from dimefm_edge.fit import FitReport, fit_student, plot_fit
 from dimefm_edge.latency.calibrate import measure_student
 from dimefm_edge.latency.estimate import trace_ops
 from dimefm_edge.run_log import STATE_FILE, require_same
+from dimefm_edge.student_grid import elastic_cuts
+from dimefm_edge.students import StudentSpec, load_student
 from dimefm_edge.students.inherit import can_inherit
 from dimefm_edge.students.vit import vit_geometry
 from dimefm_edge.targets import LOCAL, Target
@@ -34,7 +35,10 @@ def choose_student(config: RunConfig, target: Target, teacher: Teacher) -> FitRe
     if path.is_file():
         return _chosen_before(path, _asked(config))
     student, side = config.student, teacher.preprocess.image_size
-    return fit_student(
+    facts = teacher_facts(
+        teacher, inherits=student.init in ("auto", "teacher"), is_elastic=student.elastic
+    )
+    fit = fit_student(
         target,
         latency_ms=student.latency_ms,
         max_memory_mib=student.max_memory_mib,
@@ -42,20 +46,41 @@ def choose_student(config: RunConfig, target: Target, teacher: Teacher) -> FitRe
         embed_dim=teacher.embed_dim,
         precision=target.precision,
         student=student.student,
-        **teacher_facts(teacher, inherits=student.init in ("auto", "teacher")),
+        given=((_begun(student.init_from, teacher), None),) if student.init_from else (),
+        **facts,
         measure=measure_student if target.name == LOCAL else None,
     )
+    if student.elastic:
+        elastic_cuts(fit.chosen)  # says now what it would lack after hours
+    return fit
 
 
-def teacher_facts(teacher: Teacher, *, inherits: bool = True) -> dict[str, Any]:
-    """What `fit_student` takes of a teacher: its work and, if a student `inherits`, who can."""
+def _begun(init_from: str, teacher: Teacher) -> StudentSpec:
+    """What a student that is trained on is."""
+    spec = load_student(init_from).spec
+    if spec.embed_dim != teacher.embed_dim:
+        raise ConfigError(
+            f"{init_from} has embeddings of {spec.embed_dim} numbers, teacher {teacher.name} of "
+            f"{teacher.embed_dim}",
+            hint="the --teacher that it was distilled from",
+        )
+    return spec
+
+
+def teacher_facts(
+    teacher: Teacher, *, inherits: bool = True, is_elastic: bool = False
+) -> dict[str, Any]:
+    """What `fit_student` takes of a teacher: its work and, if a student `inherits`, who can; of
+    timm's models none if it is to be elastic."""
     tower = teacher.image_tower
     work = {"teacher_ops": trace_ops(tower, teacher.preprocess.image_size, 1)}
     if not inherits:
         return work
     return work | {
         "teacher_geometry": vit_geometry(tower),
-        "can_inherit": functools.partial(can_inherit, teacher_image_tower=tower),
+        "can_inherit": lambda spec: (
+            not (is_elastic and spec.family == "timm") and can_inherit(spec, tower)
+        ),
     }
 
 
@@ -89,7 +114,7 @@ def inherited_by(run_dir: Path, found: tuple[str, ...], *, keep: bool) -> tuple[
 def _chosen_before(path: Path, asked: dict[str, Any]) -> FitReport:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        before = dict(values["asked"])
+        before = {"init_from": None, "elastic": False} | values["asked"]  # older files lack them
         report = FitReport.from_dict(values)
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(

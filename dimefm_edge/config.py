@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from dimefm_edge.errors import ConfigError, InputError, nearest_names
+from dimefm_edge.errors import ConfigError, nearest_names
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -82,9 +82,21 @@ class StudentConfig:
     init: Literal["auto", "random", "teacher", "pretrained"] = "auto"
     """Initial weights: auto inherits from the teacher where the shapes allow it; pretrained
     asks timm for its own."""
+    init_from: str | None = None
+    """A run (or a cut of `fit --elastic`) whose student is trained on; instead of `student`,
+    `image_size` and `init`."""
+    elastic: bool = False
+    """Train smaller students within the student, for `fit --elastic` to take out; a step takes
+    about twice the time."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "latency_ms", "max_memory_mib", "image_size")
+        own = [n for n in ("student", "init") if getattr(self, n) != "auto"]
+        own += ["image_size"] if self.image_size is not None else []
+        if self.init_from is not None and own:
+            raise ConfigError(
+                f"init_from brings its own {own[0]}", hint=f"drop --{own[0].replace('_', '-')}"
+            )
 
 
 @dataclass(frozen=True)
@@ -279,41 +291,6 @@ class RunConfig:
             raise ConfigError(
                 f"the graph cannot be both int8 and {self.precision}", hint="drop --precision"
             )
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """What the page shows, to whom, and how much of the machine it may take."""
-
-    models: tuple[str, ...] = ()
-    """Runs, bundles and teachers; none: the README's run where it is, else the sample teacher."""
-    engine: tuple[str, ...] = ("onnxruntime",)
-    """What runs bundles: onnxruntime, tensorrt, or an .engine file; several are compared."""
-    search: tuple[str, ...] = ()
-    """Images that visitors may search: folders, .tar shards, `scenes[:COUNT]`."""
-    host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0 lets other machines in."""
-    port: int | None = None
-    """Default: the first free one from 7860 on."""
-    share: bool = False
-    """Open gradio's public tunnel: anyone with the link can come in."""
-    auth: str | None = None
-    """USER:PASSWORD that visitors must give, or @FILE that holds it."""
-    threads: int = 0
-    """CPU threads of one call; 0 takes one per physical core."""
-    concurrency: int = 2
-    """Answers that are made at once."""
-    max_queue: int = 64
-    """Requests that wait; more are turned away."""
-    max_upload_mib: int = 64
-    """Largest file that a visitor may send."""
-
-    def __post_init__(self) -> None:
-        for name in ("concurrency", "max_queue", "max_upload_mib"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be 1 at least, got {getattr(self, name)}")
-        if self.port is not None and not 0 < self.port < 2**16:
-            raise InputError(f"port must be 1 to 65535, got {self.port}")
 
 
 def _require_positive(config: object, *names: str) -> None:

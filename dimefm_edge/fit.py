@@ -63,10 +63,14 @@ class FitCandidate:
     """Within the budget, the memory limit, and its share of the teacher's multiply-adds."""
     measured_ms: float | None = None
     """Median on this machine, where it was measured."""
+    top1_pct: float | None = None
+    """Zero-shot top-1 that it was measured to have: of students that are trained already."""
 
     @property
     def score(self) -> float:
-        """Stand-in for quality: see `student_score`."""
+        """Top-1 where it is known; else what stands in for quality: see `student_score`."""
+        if self.top1_pct is not None:
+            return self.top1_pct
         return student_score(
             self.gmacs, inherits=self.inherits, is_convolutional=self.is_convolutional
         )
@@ -136,6 +140,7 @@ def fit_student(
     precision: str | None = None,
     families: Sequence[str] = FAMILIES,
     student: str = "auto",
+    given: Sequence[tuple[StudentSpec, float | None]] = (),
     max_memory_mib: float | None = None,
     teacher_geometry: dict[str, Any] | None = None,
     teacher_ops: Sequence[Operator] | None = None,
@@ -155,6 +160,7 @@ def fit_student(
         student: `auto`; a family, which is then the only one; or one student, by a candidate's
             name or another that `student_spec` takes. One student is refused only for a limit
             that was given.
+        given: Students to choose among instead, with their top-1 in percent, or None of all.
         max_memory_mib: Limit of weights and the largest operator's tensors together.
         teacher_geometry: From `vit_geometry`: adds students that can inherit.
         teacher_ops: From `trace_ops`, at batch 1, for the default budget.
@@ -174,14 +180,20 @@ def fit_student(
     limits = _limits(target, latency_ms, max_memory_mib, place, teacher_ops)
     sizes: dict[str, Any] = {"image_size": image_size, "embed_dim": embed_dim}
     knows: dict[str, Any] = {"teacher": teacher_geometry, "can_inherit": can_inherit}
-    is_one = student != "auto" and student not in GRIDS
-    if is_one:
+    is_one = len(given) == 1 or (student != "auto" and student not in GRIDS)
+    top1 = dict(given)
+    if given:
+        specs = [(spec, False) for spec in top1]
+    elif is_one:
         specs = [find_student(student, **sizes, **knows)]
     else:
         families = (student,) if student in GRIDS else families
         specs = student_grid(families, **sizes, **knows)
     candidates = [
-        _candidate(spec, place, precision, limits, inherits=inherits) for spec, inherits in specs
+        replace(
+            _candidate(spec, place, precision, limits, inherits=inherits), top1_pct=top1.get(spec)
+        )
+        for spec, inherits in specs
     ]
     if not candidates:
         raise ConfigError(
@@ -290,7 +302,9 @@ def plot_fit(report: FitReport, path: Path) -> None:
     axes.scatter(best.latency_ms, best.score, s=160, marker="*", color="tab:red", zorder=3)
     axes.annotate(best.spec.name, (best.latency_ms, best.score), xytext=(8, -12),
                   textcoords="offset points")  # fmt: skip
-    axes.set(xscale="log", yscale="log", ylabel="score: GMACs, and what they count")
+    is_known = best.top1_pct is not None
+    what = "zero-shot top-1 (%)" if is_known else "score: GMACs, and what they count"
+    axes.set(xscale="log", yscale="linear" if is_known else "log", ylabel=what)
     axes.set_xlabel(f"estimated latency on {report.target}, {report.precision} (ms)")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=120, format="png")

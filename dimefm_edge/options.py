@@ -15,7 +15,8 @@ from tyro.conf import Positional
 
 from dimefm_edge import config as config_file
 from dimefm_edge.bench_config import BenchConfig
-from dimefm_edge.config import DemoConfig, RunConfig
+from dimefm_edge.config import RunConfig
+from dimefm_edge.demo_config import DemoConfig
 from dimefm_edge.student_grid import FAMILIES
 
 O = TypeVar("O", bound="CommonOptions")  # noqa: E741
@@ -88,6 +89,12 @@ class FitOptions(CommonOptions):
         "image_size": "student.image_size",
         "max_memory_mib": "student.max_memory_mib",
     }
+
+    elastic: str | None = None
+    """A run of `distill --elastic`: choose among the students within it, by their top-1, with its
+    target and settings where flags give none."""
+    out: Path | None = None
+    """Take the student that was chosen out of the elastic run, as a run of its own, here."""
 
     target: str = RunConfig.target
     """Device, with or without a power mode: jetson-orin@30w."""

@@ -2,7 +2,7 @@
 
     target + budget -> fit -> StudentSpec
     images, sentences -> teacher -> embedding store
-    StudentSpec + store -> distill (-> train in int8) (-> a text student) -> checkpoint
+    StudentSpec + store -> distill (-> cuts) (-> train in int8) (-> a text student) -> checkpoint
     checkpoint -> export -> bundle -> measured, reported
 
 Read `run` first; every step below it is also a command of its own.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -30,6 +31,7 @@ from dimefm_edge import config as config_file
 from dimefm_edge.batches import DistillData
 from dimefm_edge.choice import choose_student, inherited_by, keep_choice
 from dimefm_edge.config import RunConfig, StudentConfig
+from dimefm_edge.cuts import NUM_BATCHES, Cut, cut_rows, elastic_stage, keep_cuts
 from dimefm_edge.data.images import ImagePool, open_images, open_labelled
 from dimefm_edge.data.sentences import open_sentences
 from dimefm_edge.distill import distill
@@ -56,7 +58,10 @@ from dimefm_edge.prepare import embed_pools, open_data
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.report import RunReport
 from dimefm_edge.runtime import Bundle
-from dimefm_edge.students import StudentSpec, build_student, save_student
+from dimefm_edge.sides import training_inputs
+from dimefm_edge.student_grid import elastic_cuts
+from dimefm_edge.students import StudentSpec, build_student, load_student, save_student
+from dimefm_edge.students.elastic import ElasticStudent
 from dimefm_edge.students.inherit import inherit_from_teacher
 from dimefm_edge.students.text_checkpoint import load_text_student
 from dimefm_edge.targets import LOCAL, Target, load_target
@@ -126,18 +131,24 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     inherited = inherited_by(run_dir, inherited, keep=ranks.is_main)
     evaluate = Scorer(eval_sets, banks, preprocess) if eval_sets else None
     metadata = _metadata(config, teacher)
+    specs = elastic_cuts(fit.chosen) if config.student.elastic else ()
     with clock("train"):
         trained = distill(
-            student,
+            ElasticStudent(student, specs, seed=config.train.seed) if specs else student,
             data,
             loss=config.loss,
-            train=config.train,
+            train=elastic_stage(config.train) if specs else config.train,
             run_dir=run_dir,
             save_weights=_Saver(fit.chosen, preprocess, metadata),
             evaluate=evaluate,
             resume=resume,
             ranks=ranks,
         )
+    cuts: tuple[Cut, ...] = ()
+    if specs and ranks.is_main:
+        with clock("score cuts"):
+            seen = functools.partial(training_inputs, data, config.loss, config.train, NUM_BATCHES)
+            cuts = keep_cuts(run_dir, specs, seen, evaluate)
     trained_int8 = None
     if ranks.is_main:
         images = _some_images(pool, data, preprocess, is_int8=config.quant.is_int8)
@@ -234,6 +245,8 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         int8_training=dataclasses.asdict(trained_int8) if trained_int8 else None,
         exported_ms=_exported_ms(bundles, target, latencies[1]),
         text=text,
+        cuts=cut_rows(cuts, target),
+        init_from=config.student.init_from,
     )
     _write_report(report, run_dir)
     return report
@@ -281,6 +294,8 @@ def _open_run(config: RunConfig, fit: FitReport | None, *, resume: bool, ranks: 
 def _initial_student(
     student: StudentConfig, spec: StudentSpec, teacher: Teacher, *, seed: int
 ) -> tuple[nn.Module, tuple[str, ...]]:
+    if student.init_from is not None:
+        return load_student(student.init_from).student, ()
     torch.manual_seed(seed)
     module = build_student(spec, pretrained=student.init == "pretrained")
     if student.init in ("random", "pretrained"):
@@ -312,6 +327,7 @@ class _Saver:
     metadata: dict[str, str]
 
     def __call__(self, path: Path, module: nn.Module) -> None:
+        module = module.student if isinstance(module, ElasticStudent) else module
         save_student(path, module, self.spec, self.preprocess, self.metadata)
 
 

@@ -144,6 +144,19 @@ class TextReport:
 
 
 @dataclass(frozen=True)
+class CutRow:
+    """A smaller student within an elastic one, in PyTorch."""
+
+    name: str
+    params_m: float
+    gmacs: float
+    target_ms: float
+    """Of one image, estimated."""
+    top1_pct: dict[str, float]
+    """Zero-shot, by test set."""
+
+
+@dataclass(frozen=True)
 class RunReport:
     """The outcome of `dimefm-edge distill`.
 
@@ -178,6 +191,10 @@ class RunReport:
     """One image on the target, estimated from the exported graph; on `local`, measured."""
     text: TextReport | None = None
     """Where a text student was asked for."""
+    cuts: tuple[CutRow, ...] = ()
+    """Of an elastic student, the smallest first, itself last."""
+    init_from: str | None = None
+    """The run whose student was trained on."""
 
     @property
     def is_local(self) -> bool:
@@ -239,6 +256,7 @@ class RunReport:
                 f"{model.target_high_ms:.2g}) |"
             )
         lines += _precision_lines(self.precisions)
+        lines += _cut_lines(self.cuts)
         lines += self.text.lines() if self.text else []
         parity = self.parity
         lines += [
@@ -260,13 +278,12 @@ class RunReport:
             f"images/s, data wait {self.training['data_wait_pct']:.1f}%; "
             f"{self.data['num_images']} images ({self.data['num_bad']} unreadable), "
             f"{self.data['num_texts']} sentences.",
-            f"- Initial weights: {len(self.inherited)} tensors from the teacher."
-            if self.inherited
-            else "- Initial weights: random.",
+            f"- Initial weights: {self._initial_weights()}.",
             "- Time: "
             + ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
             + ".",
             *self._int8_lines(),
+            *self._cut_notes(),
             *(self.text.notes() if self.text else []),
             f"- Bundle: `{self.bundle}`",
             "",
@@ -278,6 +295,19 @@ class RunReport:
             return ""
         how = "measured" if self.is_local else "estimated"
         return f", the exported graph {how} at {self.exported_ms:.3g} ms"
+
+    def _initial_weights(self) -> str:
+        if self.init_from is not None:
+            return f"those of `{self.init_from}`"
+        return f"{len(self.inherited)} tensors from the teacher" if self.inherited else "random"
+
+    def _cut_notes(self) -> list[str]:
+        if not self.cuts:
+            return []
+        return [
+            f"- {len(self.cuts) - 1} smaller students lie within this one: `dimefm-edge fit "
+            f"--elastic {self.run_dir} --latency-ms MS --out FOLDER` takes the best one out."
+        ]
 
     def _int8_lines(self) -> list[str]:
         lines = []
@@ -314,6 +344,26 @@ def _precision_lines(rows: tuple[PrecisionRow, ...]) -> list[str]:
             + "".join(f"{row.top1_pct[name]:.1f}% | " for name in sets)
             + f"{row.mean_cosine:.5f} | {row.size_mib:.2f} MiB | {row.here_p50_ms:.2f} ms "
             f"| {row.integer_products} of {total} products |"
+        )
+    return lines
+
+
+def _cut_lines(rows: tuple[CutRow, ...]) -> list[str]:
+    if not rows:
+        return []
+    sets = list(rows[0].top1_pct)
+    lines = [
+        "",
+        "| students within | "
+        + "".join(f"{_cell(name)} top-1 | " for name in sets)
+        + "parameters | GMACs | estimate on the target |",
+        "|---|" + "---:|" * (len(sets) + 3),
+    ]
+    for row in rows:
+        lines.append(
+            f"| {_cell(row.name)} | "
+            + "".join(f"{row.top1_pct[name]:.1f}% | " for name in sets)
+            + f"{row.params_m:.2f} M | {row.gmacs:.3f} | {row.target_ms:.3g} ms |"
         )
     return lines
 

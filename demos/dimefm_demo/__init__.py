@@ -9,6 +9,6 @@ Built on the public API of `dimefm_edge`; gradio and faiss come with its extra `
 from __future__ import annotations
 
 from dimefm_demo.server import serve, serving
-from dimefm_edge.config import DemoConfig
+from dimefm_edge.demo_config import DemoConfig
 
 __all__ = ["DemoConfig", "serve", "serving"]

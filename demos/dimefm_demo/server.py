@@ -16,7 +16,7 @@ from dimefm_demo.limits import body_limit
 from dimefm_demo.model_specs import find_models
 from dimefm_demo.models import Models, check_samples
 from dimefm_demo.search import ServerIndexes
-from dimefm_edge.config import DemoConfig
+from dimefm_edge.demo_config import DemoConfig
 from dimefm_edge.errors import InputError, MissingExtraError
 
 logger = logging.getLogger(__name__)

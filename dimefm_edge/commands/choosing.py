@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dimefm_edge.commands.outcome import Outcome
-from dimefm_edge.errors import InputError, lookup
+from dimefm_edge.errors import BudgetError, InputError, lookup
 from dimefm_edge.tables import format_table
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         FitOptions,
         TargetsOptions,
     )
+    from dimefm_edge.students import StudentSpec
     from dimefm_edge.targets import Target
 
 
@@ -200,9 +201,12 @@ def run_fit(options: FitOptions) -> Outcome:
     from dimefm_edge.latency.calibrate import measure_student
     from dimefm_edge.targets import LOCAL, load_target
 
+    if options.elastic is None and options.out is not None:
+        raise InputError("--out takes a student out of a run", hint="--elastic RUN")
     side, embed_dim = options.image_size, options.embed_dim
     from_teacher: dict[str, Any] = {}
-    if options.teacher is not None:
+    given = _cuts(options) if options.elastic else ()
+    if options.teacher is not None and not (given and options.latency_ms):
         from dimefm_edge.choice import teacher_facts
         from dimefm_edge.teacher import load_teacher
 
@@ -210,19 +214,32 @@ def run_fit(options: FitOptions) -> Outcome:
         side, embed_dim = side or teacher.preprocess.image_size, embed_dim or teacher.embed_dim
         from_teacher = teacher_facts(teacher)
     target = load_target(options.target)
-    report = fit_student(
-        target,
-        latency_ms=options.latency_ms,
-        image_size=side or _DEFAULT_IMAGE_SIZE,
-        embed_dim=embed_dim or _DEFAULT_EMBED_DIM,
-        precision=options.precision,
-        families=options.families,
-        max_memory_mib=options.max_memory_mib,
-        measure=measure_student if target.name == LOCAL else None,
-        **from_teacher,
-    )
+    try:
+        report = fit_student(
+            target,
+            latency_ms=options.latency_ms,
+            image_size=side or _DEFAULT_IMAGE_SIZE,
+            embed_dim=embed_dim or _DEFAULT_EMBED_DIM,
+            precision=options.precision,
+            families=options.families,
+            given=given,
+            max_memory_mib=options.max_memory_mib,
+            measure=measure_student if target.name == LOCAL else None,
+            **from_teacher,
+        )
+    except BudgetError as error:
+        if given:
+            error.hint = f"{error.hint} --elastic {options.elastic}"
+        raise
     if options.plot is not None:
         plot_fit(report, options.plot)
+    if options.elastic is not None and options.out is not None:
+        from dimefm_edge.cuts import save_cut
+
+        save_cut(
+            options.elastic, report.chosen, options.out,
+            target=report.target, latency_ms=report.budget_ms,
+        )  # fmt: skip
     best = report.chosen_candidate
     was_measured = {c for c in report.candidates if c.measured_ms}
     shown = sorted({best, *was_measured, *report.pareto}, key=lambda c: c.latency_ms)
@@ -243,13 +260,31 @@ def run_fit(options: FitOptions) -> Outcome:
         for c in shown
     ]
     headers = (
-        "", "student", "params M", "GMACs", "score", "MiB", "estimate ms", "interval ms",
-        "measured ms", "inherits", "fits",
+        "", "student", "params M", "GMACs", "score" if best.top1_pct is None else "top-1 %", "MiB",
+        "estimate ms", "interval ms", "measured ms", "inherits", "fits",
     )  # fmt: skip
     text = (
         f"{format_table(headers, rows)}\n\n* chosen for {report.target} {report.precision}, budget "
         f"{report.budget_ms:.3g} ms; the other rows are the Pareto front of "
         f"{len(report.candidates)} students"
     )
-    values = report.to_dict() | {"plot": str(options.plot) if options.plot else None}
+    if options.out is not None:
+        text += f"\n{options.out}: the student as a run; next: dimefm-edge export {options.out}"
+    values = report.to_dict() | {
+        "plot": str(options.plot) if options.plot else None,
+        "out": str(options.out) if options.out else None,
+    }
     return Outcome(values, text)
+
+
+def _cuts(options: FitOptions) -> tuple[tuple[StudentSpec, float | None], ...]:
+    """The students within an elastic run, with their top-1."""
+    from dimefm_edge.cuts import load_cuts
+
+    run = load_cuts(options.elastic or "")
+    of_run = {"image_size": run.loaded.spec.image_size, "embed_dim": run.loaded.spec.embed_dim}
+    for name, value in of_run.items():
+        if getattr(options, name) not in (None, value):
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag}: the run's is {value}", hint=f"drop {flag}")
+    return tuple((cut.spec, cut.top1_pct) for cut in run.cuts)

@@ -1,6 +1,7 @@
 """A small, real distillation for tests, also run as a process of its own.
 
-    python distill_case.py RUN_DIR [--steps N] [--save-every N] [--pause S] [--resume] [--text]
+    python distill_case.py RUN_DIR [--steps N] [--save-every N] [--pause S] [--resume]
+        [--text | --int8 | --elastic]
 
 `--text` distils a text student. Under torchrun it is one rank. Stores, pixels, tokens and students
 depend on nothing but fixed seeds.
@@ -20,6 +21,7 @@ from torch import nn
 
 from dimefm_edge.batches import DistillData
 from dimefm_edge.config import LossConfig, TextStudentConfig, TrainConfig
+from dimefm_edge.cuts import elastic_stage
 from dimefm_edge.data.neighbours import NeighbourTable
 from dimefm_edge.data.pairs import Pairs
 from dimefm_edge.data.sentences import open_sentences
@@ -29,7 +31,9 @@ from dimefm_edge.data.views import Views, ViewSpec
 from dimefm_edge.distill import DistillReport, distill
 from dimefm_edge.distributed import join_ranks, leave_ranks
 from dimefm_edge.preprocess import PreprocessSpec
+from dimefm_edge.student_grid import elastic_cuts
 from dimefm_edge.students import build_student, vit_spec
+from dimefm_edge.students.elastic import ElasticStudent
 from dimefm_edge.students.text import TextSpec, TextStudent
 from dimefm_edge.teacher import SAMPLE_DIR
 from dimefm_edge.text_batches import TextData
@@ -140,6 +144,7 @@ def run_case(
     data: DistillData | TextData | None = None,
     is_int8: bool = False,
     is_text: bool = False,
+    is_elastic: bool = False,
 ) -> DistillReport:
     """Distil the fixed case into `run_dir`; `pause_s` slows every evaluation down."""
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -159,6 +164,8 @@ def run_case(
         from dimefm_edge.quantize.qat import qat_prepare
 
         student = qat_prepare(student, image_size=SIDE, rules_name="onnxruntime-x86-avx2")
+    if is_elastic:
+        student, train = ElasticStudent(student, elastic_cuts(SPEC)), elastic_stage(train)
     return distill(
         student,
         data or make(run_dir.parent / "store"),
@@ -185,6 +192,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--int8", action="store_true")
     parser.add_argument("--text", action="store_true")
+    parser.add_argument("--elastic", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     train = dataclasses.replace(
@@ -192,7 +200,7 @@ def main() -> None:
     )
     run_case(
         args.run_dir, train=train, resume=args.resume, pause_s=args.pause, is_int8=args.int8,
-        is_text=args.text,
+        is_text=args.text, is_elastic=args.elastic,
     )  # fmt: skip
     leave_ranks()
 

@@ -10,8 +10,9 @@ import pytest
 from dimefm_edge import choice
 from dimefm_edge.choice import inherited_by
 from dimefm_edge.config import RunConfig, StudentConfig
-from dimefm_edge.errors import CheckpointError
+from dimefm_edge.errors import BudgetError, CheckpointError, ConfigError
 from dimefm_edge.run_log import STATE_FILE
+from dimefm_edge.students import build_student, load_student, save_student, student_spec
 from dimefm_edge.targets import load_target
 from dimefm_edge.teacher import load_teacher
 
@@ -45,11 +46,13 @@ def test_who_does_not_inherit_is_not_chosen_for_it(config):
         assert any(c.inherits for c in found.candidates) == inherits
 
 
-@pytest.mark.parametrize("changed", ["student", "latency_ms", "max_memory_mib", "image_size"])
+@pytest.mark.parametrize(
+    "changed", ["student", "latency_ms", "max_memory_mib", "image_size", "elastic"]
+)
 def test_other_settings_are_refused(config, changed):
     target, teacher = load_target("jetson-orin"), load_teacher(config.teacher)
     choice.keep_choice(choice.choose_student(config, target, teacher), config)
-    value = "vit-nano" if changed == "student" else 64
+    value = {"student": "vit-nano", "elastic": True}.get(changed, 64)
     student = dataclasses.replace(config.student, **{changed: value})
     with pytest.raises(CheckpointError, match=rf"cannot resume .*{changed} was .* and is {value}"):
         choice.choose_student(dataclasses.replace(config, student=student), target, teacher)
@@ -91,3 +94,52 @@ def test_what_was_inherited_is_told_as_it_was(tmp_path):
     assert inherited_by(old, trunk, keep=True) == ()
     assert inherited_by(old, layers, keep=True) == layers
     assert not (old / "inherited.json").exists()
+
+
+def test_a_choice_from_before_there_were_elastic_students_is_read(config, tmp_path):
+    target, teacher = load_target("jetson-orin"), load_teacher(config.teacher)
+    first = choice.choose_student(config, target, teacher)
+    choice.keep_choice(first, config)
+    path = tmp_path / "fit.json"
+    values = json.loads(path.read_text())
+    del values["asked"]["init_from"], values["asked"]["elastic"]
+    path.write_text(json.dumps(values))
+    assert choice.choose_student(config, target, teacher) == first
+
+
+def test_a_run_to_go_on_from_is_the_choice(config, tiny_run_dir):
+    target, teacher = load_target("jetson-orin"), load_teacher(config.teacher)
+    student = StudentConfig(init_from=str(tiny_run_dir))
+    found = choice.choose_student(dataclasses.replace(config, student=student), target, teacher)
+    assert found.chosen == load_student(tiny_run_dir).spec
+    assert len(found.candidates) == 1
+    strict = dataclasses.replace(student, latency_ms=1e-4)
+    with pytest.raises(BudgetError, match="no student meets"):
+        choice.choose_student(dataclasses.replace(config, student=strict), target, teacher)
+
+
+def test_a_run_of_another_teacher_is_refused(config, tmp_path):
+    target, teacher = load_target("jetson-orin"), load_teacher(config.teacher)
+    spec = student_spec("vit-p16-w32-d2", image_size=32, embed_dim=24)
+    path = tmp_path / "other" / "checkpoint.safetensors"
+    save_student(path, build_student(spec), spec, teacher.preprocess, {})
+    student = StudentConfig(init_from=str(path))
+    with pytest.raises(ConfigError, match=r"has embeddings of 24 numbers, teacher .* of 16"):
+        choice.choose_student(dataclasses.replace(config, student=student), target, teacher)
+
+
+def test_an_elastic_student_is_one_that_has_cuts(config):
+    target, teacher = load_target("jetson-orin"), load_teacher(config.teacher)
+    student = StudentConfig(student="vit-p8-w32-d2", elastic=True)
+    with pytest.raises(ConfigError, match="it has no smaller one"):
+        choice.choose_student(dataclasses.replace(config, student=student), target, teacher)
+
+
+def test_timms_heirs_are_not_looked_at_for_an_elastic_student(monkeypatch, tiny_teacher_dir):
+    monkeypatch.setattr(choice, "can_inherit", lambda spec, tower: True)
+    teacher = load_teacher(str(tiny_teacher_dir))
+    spec = student_spec("timm:resnet18", image_size=64, embed_dim=16)
+    assert choice.teacher_facts(teacher)["can_inherit"](spec)
+    facts = choice.teacher_facts(teacher, is_elastic=True)
+    assert not facts["can_inherit"](spec)
+    assert facts["can_inherit"](student_spec("hybrid-nano", image_size=64, embed_dim=16))

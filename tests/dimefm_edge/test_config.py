@@ -145,3 +145,18 @@ def test_saving_leaves_none_out(tmp_path):
     path = Path(tmp_path, "run.toml")
     save(RunConfig(), path)
     assert "store" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("own", "flag"),
+    [
+        ({"student": "vit"}, "student"),
+        ({"init": "random"}, "init"),
+        ({"image_size": 64}, "image-size"),
+    ],
+)
+def test_a_student_that_is_trained_on_brings_its_own_shape(own, flag):
+    with pytest.raises(ConfigError, match="init_from brings its own") as caught:
+        StudentConfig(init_from="runs/cut", **own)
+    assert caught.value.hint == f"drop --{flag}"
+    assert StudentConfig(init_from="runs/cut", latency_ms=2.0).init_from == "runs/cut"

@@ -109,8 +109,8 @@ def test_two_runs_are_bitwise_equal(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "flags",
-    [(), ("--text",), pytest.param(("--int8",), marks=pytest.mark.slow)],
-    ids=["float", "text", "int8"],
+    [(), ("--text",), ("--elastic",), pytest.param(("--int8",), marks=pytest.mark.slow)],
+    ids=["float", "text", "elastic", "int8"],
 )
 def test_kill_9_and_resume_equals_an_uninterrupted_run(
     tmp_path: Path, flags: tuple[str, ...]
@@ -255,6 +255,23 @@ def test_two_ranks_equal_one_process_of_the_double_batch(
     rows = [[r for r in read_metrics(tmp_path / n) if "loss" in r] for n in ("one", "two")]
     losses = [[r["loss"] for r in part] for part in rows]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_two_ranks_train_one_elastic_student(tmp_path: Path) -> None:
+    """Their micro-batches are not one process's, but every step's cuts are, and its losses near."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            case.__file__, str(tmp_path / "two"), "--elastic",
+        ],
+        env=environment, check=True, capture_output=True, timeout=180,
+    )  # fmt: skip
+    case.run_case(tmp_path / "one", is_elastic=True)
+    rows = [[r for r in read_metrics(tmp_path / n) if "loss" in r] for n in ("one", "two")]
+    losses = [[r["loss"] for r in part] for part in rows]
+    assert len(losses[1]) == 12
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.05)
 
 
 def test_an_int8_student_trains_with_ranges_that_saw_images_first(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from dimefm_edge.errors import BudgetError, ConfigError, UnknownNameError
 from dimefm_edge.fit import TEACHER_GMACS_SHARE, FitReport, fit_student, plot_fit
 from dimefm_edge.latency.estimate import estimate_latency, total_gmacs, trace_ops
 from dimefm_edge.latency.trace import trace_student
+from dimefm_edge.students import student_spec
 from dimefm_edge.students.vit import vit_geometry
 from dimefm_edge.targets import load_target
 
@@ -192,3 +193,22 @@ def test_a_budget_that_no_measured_student_meets_names_what_would_do():
             measure=lambda spec, precision: 50.0,
         )  # fmt: skip
     assert caught.value.hint == "dimefm-edge fit --target local@measured --latency-ms 50"
+
+
+def test_trained_students_are_ranked_by_what_they_are_known_to_score(tmp_path):
+    names = ("vit-p8-w64-d2", "vit-p8-w128-d2", "vit-p8-w128-d4")
+    specs = [student_spec(name, image_size=64, embed_dim=64) for name in names]
+    given = tuple(zip(specs, (30.0, 20.0, 40.0), strict=True))
+    sizes = {"image_size": 64, "embed_dim": 64}
+    report = fit_student("jetson-orin", latency_ms=50.0, given=given, **sizes)
+    assert [c.spec for c in report.candidates] == specs
+    assert report.chosen == specs[2]
+    assert [c.spec for c in report.pareto] == [specs[0], specs[2]]
+    assert FitReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    between = (report.candidates[1].latency_ms + report.candidates[2].latency_ms) / 2
+    assert fit_student("jetson-orin", latency_ms=between, given=given, **sizes).chosen == specs[0]
+    unknown = tuple((spec, None) for spec in specs)
+    found = fit_student("jetson-orin", latency_ms=between, given=unknown, **sizes)
+    assert found.chosen == specs[1]  # by the stand-in
+    plot_fit(report, tmp_path / "fit.png")
+    assert (tmp_path / "fit.png").stat().st_size > 1000

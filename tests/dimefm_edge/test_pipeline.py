@@ -362,3 +362,75 @@ def test_as_a_function(tiny_teacher_dir, images, texts, tmp_path):
     assert load(tmp_path / "run" / "config.toml", RunConfig) == resolve(config)
     with pytest.raises(ConfigError, match="already holds a run"):
         run(config)
+
+
+@pytest.fixture(scope="module")
+def elastic_run(
+    tiny_teacher_dir: Path, images: Path, texts: Path, labelled_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:  # fmt: skip
+    """A run of `--elastic`. Do not change it."""
+    out = tmp_path_factory.mktemp("elastic") / "run"
+    words = _words(
+        teacher=tiny_teacher_dir, images=images, texts=texts, labelled=labelled_dir, out=out
+    )
+    words = _replaced(words, "--student", "convnet-w8-d1.1.1.1")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert cli.main([*words, "--elastic"]) == 0
+    assert "| students within |" in printed.getvalue()
+    return out
+
+
+def test_an_elastic_run_holds_scored_students(elastic_run, labelled_dir):
+    report = json.loads((elastic_run / "report.json").read_text())
+    names = [row["name"] for row in report["cuts"]]
+    assert names == ["convnet-w4-d1.1.1.1", "convnet-w8-d1.1.1.1"]
+    assert all(0 <= row["top1_pct"][labelled_dir.name] <= 100 for row in report["cuts"])
+    assert report["student"]["name"] == names[-1]
+    assert report["training"]["steps"] == 6
+    assert report["training"]["epochs"] == pytest.approx(6 * 3 * 8 / 40)
+
+
+def test_fit_takes_a_student_out_that_every_command_takes(elastic_run, tmp_path, capsys):
+    small, tuned = tmp_path / "small", tmp_path / "tuned"
+    fit = ["fit", "--elastic", str(elastic_run), "--latency-ms"]
+    report = json.loads((elastic_run / "report.json").read_text())
+    least, most = (row["target_ms"] for row in report["cuts"])
+    code, values = _run_json([*fit, str((least + most) / 2), "--out", str(small)], capsys)
+    assert code == 0
+    assert values["chosen"]["name"] == "convnet-w4-d1.1.1.1"
+    assert values["out"] == str(small)
+    assert len(values["candidates"]) == 2
+    scored = {c["spec"]["name"]: c["top1_pct"] for c in values["candidates"]}
+    assert scored == {row["name"]: next(iter(row["top1_pct"].values())) for row in report["cuts"]}
+    code, values = _run_json(["eval", str(small)], capsys)
+    assert code == 0
+    (row,) = values["results"]
+    assert row["top1_pct"] == pytest.approx(scored["convnet-w4-d1.1.1.1"])
+    assert cli.main(["export", str(small), "--json"]) == 0
+    capsys.readouterr()
+    words = ["distill", "--config", str(small / "config.toml"), "--out", str(tuned), "--steps", "2"]
+    code, values = _run_json(words, capsys)
+    assert code == 0
+    assert values["student"]["name"] == "convnet-w4-d1.1.1.1"
+    assert values["init_from"] == str(small)
+    assert not values["cuts"]
+    assert not (tuned / "store").exists()  # the elastic run's serves
+
+
+def test_fit_says_what_is_wrong_with_an_elastic_run(elastic_run, run_dir, tmp_path, capsys):
+    fit = ["fit", "--latency-ms", "1", "--elastic"]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine").touch()
+    for words, code, expected in (
+        ([*fit, str(run_dir)], 2, "holds no smaller students"),
+        ([*fit, str(tmp_path / "gone")], 2, "no checkpoint at"),
+        ([*fit, str(elastic_run), "--image-size", "64"], 2, "--image-size: the run's is 32"),
+        ([*fit, str(elastic_run), "--out", str(out)], 2, "is there already"),
+        (["fit", "--out", str(out)], 2, "--elastic RUN"),
+        ([*fit[:2], "0.0001", "--elastic", str(elastic_run)], 3, f"--elastic {elastic_run}"),
+    ):
+        assert cli.main(words) == code
+        assert expected in capsys.readouterr().err
+    assert [p.name for p in out.iterdir()] == ["mine"]

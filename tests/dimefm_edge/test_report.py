@@ -11,6 +11,7 @@ import pytest
 from dimefm_edge.evaluate.zero_shot import ZeroShotReport
 from dimefm_edge.report import (
     AccuracyRow,
+    CutRow,
     ModelRow,
     PrecisionRow,
     RunReport,
@@ -223,3 +224,24 @@ def test_a_text_side_beside_an_int8_student_is_said_to_be_in_float():
 
 def test_without_int8_nothing_is_said_of_it():
     assert "int8" not in make().to_markdown()
+
+
+def test_students_within_are_shown_with_the_command_that_takes_one_out():
+    rows = (
+        CutRow("s", 0.5, 0.01, 0.31, {"a|b": 70.04}),
+        CutRow("l", 1.5, 0.07, 0.6, {"a|b": 80.0}),
+    )
+    page = make(cuts=rows).to_markdown()
+    assert tables(page)[2] == [
+        ["students within", r"a\|b top-1", "parameters", "GMACs", "estimate on the target"],
+        ["---", "---:", "---:", "---:", "---:"],
+        ["s", "70.0%", "0.50 M", "0.010", "0.31 ms"],
+        ["l", "80.0%", "1.50 M", "0.070", "0.6 ms"],
+    ]
+    assert "- 1 smaller students lie within" in page
+    assert "`dimefm-edge fit --elastic runs/a --latency-ms MS --out FOLDER`" in page
+    assert "within" not in make().to_markdown()
+
+
+def test_a_student_that_was_trained_on_says_of_what():
+    assert "- Initial weights: those of `runs/b`.\n" in make(init_from="runs/b").to_markdown()
