@@ -23,6 +23,10 @@ the least disturbed run (on a busy machine fp32 suffers more, and int8 looks bet
   fifths of the loss (1 - cosine) of the sample teacher, for 1% of ViT-B/32's time. It stays float.
 - Q/DQ on residual adds, norms and GELU, as quantize_static puts them, win no time and lose
   accuracy: 0.9970 for 0.9998 on the sample teacher, 0.912 on ViT-B/32 with random weights.
+- GELU between two convolutions, x * sigmoid(1.702 x) in integers: ONNX Runtime looks the sigmoid up
+  in a table, half the time of going to float and back (0.49 for 1.04 ns an element on a Xeon with
+  VNNI), and the graph is as near to fp32 as it was. Behind a MatMul, which answers in float, it
+  would win nothing.
 - MatMul + Add takes as long as Reshape, Gemm with an int32 bias, Reshape: MatMul stays MatMul.
 - Percentile (one value in 1e5 clipped on each side), MSE and min-max are alike by the rules of
   ONNX Runtime; by TensorRT's, on the sample teacher, they give 0.99888, 0.99883 and 0.99852.
@@ -76,6 +80,8 @@ class QuantRules:
     calibration: CalibrationMethod = "percentile"
     is_weight_per_channel: bool = True
     """Whether each output channel has a scale of its own, or the weight one in all."""
+    has_integer_sigmoid: bool = False
+    """Whether a GELU between two integer kernels is made of the integer sigmoid."""
     conv_min_channels: int = 1
     """Convolutions with fewer, in a group or out, stay float."""
     conv_max_taps: float = math.inf
@@ -131,6 +137,7 @@ def _onnxruntime(
         is_stem_quantized=False,
         is_bias_quantized=True,
         output_op_types=("Conv",),
+        has_integer_sigmoid=True,
         min_cosine=0.99,
         sources=(*sources, _ORT_FUSIONS),
     )

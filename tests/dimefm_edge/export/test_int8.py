@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import helper, numpy_helper
@@ -17,7 +18,7 @@ from dimefm_edge.export.int8 import quantize_graph
 from dimefm_edge.export.integer_kernels import quantized_products
 from dimefm_edge.export.quant_rules import QUANT_RULES
 from dimefm_edge.runtime.onnxruntime import load_session
-from dimefm_edge.targets.cpu import int8_products_saturate
+from dimefm_edge.targets.cpu import int8_products_saturate, unwanted_rewrites
 from tests.dimefm_edge.export.int8_case import (
     FAMILIES,
     cosines,
@@ -27,6 +28,7 @@ from tests.dimefm_edge.export.int8_case import (
     scenes,
 )
 
+X86 = QUANT_RULES["onnxruntime-x86"]
 AVX2 = QUANT_RULES["onnxruntime-x86-avx2"]
 ARM = QUANT_RULES["onnxruntime-arm"]
 TENSORRT = QUANT_RULES["tensorrt"]
@@ -390,3 +392,96 @@ def test_activations_that_are_not_finite():
     model = hand_made(nodes, {"w": normal(4, 4)}, shape=["B", 4], out=["B", 4])
     with pytest.raises(ExportError, match=r"activation 'x' is not finite on one of .* number 0 on"):
         quantize_graph(model, -np.ones((2, 4), np.float32), rules=AVX2)
+
+
+# ------------------------------------------------------------------------------- GELU
+
+
+def gelu_graph(*, before: str = "Conv", behind: str = "Conv", is_read_twice: bool = False):
+    """A stem, `before`, GELU, `behind`: what is no convolution leaves its side in float."""
+    ends = {"Conv": lambda x, w, y: helper.make_node("Conv", [x, w], [y], f"of_{w}"),
+            "Softsign": lambda x, w, y: helper.make_node("Softsign", [x], [y])}  # fmt: skip
+    nodes = [
+        helper.make_node("Conv", ["image", "w0"], ["s"], "stem"),
+        ends[before]("s", "w1", "a"),
+        helper.make_node("Gelu", ["a"], ["b"], "gelu"),
+        ends[behind]("b", "w2", "c"),
+        helper.make_node("Add", ["c", "b" if is_read_twice else "s"], ["d"]),
+        helper.make_node("Conv", ["d", "w3"], ["image_embeds"], "last"),
+    ]
+    weights = {"w0": normal(8, 3, 1, 1)} | {f"w{i}": normal(8, 8, 1, 1) / 2 for i in (1, 2, 3)}
+    return hand_made(nodes, weights, shape=["B", 3, 32, 32], out=["B", 8, 32, 32])
+
+
+@pytest.mark.parametrize("rules", [X86, AVX2, ARM], ids=lambda rules: rules.name)
+def test_gelu_between_integers_is_made_of_them(rules, tmp_path):
+    model = gelu_graph()
+    wanted = flat(model)
+    found = quantize_graph(model, scenes(4), rules=rules)
+    onnx.checker.check_model(found, full_check=True)
+    assert count(found)["Gelu"] == 0
+    assert count(found)["Sigmoid"] == 1
+    answers = flat(found, is_exact=True)
+    in_float = quantize_graph(model, scenes(4), rules=replace(rules, has_integer_sigmoid=False))
+    assert count(in_float)["Gelu"] == 1
+    lost, lost_in_float = (1 - cosines(a, wanted).mean() for a in (answers, flat(in_float)))
+    assert lost < 0.003
+    assert lost < 1.25 * lost_in_float
+    assert cosines(answers, flat(found, is_simulated=True)).min() > 0.9999
+    onnx.save(found, str(tmp_path / "int8.onnx"))
+    kinds = Counter(node.op_type for node in load_optimised(tmp_path / "int8.onnx").graph.node)
+    assert (kinds["QLinearSigmoid"], kinds["QLinearMul"], kinds["Gelu"]) == (1, 1, 0)
+
+
+def flat(model: onnx.ModelProto, **how: bool) -> np.ndarray:
+    """One row an image."""
+    return run(model, scenes(4), **how).reshape(4, -1)
+
+
+def load_optimised(path) -> onnx.ModelProto:
+    """The graph that ONNX Runtime makes of another, as our loader asks it."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path.with_name("optimised.onnx"))
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.add_session_config_entry("session.qdqisint8allowed", "1")  # as it is on Arm
+    onnxruntime.InferenceSession(
+        str(path), options, providers=["CPUExecutionProvider"],
+        disabled_optimizers=unwanted_rewrites("int8"),
+    )  # fmt: skip
+    return onnx.load(str(path.with_name("optimised.onnx")))
+
+
+def run_all(model, images):
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    names = [value.name for value in session.get_outputs()]
+    return dict(zip(names, session.run(names, {"image": images}), strict=True))
+
+
+def test_gelu_in_integers_is_gelu_within_its_steps():
+    """Every integer that a convolution may answer, by ONNX Runtime's table and by torch."""
+    model = gelu_graph()
+    found = quantize_graph(model, scenes(4), rules=X86)
+    for value in ("a", "b_share_dequantized", "b"):
+        found.graph.output.append(helper.make_tensor_value_info(value, 1, None))
+    answers = run_all(found, scenes(4))
+    exact = torch.nn.functional.gelu(torch.from_numpy(answers["a"]))
+    step = float(weight(found, "b_scale"))
+    assert float((torch.from_numpy(answers["b"]) - exact).abs().max()) < 0.021 + step
+    assert 0 <= answers["b_share_dequantized"].min() < answers["b_share_dequantized"].max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "rules"),
+    [
+        ({"before": "Softsign"}, X86),
+        ({"behind": "Softsign"}, X86),
+        ({"is_read_twice": True}, X86),
+        ({}, TENSORRT),
+    ],
+)
+def test_gelu_with_a_neighbour_in_float_stays(shape, rules):
+    found = count(quantize_graph(gelu_graph(**shape), scenes(4), rules=rules))
+    assert (found["Gelu"], found["Sigmoid"]) == (1, 0)
