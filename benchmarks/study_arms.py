@@ -178,6 +178,12 @@ STUDIES: dict[str, dict[str, Arm]] = {
                 "vit-p8-w192-d2",
                 "vit-p8-w192-d3",
                 "vit-p8-w192-d4",
+                "vit-p8-w64-d4",
+                "vit-p8-w64-d8",
+                "vit-p8-w96-d2",
+                "vit-p8-w96-d4",
+                "vit-p8-w96-d8",
+                "vit-p8-w128-d4",
             )
         },
     },

@@ -55,14 +55,16 @@ Grid = Callable[[int, int, "dict[str, Any] | None"], Found]
 
 
 def _vit_grid(image_size: int, embed_dim: int, teacher: dict[str, Any] | None) -> Found:
-    """The teacher's own geometry with fewer layers first, then everything else."""
+    """The teacher's own geometry with fewer layers and heads first, then everything else."""
     sizes: dict[str, Any] = {"image_size": image_size, "embed_dim": embed_dim}
     shape: dict[str, Any]
     if teacher is not None and image_size % teacher["patch_size"] == 0:
-        keys = ("patch_size", "width", "num_heads", "mlp_ratio", "act")
-        shared = {key: teacher[key] for key in keys}
-        for depth in range(_MIN_DEPTH, teacher["depth"] + 1):
-            yield vit_spec(**sizes, **shared, depth=depth), True
+        shared = {key: teacher[key] for key in ("patch_size", "mlp_ratio", "act")}
+        head_dim = teacher["width"] // teacher["num_heads"]
+        for heads in range(1, teacher["num_heads"] + 1):
+            shape = {"width": heads * head_dim, "num_heads": heads}
+            for depth in range(_MIN_DEPTH, teacher["depth"] + 1):
+                yield vit_spec(**sizes, **shared, **shape, depth=depth), True
     patch = patch_for(image_size)
     for patch_size in (p for p in (patch, 2 * patch) if image_size % p == 0):
         for width in _VIT_WIDTHS:

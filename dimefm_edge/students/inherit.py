@@ -1,11 +1,12 @@
 """A student's first weights from its teacher: a ViT's layers, or a choice of a larger network's.
 
-ViTs of one width take whole layers (vit.py). A ResNet or FastViT student takes from a larger
-teacher of its class what has the same name, evenly spaced channels of it where the teacher is
-wider ("weight selection", arXiv 2311.18823); blocks that the student lacks are left out, which
-residual networks bear well (arXiv 1605.06431). It takes all or nothing: every tensor must have
-its counterpart, in a module of the same kind, kernel and grouping. Other networks join channels
-end to end or give them to heads, which evenly spaced ones would tear apart.
+ViTs take whole layers, of a wider teacher evenly spaced heads and channels (vit.py). A ResNet or
+FastViT student takes from a larger teacher of its class what has the same name, evenly spaced
+channels of it where the teacher is wider ("weight selection", arXiv 2311.18823); blocks that the
+student lacks are left out, which residual networks bear well (arXiv 1605.06431). It takes all or
+nothing: every tensor must have its counterpart, in a module of the same kind, kernel and grouping.
+Other networks join channels end to end or give them to heads, which evenly spaced ones would tear
+apart.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """ViT students: timm's VisionTransformer in CLIP's layout, so that a teacher can be inherited.
 
 Layout: patch convolution without bias, class token, LayerNorm before the blocks, eps 1e-5,
-projection of the class token. A teacher of equal width and patch size hands down everything;
-of its layers, evenly spaced ones, the first and the last included.
+projection of the class token. A teacher of equal patch and head size hands down everything: of its
+layers, evenly spaced ones, the first and the last included; where it is wider, evenly spaced
+channels, heads and hidden units ("weight selection", arXiv 2311.18823).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -115,37 +117,82 @@ def inherit_layers(student: nn.Module, teacher_image_tower: nn.Module) -> list[s
     Returns:
         What was inherited: `patch_embed`, `blocks.0 <- 0` (student's and teacher's layer), ...;
         `proj` only if the embedding sizes agree. Empty, and the student untouched, if the two
-        are not ViTs of equal patch size, width, heads and activation, or the student is deeper.
+        are not ViTs of equal patch size, head size and activation, or the student is larger.
     """
     teacher = vit_geometry(teacher_image_tower)
     mine = vit_geometry(student)
-    if teacher is None or mine is None or mine["depth"] > teacher["depth"]:
-        return []
-    if any(mine[key] != teacher[key] for key in SHARED_GEOMETRY):
+    if teacher is None or mine is None or not is_heir(mine, teacher):
         return []
     source = _in_student_layout(teacher_image_tower)
     state = student.state_dict()
+    chosen = _evenly_spaced(mine, teacher)
     layers = inherited_layers(mine["depth"], teacher["depth"])
     for student_layer, teacher_layer in enumerate(layers):
         old, new = f"trunk.blocks.{teacher_layer}.", f"trunk.blocks.{student_layer}."
         for key in [k for k in state if k.startswith(new)]:
-            state[key].copy_(source[old + key.removeprefix(new)])
+            name = key.removeprefix(new)
+            state[key].copy_(_selected(source[old + name], name, chosen))
     for key in ("cls_token", "patch_embed.proj.weight", "norm_pre.weight", "norm_pre.bias",
                 "norm.weight", "norm.bias"):  # fmt: skip
-        state["trunk." + key].copy_(source["trunk." + key])
+        state["trunk." + key].copy_(_selected(source["trunk." + key], key, chosen))
     grid = mine["image_size"] // mine["patch_size"]
     positions = resample_abs_pos_embed(source["trunk.pos_embed"], [grid, grid], num_prefix_tokens=1)
-    state["trunk.pos_embed"].copy_(positions)
+    state["trunk.pos_embed"].copy_(_selected(positions, "pos_embed", chosen))
     inherited = ["patch_embed", "cls_token", "pos_embed", "norm_pre", "norm"]
     inherited += [f"blocks.{i} <- {j}" for i, j in enumerate(layers)]
     if mine["embed_dim"] == teacher["embed_dim"]:
-        state["proj.weight"].copy_(source["proj.weight"])
+        state["proj.weight"].copy_(_selected(source["proj.weight"], "proj.weight", chosen))
         inherited.append("proj")
     return inherited
 
 
-SHARED_GEOMETRY = ("patch_size", "width", "num_heads", "mlp_ratio", "act")
-"""What a student and a teacher must have in common for weights to be handed down."""
+def is_heir(mine: Mapping[str, Any], teacher: Mapping[str, Any]) -> bool:
+    """Whether a ViT of that geometry can inherit from one of the teacher's."""
+    head_dim, theirs = (g["width"] // g["num_heads"] for g in (mine, teacher))
+    is_alike = all(mine[key] == teacher[key] for key in ("patch_size", "mlp_ratio", "act"))
+    is_within = all(mine[key] <= teacher[key] for key in ("width", "depth"))
+    return is_alike and is_within and head_dim == theirs
+
+
+_AXES: dict[str, tuple[str | None, ...]] = {
+    "cls_token": (None, None, "width"),
+    "pos_embed": (None, None, "width"),
+    "proj.weight": (None, "width"),
+    "attn.qkv.weight": ("qkv", "width"),
+    "attn.qkv.bias": ("qkv",),
+    "attn.proj.weight": ("width", "heads"),
+    "mlp.fc1.weight": ("hidden", "width"),
+    "mlp.fc1.bias": ("hidden",),
+    "mlp.fc2.weight": ("width", "hidden"),
+}
+"""What the axes of a tensor are, by its name in a block or beside them; of all others the first is
+the width."""
+
+
+def _evenly_spaced(mine: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Which of the teacher's a student takes, by what an axis is; heads are taken whole."""
+
+    def spaced(size: int, full: int) -> Tensor:
+        return torch.arange(size) * full // size
+
+    width, full = mine["width"], teacher["width"]
+    head_dim = width // mine["num_heads"]
+    heads = spaced(mine["num_heads"], teacher["num_heads"])
+    inner = (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+    ratio = mine["mlp_ratio"]
+    return {
+        "width": spaced(width, full),
+        "heads": inner,
+        "qkv": torch.cat([inner + part * full for part in range(3)]),
+        "hidden": spaced(round(ratio * width), round(ratio * full)),
+    }
+
+
+def _selected(theirs: Tensor, name: str, chosen: Mapping[str, Tensor]) -> Tensor:
+    for axis, what in enumerate(_AXES.get(name, ("width",))):
+        if what is not None:
+            theirs = theirs.index_select(axis, chosen[what].to(theirs.device))
+    return theirs
 
 
 def inherited_layers(student_depth: int, teacher_depth: int) -> list[int]:

@@ -66,7 +66,8 @@ def test_another_embedding_size_keeps_its_projection(teacher):
         ("timm:densenet121", "timm:densenet169"),
         ("convnet-w16-d1.1.1.1", "timm:resnet18"),
         ("hybrid-w16-d1.1.1.1", "hybrid-w24-d1.1.1.1"),  # heads
-        ("vit-p8-w32-d1", "vit-p8-w64-d1"),
+        ("vit-p8-w64-d1", "vit-p8-w32-d1"),  # wider than its teacher
+        ("vit-p8-w64-d1", "vit-p16-w128-d1"),
     ],
 )
 def test_nothing_is_taken_of_another_kind(name, other):

@@ -67,6 +67,38 @@ def test_a_shallow_student_takes_evenly_spaced_layers():
     assert torch.equal(student.trunk.blocks[1].attn.qkv.weight, theirs)
 
 
+def test_a_narrow_student_takes_whole_heads_and_evenly_spaced_channels():
+    tower = teacher_tower()
+    student = build_student(spec_like(tower, width=16, num_heads=1, depth=2))
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.fill_(float("nan"))
+    assert inherit_layers(student, tower)[-2:] == ["blocks.1 <- 4", "proj"]
+    assert all(parameter.isfinite().all() for parameter in student.parameters())
+    mine, theirs = student.trunk.blocks[1], tower.transformer.resblocks[4]
+    first_head = torch.cat([torch.arange(16) + 32 * part for part in range(3)])  # of q, k and v
+    assert torch.equal(mine.attn.qkv.weight, theirs.attn.in_proj_weight[first_head][:, ::2])
+    assert torch.equal(mine.attn.qkv.bias, theirs.attn.in_proj_bias[first_head])
+    assert torch.equal(mine.attn.proj.weight, theirs.attn.out_proj.weight[::2, :16])
+    assert torch.equal(mine.mlp.fc1.weight, theirs.mlp.c_fc.weight[::2, ::2])
+    assert torch.equal(mine.mlp.fc1.bias, theirs.mlp.c_fc.bias[::2])
+    assert torch.equal(mine.mlp.fc2.weight, theirs.mlp.c_proj.weight[::2, ::2])
+    assert torch.equal(mine.norm1.weight, theirs.ln_1.weight[::2])
+    assert torch.equal(student.trunk.pos_embed[0], tower.positional_embedding[:, ::2])
+    assert torch.equal(student.trunk.patch_embed.proj.weight, tower.conv1.weight[::2])
+    assert torch.equal(student.proj.weight, tower.proj.T[:, ::2])
+
+
+def test_heads_of_a_wider_teacher_are_evenly_spaced():
+    tower = teacher_tower()
+    wide = build_student(spec_like(tower, width=64, num_heads=4))
+    narrow = build_student(spec_like(tower, width=32, num_heads=2))
+    assert inherit_layers(narrow, wide)
+    rows = torch.cat([torch.arange(16), torch.arange(32, 48)])  # heads 0 and 2 of 4
+    theirs = wide.trunk.blocks[0].attn.proj.weight
+    assert torch.equal(narrow.trunk.blocks[0].attn.proj.weight, theirs[::2][:, rows])
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "layers"),
     [
@@ -100,8 +132,11 @@ def test_another_embedding_size_keeps_its_own_projection():
 
 @pytest.mark.parametrize(
     "changes",
-    [{"width": 64}, {"patch_size": 16}, {"num_heads": 4}, {"depth": 6}, {"act": "quick_gelu"}],
-)
+    [
+        {"width": 64, "num_heads": 4}, {"patch_size": 16}, {"num_heads": 4}, {"depth": 6},
+        {"act": "quick_gelu"}, {"mlp_ratio": 2.0}, {"width": 16},
+    ],
+)  # fmt: skip
 def test_students_of_another_shape_inherit_nothing(changes):
     tower = teacher_tower()
     student = build_student(spec_like(tower, **changes))
