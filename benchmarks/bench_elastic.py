@@ -105,8 +105,11 @@ class Elastic:
     def cuts(self, share: float) -> dict[str, Any]:
         """Cuts of an elastic student that was trained for a share of the cost, as they are."""
         model, cpu_s = self._elastic(share)
-        scores = [self.study.evaluate(self._cut(model, spec).eval()) for spec in self.specs]
-        return self._figures(scores, [cpu_s])
+        scores = [self.study.evaluate(self._cut(model, spec).eval()) for spec in self.trained]
+        compared = len(self.specs)
+        values = self._figures(scores[-compared:], [cpu_s])
+        more = zip((spec.name for spec in self.trained), scores[:-compared], strict=False)
+        return values | {"more_pct": {name: next(iter(s.values())) for name, s in more}}
 
     def tuned(self, share: float) -> dict[str, Any]:
         """The same, each tuned alone for the rest of the cost."""

@@ -3,10 +3,10 @@
 ViTs take whole layers, of a wider teacher evenly spaced heads and channels (vit.py). A ResNet or
 FastViT student takes from a larger teacher of its class what has the same name, evenly spaced
 channels of it where the teacher is wider ("weight selection", arXiv 2311.18823); blocks that the
-student lacks are left out, which residual networks bear well (arXiv 1605.06431). It takes all or
-nothing: every tensor must have its counterpart, in a module of the same kind, kernel and grouping.
-Other networks join channels end to end or give them to heads, which evenly spaced ones would tear
-apart.
+student lacks are left out, which residual networks bear well (arXiv 1605.06431), and so are the
+activations and squeeze-and-excitation of MobileCLIP's downsampling. It takes all or nothing: every
+tensor must have its counterpart, in a module of the same kind, kernel and grouping. Other networks
+join channels end to end or give them to heads, which evenly spaced ones would tear apart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models.fastvit import FastVit
+from timm.models.fastvit import Attention, FastVit
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
@@ -71,9 +71,55 @@ def select_weights(student: nn.Module, teacher_image_tower: nn.Module) -> list[s
     projection = source.get("proj.weight")
     if projection is None or not _is_within(state["proj.weight"], projection):
         del state["proj.weight"]
+    chosen = _Choice(student, trunk)
     for name, value in state.items():
-        value.copy_(_evenly_spaced(source[name], value))
+        value.copy_(chosen.part(source[name], name, value.shape))
     return list(state)
+
+
+class _Choice:
+    """Which channels and heads of a wider trunk a student takes: evenly spaced ones."""
+
+    def __init__(self, student: Any, trunk: Any) -> None:
+        parts = dict(trunk.named_modules())
+        self._heads = {
+            f"trunk.{name}": (part.num_heads, parts[name].num_heads, part.head_dim)
+            for name, part in student.trunk.named_modules()
+            if isinstance(part, Attention)
+        }
+        # Of FastViT's first stage: the others are 2, 4 and 8 times as wide, and their depthwise
+        # convolutions make two channels of one, which must stay together.
+        self._widths: tuple[int, ...] = (1, 1)
+        if type(trunk) is FastVit:
+            stems: list[Any] = [student.trunk.stem, trunk.stem]
+            self._widths = tuple(stem[0].out_chs for stem in stems)
+
+    def part(self, theirs: Tensor, name: str, shape: torch.Size) -> Tensor:
+        """What a tensor of that name and shape takes of the teacher's."""
+        owner, _, layer = name.rpartition(".")[0].rpartition(".")
+        of_heads = {"qkv": 0, "proj": 1}.get(layer) if owner in self._heads else None
+        for axis, (size, full) in enumerate(zip(shape, theirs.shape, strict=True)):
+            if size == full:
+                continue
+            if axis == of_heads:
+                index = self._inner(owner, parts=3 if layer == "qkv" else 1)
+            else:
+                index = self._channels(size, full)
+            theirs = theirs.index_select(axis, index.to(theirs.device))
+        return theirs
+
+    def _channels(self, size: int, full: int) -> Tensor:
+        own, whole = self._widths
+        together = size // own if size * whole == full * own and size % own == 0 else 1
+        first = torch.arange(size // together) * full // size
+        return (first[:, None] * together + torch.arange(together)).flatten()
+
+    def _inner(self, owner: str, *, parts: int) -> Tensor:
+        """Rows of whole heads, evenly spaced; of queries, keys and values alike."""
+        mine, theirs, head_dim = self._heads[owner]
+        heads = torch.arange(mine) * theirs // mine
+        rows = (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
+        return torch.cat([rows + part * theirs * head_dim for part in range(parts)])
 
 
 def _has_all_of(trunk: Any, student: nn.Module) -> bool:
@@ -87,7 +133,9 @@ def _is_part_of(mine: nn.Module, theirs: nn.Module) -> bool:
     others = dict(theirs.named_modules())
     for name, part in mine.named_modules():
         other = others.get(name)
-        if other is None or type(part) is not type(other) or hasattr(part, "num_heads"):
+        if isinstance(part, nn.Identity):  # the teacher may do more there
+            continue
+        if other is None or type(part) is not type(other) or not _has_like_heads(part, other):
             return False
         larger = _tensors(other)
         if any(n not in larger or not _is_within(v, larger[n]) for n, v in _tensors(part).items()):
@@ -95,6 +143,13 @@ def _is_part_of(mine: nn.Module, theirs: nn.Module) -> bool:
         if isinstance(part, nn.Conv2d) and _grouping(part) != _grouping(other):
             return False
     return True
+
+
+def _has_like_heads(mine: nn.Module, theirs: Any) -> bool:
+    """Whether heads, where there are any, can be taken whole."""
+    if not hasattr(mine, "num_heads"):
+        return True
+    return isinstance(mine, Attention) and mine.head_dim == theirs.head_dim
 
 
 def _tensors(part: nn.Module) -> dict[str, Tensor]:
@@ -108,13 +163,13 @@ def _grouping(conv: nn.Module) -> str:
 
 
 def _projection(tower: nn.Module) -> dict[str, Tensor]:
-    """The last linear layer without bias, as a student names it."""
-    for name in ("proj", "head.proj"):
+    """The last linear layer, as a student names it; a bias is left out."""
+    for name in ("proj", "head.proj", "trunk.head.fc"):
         try:
             layer = tower.get_submodule(name)
         except AttributeError:
             continue
-        if isinstance(layer, nn.Linear) and layer.bias is None:
+        if isinstance(layer, nn.Linear):
             return {"proj.weight": layer.weight}
     return {}
 
@@ -126,12 +181,3 @@ def _is_within(mine: Tensor, theirs: Tensor) -> bool:
         and all(m <= t for m, t in zip(mine.shape, theirs.shape, strict=True))
         and mine.shape[2:] == theirs.shape[2:]
     )
-
-
-def _evenly_spaced(theirs: Tensor, mine: Tensor) -> Tensor:
-    """Evenly spaced indices of every axis; those of one width are the same everywhere."""
-    for axis, (size, full) in enumerate(zip(mine.shape, theirs.shape, strict=True)):
-        if size < full:
-            index = torch.arange(size, device=theirs.device) * full // size
-            theirs = theirs.index_select(axis, index)
-    return theirs

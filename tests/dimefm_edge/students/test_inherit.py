@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from dimefm_edge.students import build_student, student_spec
-from dimefm_edge.students.inherit import can_inherit, inherit_from_teacher, select_weights
+from dimefm_edge.students.inherit import (
+    _Choice,
+    can_inherit,
+    inherit_from_teacher,
+    select_weights,
+)
 
 
 def student(name: str, embed_dim: int = 32):
@@ -65,7 +70,8 @@ def test_another_embedding_size_keeps_its_projection(teacher):
         ("timm:mobilenetv3_small_050", "timm:mobilenetv3_large_100"),
         ("timm:densenet121", "timm:densenet169"),
         ("convnet-w16-d1.1.1.1", "timm:resnet18"),
-        ("hybrid-w16-d1.1.1.1", "hybrid-w24-d1.1.1.1"),  # heads
+        ("hybrid-w16-d1.1.1.1", "convnet-w24-d1.1.1.1"),  # attention that it has not
+        ("hybrid-w16-d1.1.2.1", "hybrid-w24-d1.1.1.1"),
         ("vit-p8-w64-d1", "vit-p8-w32-d1"),  # wider than its teacher
         ("vit-p8-w64-d1", "vit-p16-w128-d1"),
     ],
@@ -91,16 +97,53 @@ def test_kernels_of_another_size_are_no_counterpart():
     assert inherit_from_teacher(narrow, wide) == []
 
 
-def test_a_convnet_takes_from_a_wider_one():
-    narrow, wide = student("convnet-w16-d1.1.1.1"), student("convnet-w24-d1.1.2.1")
+@pytest.mark.parametrize("family", ["convnet", "hybrid"])
+def test_a_staged_student_takes_from_a_wider_one(family):
+    narrow, wide = student(f"{family}-w16-d1.1.1.1"), student(f"{family}-w24-d1.1.2.1")
     assert set(inherit_from_teacher(narrow, wide)) == set(narrow.state_dict())
     mine, theirs = narrow.state_dict(), wide.state_dict()
-    assert mine  # every tensor is one of the wider one's, channel by channel
+    first = torch.arange(16) * 3 // 2  # of the stem's channels
+    kept = {
+        16 * n: (first[:, None] * n + torch.arange(n)).flatten() for n in (1, 2, 3, 4, 6, 8, 16)
+    }
     for key, value in mine.items():
-        if value.ndim == 1 and len(value) * 3 == len(theirs[key]) * 2:
-            kept = torch.arange(len(value)) * 3 // 2
-            assert torch.equal(value, theirs[key][kept])
+        if value.ndim == 1 and len(value) in kept:
+            assert torch.equal(value, theirs[key][kept[len(value)]]), key
     assert narrow(torch.randn(2, 3, 32, 32)).isfinite().all()
+
+
+def test_what_a_depthwise_convolution_makes_of_a_channel_stays_with_it():
+    """Where one channel becomes two, those of a chosen one are chosen."""
+    narrow, wide = student("convnet-w12-d1.1.1.1"), student("convnet-w40-d1.1.1.1")
+    choice = _Choice(narrow, wide.trunk)
+    for wider in (2, 4, 8):
+        made, of = choice._channels(12 * wider, 40 * wider), choice._channels(6 * wider, 20 * wider)
+        assert torch.equal(made // 2, of.repeat_interleave(2))
+
+
+def test_heads_of_a_hybrid_are_taken_whole():
+    narrow, wide = student("hybrid-w16-d1.1.1.1"), student("hybrid-w32-d1.1.1.1")
+    assert inherit_from_teacher(narrow, wide)
+    mine, theirs = (s.trunk.stages[3].blocks[0].token_mixer for s in (narrow, wide))
+    assert (mine.num_heads, theirs.num_heads) == (4, 8)
+    inner = (torch.arange(4)[:, None] * 64 + torch.arange(32)).flatten()  # every other head of 32
+    channels = (torch.arange(16)[:, None] * 16 + torch.arange(8)).flatten()
+    rows = torch.cat([inner + 256 * part for part in range(3)])
+    assert torch.equal(mine.qkv.weight, theirs.qkv.weight[rows][:, channels])
+    assert torch.equal(mine.proj.weight, theirs.proj.weight[channels][:, inner])
+
+
+def test_a_hybrid_takes_from_mobileclip():
+    tower = open_clip.create_model("MobileCLIP2-S0").visual
+    spec = student_spec("hybrid-w48-d1.2.2.1", image_size=256, embed_dim=512)
+    assert can_inherit(spec, tower)
+    heir = build_student(spec)
+    assert set(inherit_from_teacher(heir, tower)) == set(heir.state_dict())
+    columns = (torch.arange(48)[:, None] * 64 // 48 * 16 + torch.arange(16)).flatten()
+    assert torch.equal(heir.proj.weight, tower.trunk.head.fc.weight[:, columns])
+    assert not can_inherit(
+        student_spec("hybrid-w80-d1.1.1.1", image_size=256, embed_dim=512), tower
+    )
 
 
 @pytest.mark.parametrize(
