@@ -28,7 +28,8 @@ from open_clip.transformer import (
 from torch import Tensor, nn
 
 from dimefm_edge.errors import ConfigError, UnknownNameError, lookup
-from dimefm_edge.students.vit import activation_name, inherited_layers
+from dimefm_edge.students.heirs import inherited_layers
+from dimefm_edge.students.vit import activation_name
 
 _ACTIVATIONS: dict[str, Any] = {
     "gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "quick_gelu": QuickGELU,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dimefm_edge.errors import ConfigError, lookup
 from dimefm_edge.students import StudentSpec
 from dimefm_edge.students.class_token import read_class_token_only
+from dimefm_edge.students.heirs import inherited_layers, is_heir
 from dimefm_edge.students.student import Student
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
@@ -146,14 +147,6 @@ def inherit_layers(student: nn.Module, teacher_image_tower: nn.Module) -> list[s
     return inherited
 
 
-def is_heir(mine: Mapping[str, Any], teacher: Mapping[str, Any]) -> bool:
-    """Whether a ViT of that geometry can inherit from one of the teacher's."""
-    head_dim, theirs = (g["width"] // g["num_heads"] for g in (mine, teacher))
-    is_alike = all(mine[key] == teacher[key] for key in ("patch_size", "mlp_ratio", "act"))
-    is_within = all(mine[key] <= teacher[key] for key in ("width", "depth"))
-    return is_alike and is_within and head_dim == theirs
-
-
 _AXES: dict[str, tuple[str | None, ...]] = {
     "cls_token": (None, None, "width"),
     "pos_embed": (None, None, "width"),
@@ -193,14 +186,6 @@ def _selected(theirs: Tensor, name: str, chosen: Mapping[str, Tensor]) -> Tensor
         if what is not None:
             theirs = theirs.index_select(axis, chosen[what].to(theirs.device))
     return theirs
-
-
-def inherited_layers(student_depth: int, teacher_depth: int) -> list[int]:
-    """Which teacher layers a student takes: evenly spaced, first and last included."""
-    if student_depth == 1:
-        return [teacher_depth - 1]
-    step = (teacher_depth - 1) / (student_depth - 1)
-    return [round(i * step) for i in range(student_depth)]
 
 
 def _student_geometry(student: Student) -> dict[str, Any] | None:

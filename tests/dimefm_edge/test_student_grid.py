@@ -42,7 +42,9 @@ def test_the_teachers_own_shape_takes_the_place_of_ours():
     heirs = [spec for spec, inherits in found.items() if inherits]
     shapes = [(spec.args["num_heads"], spec.args["width"], spec.args["depth"]) for spec in heirs]
     assert shapes == [
-        (heads, 24 * heads, depth) for heads in (1, 2, 3, 4) for depth in (2, 3, 4, 5)
+        (heads, 24 * heads, depth)
+        for heads, depths in ((2, (3, 4, 5)), (3, (3, 4, 5)), (4, (2, 3, 4, 5)))
+        for depth in depths
     ]
     assert {spec.args["mlp_ratio"] for spec in heirs} == {3.0}
     spec, inherits = find_student("vit-p8-w96-d4", **SIZES | {"teacher": TEACHER})
@@ -125,3 +127,15 @@ def test_what_has_no_cuts_is_answered():
         elastic_cuts(student_spec("timm:resnet18", image_size=64, embed_dim=32))
     with pytest.raises(ConfigError, match="vit-p8-w32-d2 cannot be elastic: it has no smaller one"):
         elastic_cuts(student_spec("vit-p8-w32-d2", image_size=64, embed_dim=32))
+
+
+def test_an_heir_of_no_grid_is_known_by_its_shape():
+    alike = {"patch_size": 8, "mlp_ratio": 4.0, "act": "gelu", "width": 256, "depth": 8}
+    for heads, name, inherits in (
+        (8, "vit-p8-w64-d8", True),
+        (4, "vit-p8-w64-d8", False),  # its own heads are of 32
+        (8, "vit-p8-w64-d9", False),
+        (8, "vit-p16-w64-d2", False),
+    ):
+        spec, found = find_student(name, **SIZES | {"teacher": alike | {"num_heads": heads}})
+        assert (spec.name, found) == (name, inherits)

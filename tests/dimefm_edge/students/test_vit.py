@@ -9,7 +9,7 @@ from open_clip.transformer import QuickGELU, VisionTransformer
 
 from dimefm_edge.errors import ConfigError
 from dimefm_edge.students import build_student, student_spec, vit_spec
-from dimefm_edge.students.vit import inherit_layers, inherited_layers, vit_geometry
+from dimefm_edge.students.vit import inherit_layers, vit_geometry
 
 
 def teacher_tower(*, act=torch.nn.GELU, depth=5, **options):
@@ -97,20 +97,6 @@ def test_heads_of_a_wider_teacher_are_evenly_spaced():
     rows = torch.cat([torch.arange(16), torch.arange(32, 48)])  # heads 0 and 2 of 4
     theirs = wide.trunk.blocks[0].attn.proj.weight
     assert torch.equal(narrow.trunk.blocks[0].attn.proj.weight, theirs[::2][:, rows])
-
-
-@pytest.mark.parametrize(
-    ("student", "teacher", "layers"),
-    [
-        (1, 8, [7]),
-        (2, 8, [0, 7]),
-        (3, 8, [0, 4, 7]),
-        (8, 8, list(range(8))),
-        (4, 12, [0, 4, 7, 11]),
-    ],
-)
-def test_inherited_layers(student, teacher, layers):
-    assert inherited_layers(student, teacher) == layers
 
 
 def test_another_image_size_resamples_the_positions():

@@ -1,0 +1,27 @@
+"""Who inherits from whom and which layers, by shape: ViTs and text transformers. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def is_heir(mine: Mapping[str, Any], teacher: Mapping[str, Any]) -> bool:
+    """Whether a ViT can inherit from another: alike, with heads of one size, and no larger.
+
+    Args:
+        mine: Its spec's args.
+        teacher: The other one's, or what `vit_geometry` says of a teacher.
+    """
+    head_dim, theirs = (g["width"] / g["num_heads"] for g in (mine, teacher))
+    is_alike = all(mine[key] == teacher[key] for key in ("patch_size", "mlp_ratio", "act"))
+    is_within = all(mine[key] <= teacher[key] for key in ("width", "depth"))
+    return is_alike and is_within and head_dim == theirs
+
+
+def inherited_layers(student_depth: int, teacher_depth: int) -> list[int]:
+    """Which teacher layers a student takes: evenly spaced, first and last included."""
+    if student_depth == 1:
+        return [teacher_depth - 1]
+    step = (teacher_depth - 1) / (student_depth - 1)
+    return [round(i * step) for i in range(student_depth)]
