@@ -145,7 +145,8 @@ class Elastic:
     def _cut(self, model: ElasticStudent, spec: StudentSpec) -> nn.Module:
         student = cut_student(model.student, self.specs[-1], spec)
         data = self.study.arm_data(Arm(), self.train)
-        recalibrate(student, training_inputs(data, Arm().loss, self.train, BATCHES))
+        cpu = torch.device("cpu")
+        recalibrate(student, training_inputs(data, Arm().loss, self.train, BATCHES, cpu))
         return student
 
     def _trained(

@@ -1,4 +1,5 @@
-"""The student that a run chose: once, kept in its folder, and not chosen anew by --resume."""
+"""The student that a run chose: once, kept in its folder, and not chosen anew by --resume; and what
+it begins with."""
 
 from __future__ import annotations
 
@@ -7,7 +8,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dimefm_edge.config import RunConfig
+import torch
+from torch import nn
+
+from dimefm_edge.config import RunConfig, StudentConfig
 from dimefm_edge.errors import CheckpointError, ConfigError
 from dimefm_edge.files import atomic_file
 from dimefm_edge.fit import FitReport, fit_student, plot_fit
@@ -15,8 +19,8 @@ from dimefm_edge.latency.calibrate import measure_student
 from dimefm_edge.latency.estimate import trace_ops
 from dimefm_edge.run_log import STATE_FILE, require_same
 from dimefm_edge.student_grid import elastic_cuts
-from dimefm_edge.students import StudentSpec, load_student
-from dimefm_edge.students.inherit import can_inherit
+from dimefm_edge.students import CHECKPOINT_FILE, StudentSpec, build_student, load_student
+from dimefm_edge.students.inherit import can_inherit, inherit_from_teacher
 from dimefm_edge.students.vit import vit_geometry
 from dimefm_edge.targets import LOCAL, Target
 from dimefm_edge.teacher import Teacher
@@ -46,7 +50,7 @@ def choose_student(config: RunConfig, target: Target, teacher: Teacher) -> FitRe
         embed_dim=teacher.embed_dim,
         precision=target.precision,
         student=student.student,
-        given=((_begun(student.init_from, teacher), None),) if student.init_from else (),
+        given=() if student.init_from is None else ((_begun(student.init_from, teacher), None),),
         **facts,
         measure=measure_student if target.name == LOCAL else None,
     )
@@ -57,11 +61,17 @@ def choose_student(config: RunConfig, target: Target, teacher: Teacher) -> FitRe
 
 def _begun(init_from: str, teacher: Teacher) -> StudentSpec:
     """What a student that is trained on is."""
-    spec = load_student(init_from).spec
+    loaded = load_student(init_from)
+    spec, side = loaded.spec, teacher.preprocess.image_size
     if spec.embed_dim != teacher.embed_dim:
         raise ConfigError(
             f"{init_from} has embeddings of {spec.embed_dim} numbers, teacher {teacher.name} of "
             f"{teacher.embed_dim}",
+            hint="the --teacher that it was distilled from",
+        )
+    if dataclasses.replace(loaded.preprocess, image_size=side) != teacher.preprocess:
+        raise ConfigError(
+            f"{init_from} was trained on images prepared otherwise than teacher {teacher.name}'s",
             hint="the --teacher that it was distilled from",
         )
     return spec
@@ -82,6 +92,42 @@ def teacher_facts(
             not (is_elastic and spec.family == "timm") and can_inherit(spec, tower)
         ),
     }
+
+
+def initial_student(
+    student: StudentConfig, spec: StudentSpec, teacher: Teacher, *, seed: int, is_begun: bool
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """A student before training, and what it inherited; one that is resumed has weights already."""
+    if student.init_from is not None:
+        module = build_student(spec) if is_begun else load_student(student.init_from).student
+        return module, ()
+    torch.manual_seed(seed)
+    module = build_student(spec, pretrained=student.init == "pretrained")
+    if student.init in ("random", "pretrained"):
+        return module, ()
+    inherited = tuple(inherit_from_teacher(module, teacher.image_tower))
+    if student.init == "teacher" and not inherited:
+        raise ConfigError(
+            f"student {spec.name} cannot inherit from teacher {teacher.name}: their shapes differ",
+            hint="--init auto",
+        )
+    return module, inherited
+
+
+def begins_from(student: StudentConfig, out: Path) -> StudentConfig:
+    """Its settings, with the whole path of what it begins from: it may be resumed from elsewhere.
+
+    Raises:
+        ConfigError: If that is the run itself.
+    """
+    if student.init_from is None:
+        return student
+    begun = Path(student.init_from).expanduser().resolve()
+    if begun in (out.resolve(), out.resolve() / CHECKPOINT_FILE):
+        raise ConfigError(
+            f"{out} is the run that is trained on, and would be lost", hint="another --out"
+        )
+    return dataclasses.replace(student, init_from=str(begun))
 
 
 def keep_choice(fit: FitReport, config: RunConfig) -> None:

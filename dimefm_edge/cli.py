@@ -7,6 +7,7 @@ torch. With `--json`, stdout holds one JSON object and nothing else, whatever C 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import importlib
 import io
@@ -221,7 +222,10 @@ def parse_options(name: str, words: Sequence[str]) -> CommonOptions:
         source = saved if saved.is_file() else None
     if source is None:
         return parsed
-    return _parse(name, words, defaults_from(kind, source))
+    defaults = defaults_from(kind, source)
+    if isinstance(defaults, FitOptions) and parsed.config is None:  # limits of the run's largest
+        defaults = dataclasses.replace(defaults, latency_ms=None, max_memory_mib=None)
+    return _parse(name, words, defaults)
 
 
 _MENDS = {"'int8' for argument '--precision'": "--qat int8, or --ptq int8"}

@@ -87,16 +87,15 @@ class StudentConfig:
     `image_size` and `init`."""
     elastic: bool = False
     """Train smaller students within the student, for `fit --elastic` to take out; a step takes
-    about twice the time."""
+    three times the images and 1.4 to 2 times the arithmetic."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "latency_ms", "max_memory_mib", "image_size")
-        own = [n for n in ("student", "init") if getattr(self, n) != "auto"]
-        own += ["image_size"] if self.image_size is not None else []
+        own = {n: f"--{n} auto" for n in ("student", "init") if getattr(self, n) != "auto"}
+        own |= {"image_size": "drop image_size"} if self.image_size is not None else {}
         if self.init_from is not None and own:
-            raise ConfigError(
-                f"init_from brings its own {own[0]}", hint=f"drop --{own[0].replace('_', '-')}"
-            )
+            name, mend = next(iter(own.items()))
+            raise ConfigError(f"init_from brings its own {name}", hint=mend)
 
 
 @dataclass(frozen=True)

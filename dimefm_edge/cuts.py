@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -37,13 +38,11 @@ from dimefm_edge.students import (
     save_student,
 )
 from dimefm_edge.students.elastic import SANDWICH, cut_student, recalibrate
-from dimefm_edge.students.text_checkpoint import TEXT_DIR
+from dimefm_edge.students.text_checkpoint import copy_text_student
 from dimefm_edge.targets import Target
 
-logger = logging.getLogger(__name__)
-
 CUTS_FILE = "cuts.safetensors"
-NUM_BATCHES = 32
+NUM_BATCHES = 16
 """Of training images, that a cut's averages are taken from."""
 _FORMAT = "dimefm_edge.cuts/1"
 _ANEW = "dimefm-edge distill --resume --out {}  (scores the cuts anew)"
@@ -67,9 +66,10 @@ class Cut:
 class ElasticRun:
     """A run that holds cuts."""
 
+    folder: Path
     loaded: LoadedStudent
     cuts: tuple[Cut, ...]
-    """The smallest first, the largest last."""
+    """The smallest first, the largest last, and in no order between."""
     averages: dict[str, dict[str, Tensor]]
     """Batch norms' buffers, by the cut's name and by theirs."""
 
@@ -86,7 +86,7 @@ class ElasticRun:
         if {k: v.shape for k, v in found.items()} != {k: v.shape for k, v in wanted.items()}:
             raise CheckpointError(
                 f"{CUTS_FILE} is damaged: it lacks averages of {spec.name}",
-                hint=_ANEW.format("RUN"),
+                hint=_ANEW.format(self.folder),
             )
         student.load_state_dict(found, strict=False)
         return student.eval()
@@ -108,14 +108,16 @@ def keep_cuts(
     specs: Sequence[StudentSpec],
     inputs: Callable[[], Iterable[Tensor]],
     evaluate: Evaluate | None,
+    device: torch.device,
 ) -> tuple[Cut, ...]:
     """Score the cuts of a run whose elastic student is trained, and keep what `load_cuts` reads.
 
     Args:
         run_dir: The run.
         specs: The smallest first, the run's own last.
-        inputs: Gives batches of images as in training, the same each time.
+        inputs: Gives batches of images as in training, the same each time, on the device.
         evaluate: Zero-shot scores by name; None: the cuts are kept unscored.
+        device: Where they run.
     """
     loaded = load_student(run_dir)
     cuts: list[Cut] = []
@@ -125,9 +127,9 @@ def keep_cuts(
             student = loaded.student
             if spec != loaded.spec:
                 student = cut_student(student, loaded.spec, spec)
-                recalibrate(student, inputs())
+                recalibrate(student.to(device), inputs())
                 averages |= {f"{spec.name}/{name}": t for name, t in student.named_buffers()}
-            cuts.append(Cut(spec, evaluate(student.eval()) if evaluate else {}))
+            cuts.append(Cut(spec, evaluate(student.to(device).eval()) if evaluate else {}))
             advance(1)
     header = {
         "format": _FORMAT,
@@ -135,7 +137,7 @@ def keep_cuts(
         "cuts": json.dumps([{"spec": c.spec.to_dict(), "scores": c.scores} for c in cuts]),
     }
     with atomic_file(run_dir / CUTS_FILE) as stream:
-        stream.write(save({name: t.contiguous() for name, t in averages.items()}, header))
+        stream.write(save({name: t.cpu().contiguous() for name, t in averages.items()}, header))
     return tuple(cuts)
 
 
@@ -143,13 +145,13 @@ def load_cuts(run: Path | str) -> ElasticRun:
     """Open a run of `distill --elastic`.
 
     Args:
-        run: Its folder, or its checkpoint.
+        run: Its folder, or the checkpoint in it.
 
     Raises:
         CheckpointError: If it is no run, holds no cuts, or is damaged.
     """
     path = Path(run).expanduser()
-    folder = path if path.is_dir() else path.parent
+    folder, path = (path, path / CHECKPOINT_FILE) if path.is_dir() else (path.parent, path)
     loaded = load_student(path)
     if not (folder / CUTS_FILE).is_file():
         raise CheckpointError(
@@ -168,51 +170,68 @@ def load_cuts(run: Path | str) -> ElasticRun:
         raise CheckpointError(
             f"{folder / CUTS_FILE} is damaged: {error!r}", hint=_ANEW.format(folder)
         ) from error
-    if not is_of_it or header.get("checkpoint") != sha256_of(folder / CHECKPOINT_FILE):
+    if not is_of_it or header.get("checkpoint") != sha256_of(path):
         raise CheckpointError(
-            f"{folder / CUTS_FILE} is of another {CHECKPOINT_FILE} than the one beside it",
+            f"{folder / CUTS_FILE} is of another checkpoint than {path}",
             hint=_ANEW.format(folder),
         )
-    return ElasticRun(loaded, cuts, averages)
+    return ElasticRun(folder.resolve(), loaded, cuts, averages)
 
 
-def save_cut(
-    run: Path | str, spec: StudentSpec, out: Path, *, target: str, latency_ms: float
-) -> None:
-    """Take a cut out of a run as a run of its own, which `eval`, `export` and `demo` take.
-
-    Its config.toml trains it on, on the same data, for `distill --config`.
-
-    Args:
-        run: As for `load_cuts`.
-        spec: One of the run's cuts.
-        out: A new or empty folder.
-        target: What it was chosen for.
-        latency_ms: The budget that it was chosen by.
+def require_new(out: Path) -> None:
+    """Refuse to write into a folder that holds something.
 
     Raises:
-        CheckpointError: As `load_cuts`.
-        ConfigError: If `out` holds something.
+        ConfigError: If it does, or is a file.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} is there already", hint="another --out")
-    elastic = load_cuts(run)
-    loaded = elastic.loaded
-    folder = Path(run).expanduser()
-    folder = folder if folder.is_dir() else folder.parent
-    metadata = loaded.metadata | {"target": target, "cut_from": str(folder.resolve())}
-    save_student(out / CHECKPOINT_FILE, elastic.take(spec), spec, loaded.preprocess, metadata)
-    if (folder / TEXT_DIR / CHECKPOINT_FILE).is_file():
-        shutil.copytree(folder / TEXT_DIR, out / TEXT_DIR)
-    settings = config_file.load_saved(folder)
-    if settings is None:
-        return
-    student = config_file.StudentConfig(init_from=str(out.resolve()), latency_ms=latency_ms)
-    store = settings.store or str(folder.resolve() / "store")
-    config_file.save(
-        dataclasses.replace(settings, out=str(out), target=target, store=store, student=student),
-        out / config_file.RUN_FILE,
-    )
+
+
+def save_cut(
+    run: ElasticRun, spec: StudentSpec, out: Path, *, target: str, latency_ms: float | None
+) -> None:
+    """Take a cut out of a run as a run of its own, which `eval`, `export` and `demo` take.
+
+    Its config.toml is for `distill --config`: to train it on, on the same data, in another folder.
+    What is made is whole or not there.
+
+    Args:
+        run: As `load_cuts` gives it.
+        spec: One of its cuts.
+        out: A new or empty folder.
+        target: What it was chosen for.
+        latency_ms: The budget that training on is to keep; None: the default.
+
+    Raises:
+        CheckpointError: As `ElasticRun.take`.
+        ConfigError: If `out` holds something.
+    """
+    require_new(out)
+    student, loaded = run.take(spec), run.loaded
+    metadata = loaded.metadata | {"target": target, "cut_from": str(run.folder)}
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        save_student(part / CHECKPOINT_FILE, student, spec, loaded.preprocess, metadata)
+        copy_text_student(run.folder, part)
+        settings = config_file.load_saved(run.folder)
+        if settings is not None:
+            begun = config_file.StudentConfig(
+                init_from=str(out.resolve()),
+                latency_ms=latency_ms,
+                max_memory_mib=settings.student.max_memory_mib,
+            )
+            settings = dataclasses.replace(
+                settings,
+                target=target,
+                out=f"{out}-tuned",
+                store=settings.store or str(run.folder / "store"),
+                student=begun,
+            )
+            config_file.save(settings, part / config_file.RUN_FILE)
+        part.replace(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def cut_rows(cuts: Sequence[Cut], target: Target) -> tuple[CutRow, ...]:

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
-_DROP_STREAM = 3  # of random numbers; batches.py has 0 to 2
+_DROP_STREAM = 3  # of random numbers; batches.py and text_batches.py have 0 to 8, elastic.py 9
 _WARM_UP_STEPS = 8
 
 
@@ -107,12 +107,17 @@ def distill(
         KeyboardInterrupt: On Ctrl-C, after the state of the last whole step is saved.
     """
     ranks = ranks or Ranks()
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     side = side_of(data, loss, train, ranks, device)
     loop = _Loop(student, side, train, run_dir, save_weights, evaluate, ranks, device)
     if resume and (run_dir / STATE_FILE).is_file():
         loop.restore()
     return loop.run()
+
+
+def default_device() -> torch.device:
+    """A GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Loop:

@@ -91,8 +91,8 @@ class FitOptions(CommonOptions):
     }
 
     elastic: str | None = None
-    """A run of `distill --elastic`: choose among the students within it, by their top-1, with its
-    target and settings where flags give none."""
+    """A run of `distill --elastic`: choose among the students within it, by their top-1; target and
+    teacher are its own where flags name none."""
     out: Path | None = None
     """Take the student that was chosen out of the elastic run, as a run of its own, here."""
 

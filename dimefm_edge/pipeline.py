@@ -24,17 +24,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
 from dimefm_edge import config as config_file
 from dimefm_edge.batches import DistillData
-from dimefm_edge.choice import choose_student, inherited_by, keep_choice
-from dimefm_edge.config import RunConfig, StudentConfig
+from dimefm_edge.choice import (
+    begins_from,
+    choose_student,
+    inherited_by,
+    initial_student,
+    keep_choice,
+)
+from dimefm_edge.config import RunConfig
 from dimefm_edge.cuts import NUM_BATCHES, Cut, cut_rows, elastic_stage, keep_cuts
 from dimefm_edge.data.images import ImagePool, open_images, open_labelled
 from dimefm_edge.data.sentences import open_sentences
-from dimefm_edge.distill import distill
+from dimefm_edge.distill import default_device, distill
 from dimefm_edge.distributed import Ranks, join_ranks
 from dimefm_edge.errors import ConfigError
 from dimefm_edge.export import record_accuracy
@@ -57,12 +62,12 @@ from dimefm_edge.precisions import (
 from dimefm_edge.prepare import embed_pools, open_data
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.report import RunReport
+from dimefm_edge.run_log import STATE_FILE
 from dimefm_edge.runtime import Bundle
 from dimefm_edge.sides import training_inputs
 from dimefm_edge.student_grid import elastic_cuts
-from dimefm_edge.students import StudentSpec, build_student, load_student, save_student
+from dimefm_edge.students import StudentSpec, save_student
 from dimefm_edge.students.elastic import ElasticStudent
-from dimefm_edge.students.inherit import inherit_from_teacher
 from dimefm_edge.students.text_checkpoint import load_text_student
 from dimefm_edge.targets import LOCAL, Target, load_target
 from dimefm_edge.teacher import TEXT_TEACHER_KEY, Teacher, load_teacher
@@ -125,9 +130,10 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
             build_label_bank(s.name, s.classnames, s.templates, teacher.encode_texts)
             for s in eval_sets
         ]
-    student, inherited = _initial_student(
-        config.student, fit.chosen, teacher, seed=config.train.seed
-    )
+    student, inherited = initial_student(
+        config.student, fit.chosen, teacher, seed=config.train.seed,
+        is_begun=resume and (run_dir / STATE_FILE).is_file(),
+    )  # fmt: skip
     inherited = inherited_by(run_dir, inherited, keep=ranks.is_main)
     evaluate = Scorer(eval_sets, banks, preprocess) if eval_sets else None
     metadata = _metadata(config, teacher)
@@ -147,8 +153,11 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     cuts: tuple[Cut, ...] = ()
     if specs and ranks.is_main:
         with clock("score cuts"):
-            seen = functools.partial(training_inputs, data, config.loss, config.train, NUM_BATCHES)
-            cuts = keep_cuts(run_dir, specs, seen, evaluate)
+            device = default_device()
+            seen = functools.partial(
+                training_inputs, data, config.loss, config.train, NUM_BATCHES, device
+            )
+            cuts = keep_cuts(run_dir, specs, seen, evaluate, device)
     trained_int8 = None
     if ranks.is_main:
         images = _some_images(pool, data, preprocess, is_int8=config.quant.is_int8)
@@ -265,6 +274,7 @@ def resolve(config: RunConfig) -> RunConfig:
         config,
         data=dataclasses.replace(config.data, eval_sets=eval_sets),
         train=dataclasses.replace(config.train, **unset),
+        student=begins_from(config.student, Path(config.out)),
     )
 
 
@@ -289,24 +299,6 @@ def _open_run(config: RunConfig, fit: FitReport | None, *, resume: bool, ranks: 
             keep_choice(fit, config)
     ranks.barrier()
     return run_dir
-
-
-def _initial_student(
-    student: StudentConfig, spec: StudentSpec, teacher: Teacher, *, seed: int
-) -> tuple[nn.Module, tuple[str, ...]]:
-    if student.init_from is not None:
-        return load_student(student.init_from).student, ()
-    torch.manual_seed(seed)
-    module = build_student(spec, pretrained=student.init == "pretrained")
-    if student.init in ("random", "pretrained"):
-        return module, ()
-    inherited = tuple(inherit_from_teacher(module, teacher.image_tower))
-    if student.init == "teacher" and not inherited:
-        raise ConfigError(
-            f"student {spec.name} cannot inherit from teacher {teacher.name}: their shapes differ",
-            hint="--init auto",
-        )
-    return module, inherited
 
 
 def _metadata(config: RunConfig, teacher: Teacher) -> dict[str, str]:

@@ -171,13 +171,13 @@ def side_of(
 
 
 def training_inputs(
-    data: DistillData, loss: LossConfig, train: TrainConfig, count: int
+    data: DistillData, loss: LossConfig, train: TrainConfig, count: int, device: torch.device
 ) -> Iterator[Tensor]:
-    """Batches of images, (B, 3, S, S) on the CPU, as a student is trained on them.
+    """Batches of images, (B, 3, S, S) on a device, as a student is trained on them.
 
     The first `count`, or what one pass over the images has.
     """
-    side = ImageSide(data, loss, train, Ranks(), torch.device("cpu"))
+    side = ImageSide(data, loss, train, Ranks(), device)
     count = min(count, math.ceil(side.num_rows / train.batch_size))
     return map(side.inputs, side.batches(0, count))
 

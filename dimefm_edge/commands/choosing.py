@@ -12,6 +12,7 @@ from dimefm_edge.errors import BudgetError, InputError, lookup
 from dimefm_edge.tables import format_table
 
 if TYPE_CHECKING:
+    from dimefm_edge.cuts import ElasticRun
     from dimefm_edge.latency.estimate import LatencyEstimate
     from dimefm_edge.options import (
         CalibrateOptions,
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
         FitOptions,
         TargetsOptions,
     )
-    from dimefm_edge.students import StudentSpec
     from dimefm_edge.targets import Target
 
 
@@ -205,7 +205,8 @@ def run_fit(options: FitOptions) -> Outcome:
         raise InputError("--out takes a student out of a run", hint="--elastic RUN")
     side, embed_dim = options.image_size, options.embed_dim
     from_teacher: dict[str, Any] = {}
-    given = _cuts(options) if options.elastic else ()
+    elastic = _elastic_run(options)
+    given = () if elastic is None else tuple((cut.spec, cut.top1_pct) for cut in elastic.cuts)
     if options.teacher is not None and not (given and options.latency_ms):
         from dimefm_edge.choice import teacher_facts
         from dimefm_edge.teacher import load_teacher
@@ -229,16 +230,18 @@ def run_fit(options: FitOptions) -> Outcome:
         )
     except BudgetError as error:
         if given:
-            error.hint = f"{error.hint} --elastic {options.elastic}"
+            out = f" --out {options.out}" if options.out else ""
+            error.hint = f"{error.hint} --elastic {options.elastic}{out}"
         raise
     if options.plot is not None:
         plot_fit(report, options.plot)
-    if options.elastic is not None and options.out is not None:
+    if elastic is not None and options.out is not None:
         from dimefm_edge.cuts import save_cut
 
+        is_as_trained = report.precision == target.precision  # in which `distill` looks at budgets
         save_cut(
-            options.elastic, report.chosen, options.out,
-            target=report.target, latency_ms=report.budget_ms,
+            elastic, report.chosen, options.out, target=report.target,
+            latency_ms=report.budget_ms if is_as_trained else None,
         )  # fmt: skip
     best = report.chosen_candidate
     was_measured = {c for c in report.candidates if c.measured_ms}
@@ -277,14 +280,26 @@ def run_fit(options: FitOptions) -> Outcome:
     return Outcome(values, text)
 
 
-def _cuts(options: FitOptions) -> tuple[tuple[StudentSpec, float | None], ...]:
-    """The students within an elastic run, with their top-1."""
-    from dimefm_edge.cuts import load_cuts
+def _elastic_run(options: FitOptions) -> ElasticRun | None:
+    """The run whose students are to be chosen among, if there is one.
 
-    run = load_cuts(options.elastic or "")
+    Raises:
+        InputError: If flags ask for what its students are not.
+        ConfigError: If there is something where the chosen one should go.
+    """
+    if options.elastic is None:
+        return None
+    from dimefm_edge.cuts import load_cuts, require_new
+    from dimefm_edge.student_grid import FAMILIES
+
+    if options.families != FAMILIES:
+        raise InputError("--families: the run has the students that it has", hint="drop --families")
+    if options.out is not None:
+        require_new(options.out)
+    run = load_cuts(options.elastic)
     of_run = {"image_size": run.loaded.spec.image_size, "embed_dim": run.loaded.spec.embed_dim}
     for name, value in of_run.items():
         if getattr(options, name) not in (None, value):
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag}: the run's is {value}", hint=f"drop {flag}")
-    return tuple((cut.spec, cut.top1_pct) for cut in run.cuts)
+    return run

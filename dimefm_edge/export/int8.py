@@ -19,7 +19,7 @@ from dimefm_edge.errors import ExportError
 from dimefm_edge.export.calibration import PROBABILITIES, Range, calibrate
 from dimefm_edge.export.graph_view import GraphView, drop_unread_weights, prepared
 from dimefm_edge.export.learned import LearnedProduct, match_products
-from dimefm_edge.export.quant_rules import FP8, FP8_MAX, QuantRules
+from dimefm_edge.export.quant_rules import FP8, FP8_MAX, GELU_SLOPE, QuantRules
 from dimefm_edge.manifest import INPUT_NAME
 
 if TYPE_CHECKING:
@@ -259,13 +259,14 @@ class _Rewriter:
         return node.input[0] in self.scales and is_wanted and not are_others
 
     def _gelu_in_integers(self, node: onnx.NodeProto) -> None:
-        """x times the sigmoid of 1.702 x (arXiv 1606.08415), within 0.021 of GELU: the runtime
-        looks up the sigmoid of an integer in a table, and multiplies integers."""
+        """The runtime looks the sigmoid of an integer up in a table, and multiplies integers."""
         from onnx.helper import make_node
 
         source, name = node.input[0], node.output[0]
         quantized, _, zero_point = self.quantized[source]
-        steep_scale = self._store(f"{name}_steep_scale", self.scales[source] * np.float32(1.702))
+        steep_scale = self._store(
+            f"{name}_steep_scale", self.scales[source] * np.float32(GELU_SLOPE)
+        )
         share = self._parameters(f"{name}_share", *_affine(PROBABILITIES, self.rules))
         parts = ("steep", "sigmoid", "share_quantized", "share_dequantized")
         steep, sigmoid, stored, made = (f"{name}_{part}" for part in parts)

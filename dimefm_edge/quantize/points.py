@@ -6,7 +6,7 @@ together, and learned.py refuses to match what differs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +48,18 @@ def find_products(
     """
     found = (_product(node, rules) for node in graph.nodes if node.op == "call_function")
     return [p for p in found if p is not None and p.name not in keep_float]
+
+
+def gelus_in_integers(graph: fx.Graph, products: Sequence[Product]) -> list[fx.Node]:
+    """The GELUs that int8.py makes of the integer sigmoid: between products in integers."""
+    written = {p.output for p in products if p.output is not None}
+    reading = {p.node for p in products}
+    return [
+        node
+        for node in graph.nodes
+        if node.target is _ATEN.gelu.default and node.args[0] in written
+        and all(user in reading for user in node.users)
+    ]  # fmt: skip
 
 
 def _product(node: fx.Node, rules: QuantRules) -> Product | None:

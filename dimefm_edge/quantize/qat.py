@@ -22,14 +22,15 @@ from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 from dimefm_edge.errors import ExportError, lookup
 from dimefm_edge.export.calibration import Histogram, choose_range
 from dimefm_edge.export.learned import LearnedProduct
-from dimefm_edge.export.quant_rules import QUANT_RULES
+from dimefm_edge.export.quant_rules import GELU_SLOPE, QUANT_RULES
 from dimefm_edge.export.simplify import TracedAttention
 from dimefm_edge.export.trace import silence
 from dimefm_edge.quantize.deployed import deployed_form, export_graph
 from dimefm_edge.quantize.fake_quant import ActivationFakeQuant, WeightFakeQuant
-from dimefm_edge.quantize.points import Product
+from dimefm_edge.quantize.points import Product, find_products, gelus_in_integers
 from dimefm_edge.quantize.quantizer import RulesQuantizer
 
+_ATEN = torch.ops.aten
 FREEZE_AT = 0.5
 """Share of the training after which ranges no longer follow the activations."""
 
@@ -75,6 +76,8 @@ def qat_prepare(
         if isinstance(part, TracedAttention):
             part.is_spelt_out = bool(rules.attention_head_dims)
     exported = export_graph(source, image_size)
+    if rules.has_integer_sigmoid:
+        _gelus_as_they_run(exported, find_products(exported.graph, rules, keep_float))
     with silence():
         graph = prepare_qat_pt2e(exported, quantizer)
     if not quantizer.products:
@@ -84,6 +87,21 @@ def qat_prepare(
         )
     points = [_point(graph.graph, product) for product in quantizer.products]
     return FakeQuantStudent(graph, template, points, rules_name, keep_float).train()
+
+
+def _gelus_as_they_run(module: fx.GraphModule, products: Sequence[Product]) -> None:
+    """Train through x * sigmoid(1.702 x) where the exported graph will have it, in place."""
+    graph = module.graph
+    for node in gelus_in_integers(graph, products):
+        with graph.inserting_before(node):
+            steep = graph.call_function(_ATEN.mul.Tensor, (node.args[0], GELU_SLOPE))
+            share = graph.call_function(_ATEN.sigmoid.default, (steep,))
+            made = graph.call_function(_ATEN.mul.Tensor, (node.args[0], share))
+        for new in (steep, share, made):
+            new.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+    module.recompile()
 
 
 def _point(graph: fx.Graph, product: Product) -> _Point:

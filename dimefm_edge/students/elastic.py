@@ -25,7 +25,7 @@ from dimefm_edge.students import StudentSpec, build_student
 SANDWICH = 3
 """Micro-batches a step: smallest, one between, largest."""
 
-_STREAM = 4  # of a run's random numbers; distill.py and batches.py have 0 to 3
+_STREAM = 9  # of a run's random numbers; others have 0 to 8
 
 
 class ElasticStudent(nn.Module):
@@ -61,7 +61,7 @@ class ElasticStudent(nn.Module):
         return self.embed(self.specs[0] if place == 0 else self._between(), image)
 
     def embed(self, spec: StudentSpec, image: Tensor) -> Tensor:
-        """Embed images by a cut, with gradients and each batch's own statistics."""
+        """Embed images by a cut, with gradients, each batch's own statistics, torch's attention."""
         weights = cut_weights(dict(self.student.named_parameters()), self.specs[-1], spec)
         return torch.func.functional_call(_skeleton(spec), weights, (image,))  # type: ignore[no-any-return]
 

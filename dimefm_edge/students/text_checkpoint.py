@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +84,15 @@ def save_text_student(
         "metadata": json.dumps(metadata),
     }
     write_safetensors(path, student, header)
+
+
+def copy_text_student(run_dir: Path, other: Path) -> None:
+    """Put a run's text student, where it has one, into another run."""
+    if not has_text_student(run_dir):
+        return
+    (other / TEXT_DIR).mkdir(parents=True)
+    for name in (CHECKPOINT_FILE, _TOKENIZER_FILE):
+        shutil.copy(run_dir / TEXT_DIR / name, other / TEXT_DIR)
 
 
 def has_text_student(run_dir: Path) -> bool:

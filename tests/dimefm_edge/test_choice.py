@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -143,3 +144,37 @@ def test_timms_heirs_are_not_looked_at_for_an_elastic_student(monkeypatch, tiny_
     facts = choice.teacher_facts(teacher, is_elastic=True)
     assert not facts["can_inherit"](spec)
     assert facts["can_inherit"](student_spec("hybrid-nano", image_size=64, embed_dim=16))
+
+
+def test_a_student_of_images_prepared_otherwise_is_refused(config, tmp_path):
+    target, teacher = load_target("jetson-orin"), load_teacher(config.teacher)
+    spec = student_spec("vit-p16-w32-d2", image_size=64, embed_dim=16)
+    preprocess = dataclasses.replace(teacher.preprocess, image_size=64)
+    for mean, is_same in ((preprocess.mean, True), ((0.5, 0.5, 0.5), False)):
+        path = tmp_path / f"{is_same}" / "checkpoint.safetensors"
+        other = dataclasses.replace(preprocess, mean=mean)
+        save_student(path, build_student(spec), spec, other, {})
+        asked = dataclasses.replace(config, student=StudentConfig(init_from=str(path)))
+        if is_same:
+            assert choice.choose_student(asked, target, teacher).chosen == spec
+            continue
+        with pytest.raises(ConfigError, match="prepared otherwise than teacher"):
+            choice.choose_student(asked, target, teacher)
+
+
+def test_no_path_is_no_run(config):
+    target, teacher = load_target("jetson-orin"), load_teacher(config.teacher)
+    asked = dataclasses.replace(config, student=StudentConfig(init_from=""))
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        choice.choose_student(asked, target, teacher)
+
+
+def test_what_it_begins_from_is_named_whole_and_not_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    student = StudentConfig(init_from="run")
+    found = choice.begins_from(student, tmp_path / "other")
+    assert found.init_from == str(tmp_path / "run")
+    assert choice.begins_from(StudentConfig(), tmp_path) == StudentConfig()
+    for own in ("run", "run/checkpoint.safetensors"):
+        with pytest.raises(ConfigError, match="is the run that is trained on"):
+            choice.begins_from(StudentConfig(init_from=own), Path("run"))

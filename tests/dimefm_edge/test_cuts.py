@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from dimefm_edge import config as config_file  # noqa: E402
@@ -69,7 +69,7 @@ def run_dir(request, tmp_path):
 @pytest.fixture
 def kept(run_dir):
     spec = load_student(run_dir).spec
-    return run_dir, keep_cuts(run_dir, elastic_cuts(spec), batches, evaluate)
+    return run_dir, keep_cuts(run_dir, elastic_cuts(spec), batches, evaluate, torch.device("cpu"))
 
 
 def test_every_cut_is_scored_with_averages_of_its_own(kept):
@@ -97,29 +97,42 @@ def test_what_is_kept_comes_back(kept):
 def test_a_cut_is_a_run_of_its_own(kept, tmp_path):
     run_dir, cuts = kept
     (run_dir / "text").mkdir()
-    shutil.copy(run_dir / CHECKPOINT_FILE, run_dir / "text")
+    for name in (CHECKPOINT_FILE, "tokenizer.json", "training_state.pt"):
+        shutil.copy(run_dir / CHECKPOINT_FILE, run_dir / "text" / name)
     out = tmp_path / "cut"
-    save_cut(run_dir, cuts[0].spec, out, target="jetson-orin@30w", latency_ms=0.5)
+    save_cut(load_cuts(run_dir), cuts[0].spec, out, target="jetson-orin@30w", latency_ms=0.5)
     loaded = load_student(out)
     assert loaded.spec == cuts[0].spec
     assert loaded.metadata == {"target": "jetson-orin@30w", "cut_from": str(run_dir)}
     assert evaluate(loaded.student) == pytest.approx(cuts[0].scores)
-    assert (out / "text" / CHECKPOINT_FILE).is_file()
+    copied = sorted(path.name for path in (out / "text").iterdir())
+    assert copied == [CHECKPOINT_FILE, "tokenizer.json"]
     settings = config_file.load_saved(out)
     assert settings is not None
-    assert settings.out == settings.student.init_from == str(out)
+    assert (settings.out, settings.student.init_from) == (f"{out}-tuned", str(out))
     assert (settings.target, settings.student.latency_ms) == ("jetson-orin@30w", 0.5)
     assert settings.store == str(run_dir / "store")
     before = (out / CHECKPOINT_FILE).read_bytes()
     with pytest.raises(ConfigError, match="is there already"):
-        save_cut(run_dir, cuts[1].spec, out, target="local", latency_ms=1.0)
+        save_cut(load_cuts(run_dir), cuts[1].spec, out, target="local", latency_ms=1.0)
     assert (out / CHECKPOINT_FILE).read_bytes() == before
+
+
+def test_a_cut_that_cannot_be_written_leaves_nothing(kept, tmp_path):
+    run_dir, cuts = kept
+    (run_dir / "text").mkdir()
+    shutil.copy(run_dir / CHECKPOINT_FILE, run_dir / "text")  # and no tokenizer beside it
+    with pytest.raises(FileNotFoundError):
+        save_cut(
+            load_cuts(run_dir), cuts[0].spec, tmp_path / "cut", target="local", latency_ms=None
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_run_without_its_settings_still_gives_cuts(kept, tmp_path):
     run_dir, cuts = kept
     (run_dir / config_file.RUN_FILE).unlink()
-    save_cut(run_dir, cuts[0].spec, tmp_path / "cut", target="local", latency_ms=1.0)
+    save_cut(load_cuts(run_dir), cuts[0].spec, tmp_path / "cut", target="local", latency_ms=1.0)
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [CHECKPOINT_FILE]
 
 
@@ -139,9 +152,23 @@ def test_another_checkpoint_than_the_cuts_own_is_refused(kept):
     save_student(
         run_dir / CHECKPOINT_FILE, loaded.student, loaded.spec, loaded.preprocess, loaded.metadata
     )
-    with pytest.raises(CheckpointError, match=r"is of another checkpoint\.safetensors") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"is of another checkpoint than .*run/checkp"
+    ) as caught:
         load_cuts(run_dir)
     assert "--resume" in caught.value.hint
+
+
+def test_another_checkpoint_beside_the_cuts_own_is_refused(kept):
+    run_dir, cuts = kept
+    loaded = load_student(run_dir)
+    with torch.no_grad():
+        loaded.student.proj.weight.add_(1.0)
+    best = run_dir / "best.safetensors"
+    save_student(best, loaded.student, loaded.spec, loaded.preprocess, loaded.metadata)
+    with pytest.raises(CheckpointError, match=r"is of another checkpoint than .*best"):
+        load_cuts(best)
+    assert load_cuts(run_dir).cuts == cuts
 
 
 @pytest.mark.parametrize(
@@ -154,8 +181,10 @@ def test_another_checkpoint_than_the_cuts_own_is_refused(kept):
 def test_a_damaged_header_is_named(kept, header):
     run_dir, cuts = kept
     path = run_dir / CUTS_FILE
-    rows = json.dumps([dataclasses.asdict(cut) for cut in cuts])
-    whole = {"format": "dimefm_edge.cuts/1", "cuts": rows, "checkpoint": "0"}
+    with safe_open(path, "pt") as reader:
+        whole = reader.metadata()
+    save_file(load_file(path), path, whole)
+    assert load_cuts(run_dir).cuts == cuts
     save_file(load_file(path), path, header and whole | header)
     with pytest.raises(CheckpointError, match=r"cuts\.safetensors is (damaged|of another|trunc)"):
         load_cuts(run_dir)
@@ -175,8 +204,6 @@ def test_averages_that_are_missing_are_not_passed_over(kept):
     tensors = load_file(path)
     if not tensors:
         pytest.skip("a ViT has no averages")
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as reader:
         header = reader.metadata()
     del tensors[next(iter(tensors))]

@@ -416,6 +416,25 @@ def test_fit_takes_a_student_out_that_every_command_takes(elastic_run, tmp_path,
     assert values["init_from"] == str(small)
     assert not values["cuts"]
     assert not (tuned / "store").exists()  # the elastic run's serves
+    small.rename(tmp_path / "moved")  # what it began from is needed no more
+    before = (tuned / "checkpoint.safetensors").read_bytes()
+    assert cli.main(["distill", "--resume", "--out", str(tuned)]) == 0
+    assert (tuned / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_cut_of_another_precision_can_be_trained_on(elastic_run, tmp_path, capsys):
+    """Its budget is not the one that a run is held to."""
+    words = ["fit", "--elastic", str(elastic_run), "--precision", "int8", "--latency-ms"]
+    code, values = _run_json([*words, "100"], capsys)
+    assert code == 0
+    least = min(c["latency_ms"] for c in values["candidates"])
+    out = tmp_path / "cut"
+    assert cli.main([*words, str(1.0001 * least), "--out", str(out)]) == 0
+    settings = load(out / "config.toml", RunConfig)
+    assert settings.student.latency_ms is None
+    assert settings.out == f"{out}-tuned"
+    assert cli.main(["distill", "--config", str(out / "config.toml"), "--steps", "1"]) in (0, 3)
+    assert (tmp_path / "cut-tuned" / "report.json").is_file()
 
 
 def test_fit_says_what_is_wrong_with_an_elastic_run(elastic_run, run_dir, tmp_path, capsys):
@@ -428,6 +447,7 @@ def test_fit_says_what_is_wrong_with_an_elastic_run(elastic_run, run_dir, tmp_pa
         ([*fit, str(tmp_path / "gone")], 2, "no checkpoint at"),
         ([*fit, str(elastic_run), "--image-size", "64"], 2, "--image-size: the run's is 32"),
         ([*fit, str(elastic_run), "--out", str(out)], 2, "is there already"),
+        ([*fit, str(elastic_run), "--families", "vit"], 2, "drop --families"),
         (["fit", "--out", str(out)], 2, "--elastic RUN"),
         ([*fit[:2], "0.0001", "--elastic", str(elastic_run)], 3, f"--elastic {elastic_run}"),
     ):

@@ -81,9 +81,9 @@ def test_training_inputs_are_what_the_loop_gives_a_student(tmp_path: Path) -> No
     data = case.make_data(tmp_path)
     side = ImageSide(data, LossConfig(), case.TRAIN, Ranks(), CPU)
     wanted = [side.inputs(batch) for batch in side.batches(0, 3)]
-    found = list(training_inputs(data, LossConfig(), case.TRAIN, 3))
+    found = list(training_inputs(data, LossConfig(), case.TRAIN, 3, CPU))
     assert len(found) == 3
     for mine, theirs in zip(found, wanted, strict=True):
         torch.testing.assert_close(mine, theirs)
-    everything = list(training_inputs(data, LossConfig(), case.TRAIN, 100))
+    everything = list(training_inputs(data, LossConfig(), case.TRAIN, 100, CPU))
     assert len(everything) == 6  # 90 images in batches of 16, once

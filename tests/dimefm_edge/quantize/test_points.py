@@ -10,7 +10,7 @@ from torch import fx
 from dimefm_edge.export.quant_rules import QUANT_RULES
 from dimefm_edge.export.simplify import TracedAttention
 from dimefm_edge.quantize.deployed import export_graph
-from dimefm_edge.quantize.points import find_products
+from dimefm_edge.quantize.points import find_products, gelus_in_integers
 from tests.dimefm_edge.quantize.int8_students import ARM, AVX2, SIDE, TENSORRT, deployed
 
 
@@ -59,3 +59,15 @@ def test_a_convolution_answers_in_integers_behind_its_clipping():
 
 def test_what_is_kept_float_is_no_product():
     assert "proj" not in [product.name for product in products("vit", AVX2, ("proj",))]
+
+
+@pytest.mark.parametrize(("rules_name", "count"), [(AVX2, 4), (ARM, 9)])
+def test_gelus_between_products_are_found(rules_name, count):
+    exported = graph("hybrid", is_spelt_out=False)
+    found = gelus_in_integers(exported, products("hybrid", rules_name))
+    assert len(found) == count  # of the four stages' MLPs; on Arm between depthwise ones too
+    for node in found:
+        assert all("conv" in user.name for user in node.users)
+    some = [p for p in products("hybrid", AVX2) if p.name != "trunk.stages.0.blocks.0.mlp.fc2"]
+    assert len(gelus_in_integers(exported, some)) == 3
+    assert gelus_in_integers(graph("vit", is_spelt_out=False), products("vit", AVX2)) == []

@@ -195,3 +195,18 @@ def test_it_runs_under_autocast():
         found = made(images(4))
     with torch.no_grad():
         assert cosines(found.float(), made(images(4))).min() > 0.99
+
+
+def test_gelus_are_trained_as_they_will_run(tmp_path):
+    """The exported graph has the integer sigmoid where the trained one has its own."""
+    made = prepared("hybrid", AVX2)
+    named = [node.name for node in made.graph.graph.nodes if "sigmoid" in node.name]
+    gelus = sum("gelu" in node.name for node in made.graph.graph.nodes)
+    graph = export_onnx(
+        made, tmp_path / "model.onnx", image_size=SIDE, parity_images=images(8).numpy(),
+        metadata={}, spec=spec(AVX2),
+    )  # fmt: skip
+    assert graph.op_counts["Gelu"] == gelus > 0
+    assert graph.op_counts["Sigmoid"] == len(named) > 4  # one is of squeeze and excitation
+    other = prepared("hybrid", TENSORRT).graph.graph
+    assert sum("gelu" in node.name for node in other.nodes) == gelus + 4

@@ -22,6 +22,7 @@ TEACHER = {
         ({"depth": 13}, False),
         ({"patch_size": 8}, False),
         ({"mlp_ratio": 3.0}, False),
+        ({"mlp_ratio": 4.0 - 0.9 / 768}, True),  # less than a hidden unit
         ({"act": "quick_gelu"}, False),
     ],
 )

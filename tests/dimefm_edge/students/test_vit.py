@@ -89,6 +89,17 @@ def test_a_narrow_student_takes_whole_heads_and_evenly_spaced_channels():
     assert torch.equal(student.proj.weight, tower.proj.T[:, ::2])
 
 
+def test_a_ratio_that_gives_no_whole_hidden_units_is_followed():
+    tower = build_student(spec_like(teacher_tower(), mlp_ratio=85 / 32))
+    student = build_student(spec_like(tower, width=16, num_heads=1))
+    assert (tower.trunk.blocks[0].mlp.fc1.out_features, 85 * 16 % 32) == (85, 16)
+    assert student.trunk.blocks[0].mlp.fc1.out_features == 42
+    assert inherit_layers(student, tower)
+    rows = torch.arange(42) * 85 // 42
+    theirs = tower.trunk.blocks[0].mlp.fc1.weight
+    assert torch.equal(student.trunk.blocks[0].mlp.fc1.weight, theirs[rows][:, ::2])
+
+
 def test_heads_of_a_wider_teacher_are_evenly_spaced():
     tower = teacher_tower()
     wide = build_student(spec_like(tower, width=64, num_heads=4))
