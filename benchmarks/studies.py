@@ -61,6 +61,7 @@ from dimefm_edge.students import (
     student_spec,
 )
 from dimefm_edge.students.inherit import inherit_from_teacher
+from dimefm_edge.students.vit import vit_geometry
 from dimefm_edge.tables import format_table
 
 if __package__:
@@ -243,7 +244,10 @@ def run_study(args: argparse.Namespace) -> dict[str, Any]:
         specs = {name: study.spec(arm) for name, arm in arms.items()}
         times = {} if args.prepare else measured_ms(specs)
         for name, row in summary.items():
-            row |= fit_figures(specs[name], inherits=arms[name].inherits)
+            row |= fit_figures(
+                specs[name], inherits=arms[name].inherits,
+                teacher=vit_geometry(study.teacher.image_tower),
+            )  # fmt: skip
             row |= {"p50_ms": times[name]} if name in times else {}
         score = next(iter(study.teacher_scores()))
         values["rank_correlation"] = rank_correlations(summary, score)

@@ -18,17 +18,22 @@ from dimefm_edge.latency.calibrate import export_graphs, measure_graphs
 from dimefm_edge.latency.student_counts import count_student
 from dimefm_edge.student_score import is_convolutional, student_score
 from dimefm_edge.students import StudentSpec
+from dimefm_edge.students.heirs import layers_share
 
 Rows = dict[str, dict[str, float]]
 _FIGURES = ("gmacs", "params_m", "score", "p50_ms")
 
 
-def fit_figures(spec: StudentSpec, *, inherits: bool) -> dict[str, float]:
-    """Multiply-adds, parameters in millions, and the score that `fit` ranks by."""
+def fit_figures(
+    spec: StudentSpec, *, inherits: bool, teacher: Mapping[str, Any] | None = None
+) -> dict[str, float]:
+    """Multiply-adds, parameters in millions, and the score that `fit` ranks by with a teacher of
+    that geometry."""
     counts = count_student(spec)
     score = student_score(
-        counts.gmacs, inherits=inherits, is_convolutional=is_convolutional(counts.costs)
-    )
+        counts.gmacs, inherits=inherits, is_convolutional=is_convolutional(counts.costs),
+        layers=layers_share(spec.args, teacher),
+    )  # fmt: skip
     return {"gmacs": counts.gmacs, "params_m": counts.params_m, "score": score}
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from dimefm_edge.config import RunConfig, StudentConfig
 from dimefm_edge.errors import CheckpointError, ConfigError
 from dimefm_edge.files import atomic_file
-from dimefm_edge.fit import FitReport, fit_student, plot_fit
+from dimefm_edge.fit import FitReport, fit_student
+from dimefm_edge.fit_plot import plot_fit
 from dimefm_edge.latency.calibrate import measure_student
 from dimefm_edge.latency.estimate import trace_ops
 from dimefm_edge.run_log import STATE_FILE, require_same

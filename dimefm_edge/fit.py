@@ -13,7 +13,6 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from dimefm_edge.errors import BudgetError, ConfigError
@@ -22,6 +21,7 @@ from dimefm_edge.latency.operators import Operator, total_gmacs
 from dimefm_edge.student_grid import FAMILIES, GRIDS, CanInherit, find_student, student_grid
 from dimefm_edge.student_score import is_convolutional, student_score
 from dimefm_edge.students import STAGED_FAMILIES, StudentSpec
+from dimefm_edge.students.heirs import layers_share
 from dimefm_edge.targets import Target, load_target
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,8 @@ class FitCandidate:
     """See `student_score.is_convolutional`."""
     fits: bool
     """Within the budget, the memory limit, and its share of the teacher's multiply-adds."""
+    layers: float | None = None
+    """Share of the teacher's layers that it inherits, of a ViT."""
     measured_ms: float | None = None
     """Median on this machine, where it was measured."""
     top1_pct: float | None = None
@@ -72,8 +74,9 @@ class FitCandidate:
         if self.top1_pct is not None:
             return self.top1_pct
         return student_score(
-            self.gmacs, inherits=self.inherits, is_convolutional=self.is_convolutional
-        )
+            self.gmacs, inherits=self.inherits, is_convolutional=self.is_convolutional,
+            layers=self.layers,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -191,10 +194,11 @@ def fit_student(
         specs = student_grid(families, **sizes, **knows)
     candidates = [
         replace(
-            _candidate(spec, place, precision, limits, inherits=inherits), top1_pct=top1.get(spec)
+            _candidate(spec, place, precision, limits, inherits=inherits), top1_pct=top1.get(spec),
+            layers=layers_share(spec.args, teacher_geometry) if inherits else None,
         )
         for spec, inherits in specs
-    ]
+    ]  # fmt: skip
     if not candidates:
         raise ConfigError(
             f"no student of {', '.join(families)} takes images of {image_size} px",
@@ -276,38 +280,6 @@ def _measure_best(
             break
         look_at(min(larger, key=lambda c: c.latency_ms * correction(c)))
     return measured
-
-
-def plot_fit(report: FitReport, path: Path) -> None:
-    """Draw candidates, Pareto front, budget and choice: latency against score, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for family in sorted({c.spec.family for c in report.candidates}):
-        for inherits, marker in ((False, "o"), (True, "s")):
-            group = [
-                c for c in report.candidates if (c.spec.family, c.inherits) == (family, inherits)
-            ]
-            if group:
-                label = f"{family}, inherits" if inherits else family
-                x, y = [c.latency_ms for c in group], [c.score for c in group]
-                axes.scatter(x, y, s=16, alpha=0.6, marker=marker, label=label)
-    front = report.pareto
-    axes.plot([c.latency_ms for c in front], [c.score for c in front], "k:", lw=1, label="front")
-    axes.axvline(report.budget_ms, color="tab:red", lw=1, label=f"budget {report.budget_ms:.3g} ms")
-    best = report.chosen_candidate
-    axes.scatter(best.latency_ms, best.score, s=160, marker="*", color="tab:red", zorder=3)
-    axes.annotate(best.spec.name, (best.latency_ms, best.score), xytext=(8, -12),
-                  textcoords="offset points")  # fmt: skip
-    is_known = best.top1_pct is not None
-    what = "zero-shot top-1 (%)" if is_known else "score: GMACs, and what they count"
-    axes.set(xscale="log", yscale="linear" if is_known else "log", ylabel=what)
-    axes.set_xlabel(f"estimated latency on {report.target}, {report.precision} (ms)")
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120, format="png")
 
 
 @dataclass(frozen=True)

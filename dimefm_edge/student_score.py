@@ -14,8 +14,11 @@ from dimefm_edge.latency.operators import COST_NAMES, Vector
 CONVOLUTION_BONUS = 16.0
 """A convolutional student counts as a ViT of so many times the arithmetic: what a ViT must learn of
 images first, it is built with."""
-INHERITANCE_BONUS = 20.0
-"""So does a ViT that starts from the teacher's layers."""
+INHERITANCE_BONUS = 40.0
+"""So does a ViT that starts from all of its teacher's layers, as wide or narrower; from a part of
+them, that part of it: deep and narrow heirs came to more than shallow and wide ones."""
+USUAL_LAYERS = 0.5
+"""Share of the teacher's layers, where it is not known."""
 CONVOLUTION_HEIR_BONUS = 2.0
 """On top of its own, for a convolutional student that starts from the teacher's weights. A guess: a
 ResNet that inherited gained 4 to 13 points on real images; none was set against larger ones."""
@@ -26,17 +29,21 @@ _MIN_SHARE = 0.8  # of multiply-adds: of a small ViT's, those of its patches are
 _MIN_DEPTHWISE = 4  # their 1 x 1 convolutions are linear layers in some of timm's models
 
 
-def student_score(gmacs: float, *, inherits: bool, is_convolutional: bool) -> float:
+def student_score(
+    gmacs: float, *, inherits: bool, is_convolutional: bool, layers: float | None = None
+) -> float:
     """Multiply-adds of a ViT that starts at random and should come to the same, in 1e9.
 
     Args:
         gmacs: The student's own, in 1e9.
         inherits: Whether it starts from the teacher's weights.
         is_convolutional: As the function of that name says.
+        layers: Share of the teacher's layers that a ViT inherits.
     """
     if is_convolutional:
         return gmacs * CONVOLUTION_BONUS * (CONVOLUTION_HEIR_BONUS if inherits else 1.0)
-    return gmacs * (INHERITANCE_BONUS if inherits else 1.0)
+    share = USUAL_LAYERS if layers is None else layers
+    return gmacs * (INHERITANCE_BONUS * share if inherits else 1.0)
 
 
 def is_convolutional(costs: Vector) -> bool:

@@ -197,7 +197,8 @@ def _estimate(options: EstimateOptions, target: Target, precision: str) -> Laten
 
 def run_fit(options: FitOptions) -> Outcome:
     """Choose a student for a budget."""
-    from dimefm_edge.fit import fit_student, plot_fit
+    from dimefm_edge.fit import fit_student
+    from dimefm_edge.fit_plot import plot_fit
     from dimefm_edge.latency.calibrate import measure_student
     from dimefm_edge.targets import LOCAL, load_target
 

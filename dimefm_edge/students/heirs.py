@@ -27,3 +27,15 @@ def inherited_layers(student_depth: int, teacher_depth: int) -> list[int]:
         return [teacher_depth - 1]
     step = (teacher_depth - 1) / (student_depth - 1)
     return [round(i * step) for i in range(student_depth)]
+
+
+def layers_share(mine: Mapping[str, Any], teacher: Mapping[str, Any] | None) -> float | None:
+    """How many of the teacher's layers a ViT has, as a share; None of others.
+
+    Args:
+        mine: Its spec's args.
+        teacher: As for `is_heir`; None if it is no ViT.
+    """
+    if teacher is None or not isinstance(mine.get("depth"), int):
+        return None
+    return float(mine["depth"] / teacher["depth"])

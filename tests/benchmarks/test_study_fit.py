@@ -56,7 +56,10 @@ def test_real_graphs():
     alone, helped = (
         fit_figures(specs["vit-p16-w32-d2"], inherits=inherits) for inherits in (False, True)
     )
-    assert helped["score"] == INHERITANCE_BONUS * alone["score"]
+    assert helped["score"] == INHERITANCE_BONUS / 2 * alone["score"]  # of who knows what share
+    shape = specs["vit-p16-w32-d2"].args | {"depth": 8}
+    heir = fit_figures(specs["vit-p16-w32-d2"], inherits=True, teacher=shape)
+    assert heir["score"] == INHERITANCE_BONUS / 4 * alone["score"]
     assert alone["score"] == alone["gmacs"]
     convolutional = fit_figures(specs["convnet-w32-d2.2.4.2"], inherits=False)
     assert convolutional["score"] == CONVOLUTION_BONUS * convolutional["gmacs"]

@@ -7,10 +7,9 @@ import json
 import pytest
 import torch
 from open_clip.transformer import VisionTransformer
-from PIL import Image
 
 from dimefm_edge.errors import BudgetError, ConfigError, UnknownNameError
-from dimefm_edge.fit import TEACHER_GMACS_SHARE, FitReport, fit_student, plot_fit
+from dimefm_edge.fit import TEACHER_GMACS_SHARE, FitReport, fit_student
 from dimefm_edge.latency.estimate import estimate_latency, total_gmacs, trace_ops
 from dimefm_edge.latency.trace import trace_student
 from dimefm_edge.students import student_spec
@@ -88,7 +87,8 @@ def test_a_bigger_budget_gives_a_bigger_student():
 def test_a_student_can_be_named(teacher):
     names = {
         "vit-p8-w192-d5": (0.12, True),
-        "vit-nano": (0.02, False),
+        "vit-nano": (0.02, True),  # narrower, with heads of its teacher's size
+        "vit-p16-w128-d4": (0.01, False),
         "timm:resnet10t": (0.01, False),
     }
     for name, (gmacs, inherits) in names.items():
@@ -152,15 +152,11 @@ def test_bad_requests_are_answered():
         fit_student("jetson-orin", latency_ms=0, **SIZES)
 
 
-def test_the_report_is_plain_values_and_a_plot(report, tmp_path):
+def test_the_report_is_plain_values(report):
     values = report.to_dict()
     names = [c["spec"]["name"] for c in values["candidates"] if c["pareto"]]
     assert names == values["pareto"]
     assert values["chosen"]["name"] == report.chosen.name
-    plot_fit(report, tmp_path / "fit.png")
-    with Image.open(tmp_path / "fit.png") as image:
-        assert image.format == "PNG"
-        assert len(image.convert("RGB").getcolors(1 << 20)) > 50
 
 
 def test_measuring_corrects_the_estimates_and_decides():
@@ -195,7 +191,7 @@ def test_a_budget_that_no_measured_student_meets_names_what_would_do():
     assert caught.value.hint == "dimefm-edge fit --target local@measured --latency-ms 50"
 
 
-def test_trained_students_are_ranked_by_what_they_are_known_to_score(tmp_path):
+def test_trained_students_are_ranked_by_what_they_are_known_to_score():
     names = ("vit-p8-w64-d2", "vit-p8-w128-d2", "vit-p8-w128-d4")
     specs = [student_spec(name, image_size=64, embed_dim=64) for name in names]
     given = tuple(zip(specs, (30.0, 20.0, 40.0), strict=True))
@@ -210,5 +206,3 @@ def test_trained_students_are_ranked_by_what_they_are_known_to_score(tmp_path):
     unknown = tuple((spec, None) for spec in specs)
     found = fit_student("jetson-orin", latency_ms=between, given=unknown, **sizes)
     assert found.chosen == specs[1]  # by the stand-in
-    plot_fit(report, tmp_path / "fit.png")
-    assert (tmp_path / "fit.png").stat().st_size > 1000

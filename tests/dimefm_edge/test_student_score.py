@@ -27,6 +27,15 @@ def test_weights_that_are_inherited_and_convolutions_count_more():
     assert vit < heir
 
 
+def test_an_heir_counts_by_its_share_of_the_layers():
+    way = {"inherits": True, "is_convolutional": False}
+    half, whole = (student_score(1.0, **way, layers=share) for share in (0.5, 1.0))
+    assert whole == 2 * half
+    assert student_score(1.0, **way) == half  # where it is not known
+    other = {"inherits": False, "is_convolutional": False}
+    assert student_score(1.0, **other, layers=1.0) == student_score(1.0, **other)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dimefm_edge.students.heirs import inherited_layers, is_heir
+from dimefm_edge.students.heirs import inherited_layers, is_heir, layers_share
 
 TEACHER = {
     "patch_size": 16, "width": 768, "num_heads": 12, "mlp_ratio": 4.0, "act": "gelu", "depth": 12
@@ -42,3 +42,10 @@ def test_heirs_are_alike_and_no_larger(changes, inherits):
 )
 def test_inherited_layers(student, teacher, layers):
     assert inherited_layers(student, teacher) == layers
+
+
+def test_the_share_of_layers_is_of_vits():
+    assert layers_share(TEACHER | {"depth": 3}, TEACHER) == 0.25
+    assert layers_share(TEACHER, None) is None
+    assert layers_share({"width": 16, "depth": (1, 1, 2, 1)}, TEACHER) is None
+    assert layers_share({"model": "resnet18"}, TEACHER) is None
