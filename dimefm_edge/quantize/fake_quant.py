@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dimefm_edge.errors import ExportError
 from dimefm_edge.export.calibration import Histogram, Range
@@ -135,6 +135,23 @@ class WeightFakeQuant(FakeQuantizeBase):  # type: ignore[misc]
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """(O,) scales and zeros of the last weight that was rounded."""
         return self.scale, torch.zeros_like(self.scale, dtype=torch.int64)
+
+
+class BiasFakeQuant(nn.Module):
+    """A bias in whole steps of its product's input and weight, as int32 kernels add it."""
+
+    def __init__(self, source: ActivationFakeQuant, weight: WeightFakeQuant) -> None:
+        """Take the steps of what rounds the input and the weight, which are called before."""
+        super().__init__()
+        self._rounded = (source, weight)  # in a tuple: they are parts of the graph already
+
+    def forward(self, bias: Tensor) -> Tensor:
+        """Round (O,), unless its input or weight is not rounded."""
+        source, weight = self._rounded
+        if not (source.is_rounding and weight.is_rounding):
+            return bias
+        step = source.calculate_qparams()[0] * weight.scale
+        return bias + (step * (bias / step).round() - bias).detach()
 
 
 def _round_float8(x: Tensor, scale: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from dimefm_edge.export.quant_rules import QuantRules
+from dimefm_edge.export.quant_rules import GELU_SLOPE, QuantRules
 
 _ATEN = torch.ops.aten
 _LINEARS = (_ATEN.linear.default,)
@@ -60,6 +60,20 @@ def gelus_in_integers(graph: fx.Graph, products: Sequence[Product]) -> list[fx.N
         if node.target is _ATEN.gelu.default and node.args[0] in written
         and all(user in reading for user in node.users)
     ]  # fmt: skip
+
+
+def has_integer_bias(node: fx.Node) -> bool:
+    """Whether a product adds a bias in its kernel: convolutions, and linear layers of (B, C), which
+    become Gemm; others are a MatMul and a float Add."""
+    if len(node.args) < 3 or not isinstance(node.args[2], fx.Node):
+        return False
+    return node.target in CONVS or node.meta["val"].ndim == 2
+
+
+def is_gelu_share(node: fx.Node) -> bool:
+    """Whether a node is the sigmoid of a GELU that qat.py made for integers."""
+    steep = node.args[0] if node.target is _ATEN.sigmoid.default else None
+    return isinstance(steep, fx.Node) and steep.args[1:] == (GELU_SLOPE,)
 
 
 def _product(node: fx.Node, rules: QuantRules) -> Product | None:

@@ -26,8 +26,13 @@ from dimefm_edge.export.quant_rules import GELU_SLOPE, QUANT_RULES
 from dimefm_edge.export.simplify import TracedAttention
 from dimefm_edge.export.trace import silence
 from dimefm_edge.quantize.deployed import deployed_form, export_graph
-from dimefm_edge.quantize.fake_quant import ActivationFakeQuant, WeightFakeQuant
-from dimefm_edge.quantize.points import Product, find_products, gelus_in_integers
+from dimefm_edge.quantize.fake_quant import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant
+from dimefm_edge.quantize.points import (
+    Product,
+    find_products,
+    gelus_in_integers,
+    has_integer_bias,
+)
 from dimefm_edge.quantize.quantizer import RulesQuantizer
 
 _ATEN = torch.ops.aten
@@ -86,6 +91,8 @@ def qat_prepare(
             hint="--qat off, or another --target",
         )
     points = [_point(graph.graph, product) for product in quantizer.products]
+    if rules.is_bias_quantized:
+        _round_biases(graph, quantizer.products, points)
     return FakeQuantStudent(graph, template, points, rules_name, keep_float).train()
 
 
@@ -115,6 +122,26 @@ def _point(graph: fx.Graph, product: Product) -> _Point:
         behind = [user for user in nodes[product.output.name].users if user.op == "call_module"]
         output = _module_of(behind[0])
     return _Point(product.name, inputs, weight, output)
+
+
+def _round_biases(
+    module: fx.GraphModule, products: Sequence[Product], points: Sequence[_Point]
+) -> None:
+    """Round the biases that integer kernels add, in place."""
+    nodes = {node.name: node for node in module.graph.nodes}
+    for product, point in zip(products, points, strict=True):
+        node = nodes[product.node.name]
+        if point.weight is None or len(node.args) < 3 or not has_integer_bias(product.node):
+            continue
+        name = f"{point.weight}_bias"
+        source, weight = (module.get_submodule(n) for n in (point.inputs[0], point.weight))
+        assert isinstance(source, ActivationFakeQuant)
+        assert isinstance(weight, WeightFakeQuant)
+        module.add_submodule(name, BiasFakeQuant(source, weight))
+        with module.graph.inserting_before(node):
+            rounded = module.graph.call_module(name, (node.args[2],))
+        node.args = (*node.args[:2], rounded, *node.args[3:])
+    module.recompile()
 
 
 def _module_of(node: Any) -> str:

@@ -19,7 +19,7 @@ from torchao.quantization.pt2e.quantizer.quantizer import Q_ANNOTATION_KEY
 from dimefm_edge.export.calibration import PROBABILITIES
 from dimefm_edge.export.quant_rules import QuantRules
 from dimefm_edge.quantize.fake_quant import ActivationFakeQuant, WeightFakeQuant
-from dimefm_edge.quantize.points import Product, find_products, is_softmax
+from dimefm_edge.quantize.points import Product, find_products, is_gelu_share, is_softmax
 
 
 class RulesQuantizer(Quantizer):  # type: ignore[misc]
@@ -38,7 +38,8 @@ class RulesQuantizer(Quantizer):  # type: ignore[misc]
         self._weight = QuantizationSpec(torch.int8, _Maker(lambda: WeightFakeQuant(rules)))
 
     def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-        """Mark every product's inputs, weight and, where it is written in integers, output."""
+        """Mark every product's inputs, weight and, where it is written in integers, output; and
+        the sigmoid of a GELU in integers."""
         self.products = find_products(model.graph, self.rules, self.keep_float)
         for product in self.products:
             annotation = _annotation(product.node)
@@ -49,6 +50,10 @@ class RulesQuantizer(Quantizer):  # type: ignore[misc]
                 annotation.input_qspec_map[product.weight] = self._weight
             if product.output is not None:
                 _annotation(product.output).output_qspec = self._activation
+        for node in model.graph.nodes:
+            if is_gelu_share(node):
+                for user in node.users:
+                    _annotation(user).input_qspec_map[node] = self._probabilities
         return model
 
     def validate(self, model: fx.GraphModule) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from dimefm_edge.errors import ExportError
 from dimefm_edge.export.calibration import PROBABILITIES, Histogram, Range
 from dimefm_edge.export.int8 import _affine, _weight_scale
 from dimefm_edge.export.quant_rules import QUANT_RULES
-from dimefm_edge.quantize.fake_quant import ActivationFakeQuant, WeightFakeQuant
+from dimefm_edge.quantize.fake_quant import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant
 
 RULES = list(QUANT_RULES.values())
 
@@ -86,3 +87,28 @@ def test_a_value_that_is_not_finite_is_named():
     part.histogram = Histogram()
     with pytest.raises(ExportError, match="not finite"):
         part(torch.tensor([1.0, float("inf")]))
+
+
+def test_a_bias_is_whole_steps_of_its_input_and_weight():
+    rules = QUANT_RULES["onnxruntime-x86"]
+    source, weight = ActivationFakeQuant(rules), WeightFakeQuant(rules)
+    source.set_range(0.0, 2.55)
+    weight(torch.tensor([[1.27], [-0.254]]))
+    step = torch.tensor([0.01 * 0.01, 0.01 * 0.002])
+    bias = torch.tensor([0.12344, -0.00501], requires_grad=True)
+    part = BiasFakeQuant(source, weight)
+    rounded = part(bias)
+    torch.testing.assert_close(rounded / step, torch.tensor([1234.0, -250.0]), rtol=1e-5, atol=0.0)
+    rounded.sum().backward()
+    assert torch.equal(bias.grad, torch.ones(2))
+    weight.is_rounding = False
+    assert part(bias) is bias
+    assert list(part.state_dict()) == list(part.parameters()) == []
+
+
+def test_a_copy_of_a_bias_has_the_copied_steps():
+    rules = QUANT_RULES["onnxruntime-x86"]
+    whole = torch.nn.ModuleList([ActivationFakeQuant(rules), WeightFakeQuant(rules)])
+    whole.append(BiasFakeQuant(whole[0], whole[1]))
+    other = copy.deepcopy(whole)
+    assert other[2]._rounded == (other[0], other[1])
