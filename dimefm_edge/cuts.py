@@ -207,6 +207,7 @@ def save_cut(
         CheckpointError: As `ElasticRun.take`.
         ConfigError: If `out` holds something.
     """
+    out = out.resolve()
     require_new(out)
     student, loaded = run.take(spec), run.loaded
     metadata = loaded.metadata | {"target": target, "cut_from": str(run.folder)}
@@ -217,7 +218,7 @@ def save_cut(
         settings = config_file.load_saved(run.folder)
         if settings is not None:
             begun = config_file.StudentConfig(
-                init_from=str(out.resolve()),
+                init_from=str(out),
                 latency_ms=latency_ms,
                 max_memory_mib=settings.student.max_memory_mib,
             )

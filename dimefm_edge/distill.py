@@ -348,9 +348,10 @@ class _Loop:
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.best, self.last_loss = state["step"], state["best"], state["loss"]
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            path = self.run_dir / STATE_FILE
             raise CheckpointError(
-                f"{self.run_dir / STATE_FILE} is not this student's: {str(error)[:120]}",
-                hint="another --out",
+                f"{path} is not this student's: {str(error)[:120]}",
+                hint=f"delete {path} to train this stage anew, or another --out",
             ) from error
         logger.info("resuming at step %d of %d", self.step, self.total)
 

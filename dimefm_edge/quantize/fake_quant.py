@@ -151,6 +151,7 @@ class BiasFakeQuant(nn.Module):
         if not (source.is_rounding and weight.is_rounding):
             return bias
         step = source.calculate_qparams()[0] * weight.scale
+        step = _or_one(torch.maximum(step, bias.detach().abs() / 2**30))  # of 32 bits, as int8.py
         return bias + (step * (bias / step).round() - bias).detach()
 
 

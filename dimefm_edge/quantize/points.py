@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from dimefm_edge.export.quant_rules import GELU_SLOPE, QuantRules
+from dimefm_edge.export.quant_rules import QuantRules
 
 _ATEN = torch.ops.aten
 _LINEARS = (_ATEN.linear.default,)
 CONVS = (_ATEN.conv2d.default, _ATEN.conv2d.padding)
+GELU_SHARE_KEY = "dimefm_edge_gelu_share"
 _SOFTMAXES = (_ATEN.softmax.int, _ATEN._softmax.default)
 _CLIPS = (_ATEN.relu.default, _ATEN.relu_.default, _ATEN.hardtanh.default, _ATEN.hardtanh_.default)
 _AROUND_SOFTMAX = (_ATEN.mul.Tensor, _ATEN.add.Tensor, _ATEN.div.Tensor)
@@ -71,9 +72,9 @@ def has_integer_bias(node: fx.Node) -> bool:
 
 
 def is_gelu_share(node: fx.Node) -> bool:
-    """Whether a node is the sigmoid of a GELU that qat.py made for integers."""
-    steep = node.args[0] if node.target is _ATEN.sigmoid.default else None
-    return isinstance(steep, fx.Node) and steep.args[1:] == (GELU_SLOPE,)
+    """Whether a node is the sigmoid of a GELU that qat.py made for integers: a QuickGELU's own is
+    not, which stays float."""
+    return GELU_SHARE_KEY in node.meta
 
 
 def _product(node: fx.Node, rules: QuantRules) -> Product | None:

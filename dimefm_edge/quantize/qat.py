@@ -28,6 +28,7 @@ from dimefm_edge.export.trace import silence
 from dimefm_edge.quantize.deployed import deployed_form, export_graph
 from dimefm_edge.quantize.fake_quant import ActivationFakeQuant, BiasFakeQuant, WeightFakeQuant
 from dimefm_edge.quantize.points import (
+    GELU_SHARE_KEY,
     Product,
     find_products,
     gelus_in_integers,
@@ -106,6 +107,7 @@ def _gelus_as_they_run(module: fx.GraphModule, products: Sequence[Product]) -> N
             made = graph.call_function(_ATEN.mul.Tensor, (node.args[0], share))
         for new in (steep, share, made):
             new.meta = dict(node.meta)
+        share.meta[GELU_SHARE_KEY] = True
         node.replace_all_uses_with(made)
         graph.erase_node(node)
     module.recompile()
@@ -234,7 +236,7 @@ class FakeQuantStudent(nn.Module):
 
     @contextlib.contextmanager
     def rounding_only(self, names: Collection[str]) -> Iterator[None]:
-        """Run but a few products in integers, those of these names."""
+        """Run but a few products in integers, those of these names, and no GELU's sigmoid."""
         chosen = {
             module
             for point in self._points

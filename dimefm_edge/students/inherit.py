@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers.squeeze_excite import SqueezeExcite
 from timm.models.fastvit import Attention, FastVit
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
@@ -133,7 +134,7 @@ def _is_part_of(mine: nn.Module, theirs: nn.Module) -> bool:
     others = dict(theirs.named_modules())
     for name, part in mine.named_modules():
         other = others.get(name)
-        if isinstance(part, nn.Identity):  # the teacher may do more there
+        if isinstance(part, nn.Identity) and _can_be_left_out(name, other):
             continue
         if other is None or type(part) is not type(other) or not _has_like_heads(part, other):
             return False
@@ -143,6 +144,14 @@ def _is_part_of(mine: nn.Module, theirs: nn.Module) -> bool:
         if isinstance(part, nn.Conv2d) and _grouping(part) != _grouping(other):
             return False
     return True
+
+
+def _can_be_left_out(name: str, theirs: nn.Module | None) -> bool:
+    """Whether a student may do nothing where a teacher has a module: an activation, squeeze and
+    excitation, or its projection, which the student has elsewhere."""
+    if theirs is None or isinstance(theirs, SqueezeExcite) or name == "head.fc":
+        return True
+    return not theirs.state_dict()
 
 
 def _has_like_heads(mine: nn.Module, theirs: Any) -> bool:

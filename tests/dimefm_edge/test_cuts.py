@@ -228,3 +228,12 @@ def test_a_step_takes_a_batch_for_each_cut_that_it_trains():
         train, epochs=6.0, batch_size=192, accumulate=6
     )
     assert elastic_stage(TrainConfig(steps=5)).steps == 5
+
+
+def test_a_folder_may_be_named_by_a_link(kept, tmp_path):
+    run_dir, cuts = kept
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    link = tmp_path / "link"
+    save_cut(load_cuts(run_dir), cuts[0].spec, link, target="local", latency_ms=None)
+    assert load_student(tmp_path / "real").spec == cuts[0].spec

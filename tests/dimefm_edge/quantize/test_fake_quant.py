@@ -112,3 +112,13 @@ def test_a_copy_of_a_bias_has_the_copied_steps():
     whole.append(BiasFakeQuant(whole[0], whole[1]))
     other = copy.deepcopy(whole)
     assert other[2]._rounded == (other[0], other[1])
+
+
+def test_a_dead_channels_bias_stays_a_number():
+    rules = QUANT_RULES["onnxruntime-x86"]
+    source, weight = ActivationFakeQuant(rules), WeightFakeQuant(rules)
+    source.set_range(0.0, 1e-3)
+    weight(torch.tensor([[1e-38], [0.0], [1e-40]]))
+    part = BiasFakeQuant(source, weight)
+    bias = torch.tensor([0.5, 0.0, -2.0])
+    torch.testing.assert_close(part(bias), bias)

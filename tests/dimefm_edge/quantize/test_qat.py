@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from dimefm_edge.errors import ExportError, UnknownNameError
 from dimefm_edge.export import GraphSpec, export_onnx
 from dimefm_edge.export.integer_kernels import count_integer_kernels
 from dimefm_edge.export.parity import module_embeds
 from dimefm_edge.export.quant_rules import QUANT_RULES
+from dimefm_edge.quantize.fake_quant import ActivationFakeQuant, BiasFakeQuant
 from dimefm_edge.quantize.qat import FakeQuantStudent, qat_prepare
+from dimefm_edge.students import build_student, vit_spec
 from dimefm_edge.targets.cpu import cpu_quant_rules
 from tests.dimefm_edge.quantize.int8_students import (
     ARM,
@@ -211,3 +214,53 @@ def test_gelus_are_trained_as_they_will_run(tmp_path):
     assert graph.op_counts["Sigmoid"] == len(named) > 4  # one is of squeeze and excitation
     other = prepared("hybrid", TENSORRT).graph.graph
     assert sum("gelu" in node.name for node in other.nodes) == gelus + 4
+
+
+@pytest.mark.parametrize("rules_name", [AVX2, ARM, TENSORRT])
+def test_a_quick_gelu_of_the_students_own_is_not_rounded(rules_name):
+    args = {"patch_size": 8, "width": 32, "num_heads": 1, "depth": 2}
+    counts = {}
+    for act in ("gelu", "quick_gelu"):
+        vit = build_student(vit_spec(image_size=SIDE, embed_dim=16, act=act, **args))
+        made = qat_prepare(vit, image_size=SIDE, rules_name=rules_name)
+        counts[act] = sum(isinstance(m, ActivationFakeQuant) for m in made.modules())
+    assert counts["gelu"] == counts["quick_gelu"] > 4
+
+
+class Headed(nn.Module):
+    """A convolution and two linear layers of (B, C) with biases, which become Gemm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, stride=2)
+        self.second = nn.Conv2d(8, 32, 3, stride=2)
+        self.hidden, self.last = nn.Linear(32, 48), nn.Linear(48, 16)
+
+    def forward(self, image):
+        maps = torch.relu(self.second(torch.relu(self.conv(image))))
+        out = self.last(torch.relu(self.hidden(maps.mean(dim=(2, 3)))))
+        return nn.functional.normalize(out, dim=-1)
+
+
+def test_biases_of_gemm_are_rounded_as_they_are_added(tmp_path):
+    torch.manual_seed(0)
+    made = qat_prepare(Headed(), image_size=SIDE, rules_name=AVX2)
+    made.warm_up([images(16)])
+    rounded = [name for name, part in made.named_modules() if isinstance(part, BiasFakeQuant)]
+    assert len(rounded) == 3  # all but the stem's, which stays float
+    graph = export_onnx(
+        made, tmp_path / "model.onnx", image_size=SIDE, parity_images=images(8).numpy(),
+        metadata={}, spec=spec(AVX2),
+    )  # fmt: skip
+    assert graph.op_counts["Gemm"] == 2
+    assert graph.parity.min_cosine > 0.999999
+
+
+def test_a_copy_rounds_biases_by_its_own_steps():
+    made = prepared("hybrid", AVX2)
+    other = copy.deepcopy(made)
+    for one in (made, other):
+        parts = set(one.graph.modules())
+        biases = [part for part in parts if isinstance(part, BiasFakeQuant)]
+        assert len(biases) > 8
+        assert all(parts.issuperset(bias._rounded) for bias in biases)
