@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -327,44 +328,37 @@ class RunReport:
 
 
 def _precision_lines(rows: tuple[PrecisionRow, ...]) -> list[str]:
-    if not rows:
-        return []
-    sets = list(rows[0].top1_pct)
-    lines = [
-        "",
-        "| student in | "
-        + "".join(f"{_cell(name)} top-1 | " for name in sets)
-        + "cosine to fp32 | file | here p50 | in integers |",
-        "|---|" + "---:|" * (len(sets) + 4),
-    ]
+    columns = ("cosine to fp32", "file", "here p50", "in integers")
+    cells = []
     for row in rows:
         total = row.integer_products + len(row.float_products)
-        lines.append(
-            f"| {row.name} | "
-            + "".join(f"{row.top1_pct[name]:.1f}% | " for name in sets)
-            + f"{row.mean_cosine:.5f} | {row.size_mib:.2f} MiB | {row.here_p50_ms:.2f} ms "
-            f"| {row.integer_products} of {total} products |"
-        )
-    return lines
+        cells.append([
+            row.name, row.top1_pct, f"{row.mean_cosine:.5f}", f"{row.size_mib:.2f} MiB",
+            f"{row.here_p50_ms:.2f} ms", f"{row.integer_products} of {total} products",
+        ])  # fmt: skip
+    return _top1_table("student in", columns, cells)
 
 
 def _cut_lines(rows: tuple[CutRow, ...]) -> list[str]:
+    columns = ("parameters", "GMACs", "estimate on the target")
+    cells = [
+        [row.name, row.top1_pct, f"{row.params_m:.2f} M", f"{row.gmacs:.3f}",
+         f"{row.target_ms:.3g} ms"]
+        for row in rows
+    ]  # fmt: skip
+    return _top1_table("students within", columns, cells)
+
+
+def _top1_table(title: str, columns: Sequence[str], rows: Sequence[list[Any]]) -> list[str]:
+    """Rows of a name, top-1 by test set, and text for each further column; nothing without rows."""
     if not rows:
         return []
-    sets = list(rows[0].top1_pct)
-    lines = [
-        "",
-        "| students within | "
-        + "".join(f"{_cell(name)} top-1 | " for name in sets)
-        + "parameters | GMACs | estimate on the target |",
-        "|---|" + "---:|" * (len(sets) + 3),
-    ]
-    for row in rows:
-        lines.append(
-            f"| {_cell(row.name)} | "
-            + "".join(f"{row.top1_pct[name]:.1f}% | " for name in sets)
-            + f"{row.params_m:.2f} M | {row.gmacs:.3f} | {row.target_ms:.3g} ms |"
-        )
+    sets = list(rows[0][1])
+    heads = [title, *(f"{_cell(name)} top-1" for name in sets), *columns]
+    lines = ["", f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    for name, top1_pct, *rest in rows:
+        cells = [_cell(name), *(f"{top1_pct[test]:.1f}%" for test in sets), *rest]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
