@@ -28,13 +28,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dimefm_edge.config import TrainConfig
+from dimefm_edge.cuts import NUM_BATCHES, elastic_stage
 from dimefm_edge.distill import distill
 from dimefm_edge.files import atomic_file
 from dimefm_edge.latency.operators import total_gmacs
 from dimefm_edge.latency.trace import trace_student
 from dimefm_edge.sides import training_inputs
 from dimefm_edge.students import StudentSpec, build_student
-from dimefm_edge.students.elastic import SANDWICH, ElasticStudent, cut_student, recalibrate
+from dimefm_edge.students.elastic import ElasticStudent, cut_student, recalibrate
 from dimefm_edge.students.inherit import inherit_from_teacher
 from dimefm_edge.tables import format_table
 
@@ -62,8 +63,6 @@ NARROWER = (
     "vit-p8-w128-d4",
 )  # fmt: skip
 """Cuts that `heirs-and-narrower` trains beside its own, the smallest first."""
-BATCHES = 16
-"""Of images, that a cut's batch norms see."""
 TUNE = 0.4
 """Share of the cost that tuning takes, where cuts are tuned."""
 TUNE_LR = 0.5
@@ -128,10 +127,8 @@ class Elastic:
 
     def _elastic(self, share: float) -> tuple[ElasticStudent, float]:
         steps = elastic_steps(self.specs, self.trained, self.steps)
-        train = dataclasses.replace(
-            self.train, steps=round(share * steps), accumulate=SANDWICH,
-            batch_size=SANDWICH * self.train.batch_size,
-        )  # fmt: skip
+        train = dataclasses.replace(self.train, steps=round(share * steps))
+        train = elastic_stage(train)
         model, seconds = self._trained(f"elastic {share:g}", train, self._untrained)
         assert isinstance(model, ElasticStudent)
         return model, seconds
@@ -146,7 +143,7 @@ class Elastic:
         student = cut_student(model.student, self.specs[-1], spec)
         data = self.study.arm_data(Arm(), self.train)
         cpu = torch.device("cpu")
-        recalibrate(student, training_inputs(data, Arm().loss, self.train, BATCHES, cpu))
+        recalibrate(student, training_inputs(data, Arm().loss, self.train, NUM_BATCHES, cpu))
         return student
 
     def _trained(

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dimefm_edge.students import StudentSpec, build_student
 from dimefm_edge.students.student import Student
-from dimefm_edge.students.vit import inherit_layers
+from dimefm_edge.students.vit import evenly_spaced, head_rows, inherit_layers
 
 _SELECTABLE = (ResNet, FastVit)
 
@@ -103,7 +103,7 @@ class _Choice:
             if size == full:
                 continue
             if axis == of_heads:
-                index = self._inner(owner, parts=3 if layer == "qkv" else 1)
+                index = head_rows(*self._heads[owner], parts=3 if layer == "qkv" else 1)
             else:
                 index = self._channels(size, full)
             theirs = theirs.index_select(axis, index.to(theirs.device))
@@ -112,15 +112,7 @@ class _Choice:
     def _channels(self, size: int, full: int) -> Tensor:
         own, whole = self._widths
         together = size // own if size * whole == full * own and size % own == 0 else 1
-        first = torch.arange(size // together) * full // size
-        return (first[:, None] * together + torch.arange(together)).flatten()
-
-    def _inner(self, owner: str, *, parts: int) -> Tensor:
-        """Rows of whole heads, evenly spaced; of queries, keys and values alike."""
-        mine, theirs, head_dim = self._heads[owner]
-        heads = torch.arange(mine) * theirs // mine
-        rows = (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
-        return torch.cat([rows + part * theirs * head_dim for part in range(parts)])
+        return evenly_spaced(size, full, together=together)
 
 
 def _has_all_of(trunk: Any, student: nn.Module) -> bool:

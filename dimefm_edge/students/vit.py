@@ -126,7 +126,7 @@ def inherit_layers(student: nn.Module, teacher_image_tower: nn.Module) -> list[s
         return []
     source = _in_student_layout(teacher_image_tower)
     state = student.state_dict()
-    chosen = _evenly_spaced(mine, teacher)
+    chosen = _chosen(mine, teacher)
     layers = inherited_layers(mine["depth"], teacher["depth"])
     for student_layer, teacher_layer in enumerate(layers):
         old, new = f"trunk.blocks.{teacher_layer}.", f"trunk.blocks.{student_layer}."
@@ -162,23 +162,29 @@ _AXES: dict[str, tuple[str | None, ...]] = {
 the width."""
 
 
-def _evenly_spaced(mine: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Tensor]:
+def _chosen(mine: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Tensor]:
     """Which of the teacher's a student takes, by what an axis is; heads are taken whole."""
-
-    def spaced(size: int, full: int) -> Tensor:
-        return torch.arange(size) * full // size
-
-    width, full = mine["width"], teacher["width"]
-    head_dim = width // mine["num_heads"]
-    heads = spaced(mine["num_heads"], teacher["num_heads"])
-    inner = (heads[:, None] * head_dim + torch.arange(head_dim)).flatten()
-    ratio = mine["mlp_ratio"]
+    width, full, ratio = mine["width"], teacher["width"], mine["mlp_ratio"]
+    heads = mine["num_heads"], teacher["num_heads"], width // mine["num_heads"]
     return {
-        "width": spaced(width, full),
-        "heads": inner,
-        "qkv": torch.cat([inner + part * full for part in range(3)]),
-        "hidden": spaced(round(ratio * width), round(ratio * full)),
+        "width": evenly_spaced(width, full),
+        "heads": head_rows(*heads),
+        "qkv": head_rows(*heads, parts=3),
+        "hidden": evenly_spaced(round(ratio * width), round(ratio * full)),
     }
+
+
+def evenly_spaced(size: int, full: int, *, together: int = 1) -> Tensor:
+    """Which of `full` channels a tensor of `size` takes, (size,) int64; so many stay together."""
+    first = torch.arange(size // together) * full // size
+    return (first[:, None] * together + torch.arange(together)).flatten()
+
+
+def head_rows(mine: int, theirs: int, head_dim: int, *, parts: int = 1) -> Tensor:
+    """Rows of whole heads, evenly spaced: of `mine` out of `theirs`; of queries, keys and values
+    below each other, with three parts, alike."""
+    rows = evenly_spaced(mine * head_dim, theirs * head_dim, together=head_dim)
+    return torch.cat([rows + part * theirs * head_dim for part in range(parts)])
 
 
 def _selected(theirs: Tensor, name: str, chosen: Mapping[str, Tensor]) -> Tensor:
