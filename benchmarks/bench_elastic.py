@@ -20,7 +20,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,9 +93,7 @@ class Elastic:
         """Every student on its own."""
         scores, spent = [], []
         for name, arm in self.arms.items():
-            run = self.study.run(name, arm, self.seed)
-            if run is None:
-                sys.exit(f"another process trains {name}: run this again when it is done")
+            run = self.study.finished(name, arm, self.seed)
             scores.append(run["scores"])
             spent.append(run["cpu_s"])
         return self._figures(scores, spent)
@@ -184,18 +181,10 @@ class Elastic:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--students", choices=tuple(STUDENTS), default="vits")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--tune", action="store_true", help="cuts that are tuned alone, too")
-    parser.add_argument("--limit", type=int, help="of images and sentences, for a short try")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/studies"))
-    parser.add_argument("--json", action="store_true", help="for record.py, instead of a table")
+    studies.add_scenes_flags(parser)
     args = parser.parse_args()
-    words = ["students", "--data", "scenes", "--steps", str(args.steps), "--out", str(args.out),
-             "--threads", str(args.threads)]  # fmt: skip
-    words += [] if args.limit is None else ["--limit", str(args.limit)]
-    study = studies.Study(studies.parse_args(words))
+    study = studies.scenes_study(args)
     found: dict[str, Any] = {
         "students": args.students, "steps": args.steps, "teacher": study.teacher_scores(),
         "seeds": {},

@@ -16,7 +16,6 @@ import dataclasses
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,14 +41,6 @@ PAIRS = (
     ("hybrid-w16-d1.1.1.1", "hybrid-w24-d1.1.2.1"),
 )
 """Student, and whose weights it selects from."""
-
-
-def alone(study: studies.Study, name: str, seed: int) -> dict[str, Any]:
-    """A student that starts at random."""
-    found = study.run(name, Arm(student=name), seed)
-    if found is None:
-        sys.exit(f"another process trains {name}: run this again when it is done")
-    return found
 
 
 def heir(study: studies.Study, name: str, source: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -92,25 +83,17 @@ def top1(study: studies.Study, student: nn.Module) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--limit", type=int, help="of images and sentences, for a short try")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path("runs/studies"))
-    parser.add_argument("--json", action="store_true", help="for record.py, instead of a table")
+    studies.add_scenes_flags(parser)
     args = parser.parse_args()
-    words = ["students", "--data", "scenes", "--steps", str(args.steps), "--out", str(args.out),
-             "--threads", str(args.threads)]  # fmt: skip
-    words += [] if args.limit is None else ["--limit", str(args.limit)]
-    study = studies.Study(studies.parse_args(words))
+    study = studies.scenes_study(args)
     found: dict[str, Any] = {"steps": args.steps, "seeds": {}}
     lines: list[list[Any]] = []
     for seed in args.seeds:
         rows = found["seeds"][seed] = {}
         for name, wide in PAIRS:
-            source = alone(study, wide, seed)
+            source = study.finished(wide, Arm(student=wide), seed)
             score = next(iter(source["scores"]))
-            random_pct = alone(study, name, seed)["scores"][score]
+            random_pct = study.finished(name, Arm(student=name), seed)["scores"][score]
             row = heir(study, name, source, seed)
             rows[name] = {
                 "of": wide,

@@ -130,6 +130,13 @@ class Study(StudyData):
                     stream.write(json.dumps(values, indent=1).encode())
         return values
 
+    def finished(self, name: str, arm: Arm, seed: int) -> dict[str, Any]:
+        """`run`, for who cannot go on without."""
+        values = self.run(name, arm, seed)
+        if values is None:
+            sys.exit(f"another process trains {name}: run this again when it is done")
+        return values
+
     def probe(self, tower: nn.Module, preprocess: PreprocessSpec) -> dict[str, float]:
         """Top-1 of a linear probe of each test set, in percent, learned from labelled images."""
         encode = module_encoder(tower.to(self.teacher.device).eval(), preprocess)
@@ -274,6 +281,24 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--prepare", action="store_true", help="make teacher and stores only")
     parser.add_argument("--json", action="store_true", help="for record.py, instead of a table")
     return parser.parse_args(words)
+
+
+def add_scenes_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of a benchmark that trains students on scenes, beside its own."""
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--limit", type=int, help="of images and sentences, for a short try")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/studies"))
+    parser.add_argument("--json", action="store_true", help="for record.py, instead of a table")
+
+
+def scenes_study(args: argparse.Namespace) -> Study:
+    """The study `students` on scenes, by those flags: finished runs of it are found."""
+    words = ["students", "--data", "scenes", "--steps", str(args.steps), "--out", str(args.out),
+             "--threads", str(args.threads)]  # fmt: skip
+    words += [] if args.limit is None else ["--limit", str(args.limit)]
+    return Study(parse_args(words))
 
 
 def main() -> None:

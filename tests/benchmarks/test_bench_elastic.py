@@ -51,19 +51,10 @@ def test_an_elastic_student_costs_what_the_others_cost_together(script, which):
         ("heirs", ("vit-p8-w192-d2", "vit-p8-w192-d3")),
     ],
 )
-def test_every_way_is_trained_once_and_scored(script, which, names, tmp_path, monkeypatch, capsys):
-    from dimefm_edge.data.scenes import scene_image
-
-    for label, name in enumerate(("cat", "dog")):
-        (tmp_path / "test" / name).mkdir(parents=True)
-        scene_image(label).save(tmp_path / "test" / name / "0.png")
-    study_data = sys.modules["study_data"]
-    real = study_data.setup_of
-    monkeypatch.setattr(
-        study_data,
-        "setup_of",
-        lambda args: script.dataclasses.replace(real(args), eval_sets=(str(tmp_path / "test"),)),
-    )
+def test_every_way_is_trained_once_and_scored(
+    script, which, names, two_pictures, tmp_path, monkeypatch, capsys
+):
+    two_pictures()
     monkeypatch.setitem(script.STUDENTS, which, names)
     words = ["bench_elastic.py", "--limit", "80", "--steps", "5", "--out", str(tmp_path / "out"),
              "--students", which, "--tune", "--json"]  # fmt: skip

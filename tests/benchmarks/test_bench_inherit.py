@@ -23,19 +23,10 @@ def script(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_an_heir_is_trained_once_beside_its_likes(script, tmp_path, monkeypatch, capsys):
-    from dimefm_edge.data.scenes import scene_image
-
-    for label, name in enumerate(("cat", "dog")):
-        (tmp_path / "test" / name).mkdir(parents=True)
-        scene_image(label).save(tmp_path / "test" / name / "0.png")
-    study_data = sys.modules["study_data"]
-    real = study_data.setup_of
-    monkeypatch.setattr(
-        study_data,
-        "setup_of",
-        lambda args: script.dataclasses.replace(real(args), eval_sets=(str(tmp_path / "test"),)),
-    )
+def test_an_heir_is_trained_once_beside_its_likes(
+    script, two_pictures, tmp_path, monkeypatch, capsys
+):
+    two_pictures()
     monkeypatch.setattr(script, "PAIRS", (("convnet-w4-d1.1.1.1", "convnet-w8-d1.1.1.1"),))
     words = ["bench_inherit.py", "--limit", "80", "--steps", "3", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", [*words, "--json"])
