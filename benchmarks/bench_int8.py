@@ -38,6 +38,7 @@ from dimefm_edge.data.images import open_images
 from dimefm_edge.export.int8 import quantize_graph
 from dimefm_edge.export.integer_kernels import count_integer_kernels
 from dimefm_edge.export.onnx import export_onnx
+from dimefm_edge.export.patches import patches_as_products
 from dimefm_edge.export.quant_rules import QUANT_RULES, QuantRules
 from dimefm_edge.latency.measure import machine_info
 from dimefm_edge.manifest import INPUT_NAME
@@ -190,6 +191,9 @@ def prepare(
     path = Path(folder, "fp32.onnx")
     export_onnx(module, path, image_size=preprocess.image_size,
                 parity_images=images[: min(8, num_images)], metadata={})  # fmt: skip
+    model = onnx.load(str(path))
+    patches_as_products(model)  # as in every export for ONNX Runtime
+    onnx.save(model, str(path))
     return path, images[:num_images], images[num_images:]
 
 

@@ -83,5 +83,6 @@ def match_products(
 def _key(weight: npt.NDArray[np.float32] | None) -> Any:
     if weight is None:
         return None
-    values = np.ascontiguousarray(weight, np.float32)
+    # A patch embedding is a convolution there, and a product of matrices here (patches.py).
+    values = np.ascontiguousarray(weight, np.float32).reshape(len(weight), -1)
     return values.shape, hashlib.sha256(values.tobytes()).digest()

@@ -166,7 +166,7 @@ def export_onnx(
         attention=spec.attention,
         has_dynamic_batch=spec.batch_size is None,
     )
-    if spec.runtime == "onnxruntime" and spec.precision == "fp32" and spec.providers[0] == "cpu":
+    if _are_patches_products(spec):
         patches_as_products(model)
     model = in_precision(model, spec, parity_images, learned=learned)
     inputs: npt.NDArray[Any] = parity_images[: len(expected)]
@@ -181,6 +181,12 @@ def export_onnx(
         model, path, expected, inputs=inputs, spec=spec, metadata=metadata,
         min_cosine=None if learned is None else MIN_LEARNED_COSINE[spec.precision],
     )  # fmt: skip
+
+
+def _are_patches_products(spec: GraphSpec) -> bool:
+    if spec.precision in QUANTIZED:
+        return _quant_rules(spec).are_patches_products
+    return spec.runtime == "onnxruntime" and spec.precision == "fp32" and spec.providers[0] == "cpu"
 
 
 def in_precision(

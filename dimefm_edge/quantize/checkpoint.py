@@ -5,6 +5,7 @@ The file is a student's (students/), of the deployed form: merged branches, spli
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from dimefm_edge.students import (
 
 _KIND = "int8 student"
 _RULES, _RANGES, _FLOAT = "quant_rules", "quant_ranges", "quant_keep_float"
+_VERSION = "quant_version"
 
 
 def save_int8_student(
@@ -37,6 +39,7 @@ def save_int8_student(
         DimeFMError: If it cannot be written.
     """
     learned = {
+        _VERSION: "2",
         _RULES: student.rules_name,
         _RANGES: json.dumps(student.ranges()),
         _FLOAT: json.dumps(sorted(student.keep_float)),
@@ -56,12 +59,14 @@ def load_int8_student(path: Path | str) -> LoadedStudent:
 def _build(
     spec: StudentSpec, tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> FakeQuantStudent:
-    student = qat_prepare(
-        build_student(spec),
-        image_size=spec.image_size,
-        rules_name=metadata[_RULES],
-        keep_float=json.loads(metadata[_FLOAT]),
+    keep_float, ranges = json.loads(metadata[_FLOAT]), json.loads(metadata[_RANGES])
+    prepare = functools.partial(
+        qat_prepare, build_student(spec), image_size=spec.image_size, rules_name=metadata[_RULES]
     )
+    student = prepare(keep_float=keep_float)
+    if _VERSION not in metadata:  # from before patch embeddings were quantised
+        older = set(student.product_names) - set(ranges)
+        student = prepare(keep_float=[*keep_float, *older]) if older else student
     student.load_deployed(tensors)
-    student.set_ranges(json.loads(metadata[_RANGES]))
+    student.set_ranges(ranges)
     return student

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -20,6 +21,9 @@ CONVS = (_ATEN.conv2d.default, _ATEN.conv2d.padding)
 GELU_SHARE_KEY = "dimefm_edge_gelu_share"
 _SOFTMAXES = (_ATEN.softmax.int, _ATEN._softmax.default)
 _CLIPS = (_ATEN.relu.default, _ATEN.relu_.default, _ATEN.hardtanh.default, _ATEN.hardtanh_.default)
+_VIEWS = (_ATEN.flatten.using_ints, _ATEN.reshape.default, _ATEN.view.default)
+_SWAPS = (_ATEN.transpose.int, _ATEN.permute.default)
+_LAST_TWO = ((1, 2), (2, 1), ([0, 2, 1],))
 _AROUND_SOFTMAX = (_ATEN.mul.Tensor, _ATEN.add.Tensor, _ATEN.div.Tensor)
 
 
@@ -35,6 +39,9 @@ class Product:
     weight: fx.Node | None = None
     output: fx.Node | None = None
     """What its integer kernel writes, when that answers in integers."""
+    has_integer_bias: bool = False
+    """Whether its kernel adds a bias: a convolution's, or a linear layer's of (B, C), which becomes
+    Gemm; others, patch embeddings among them, are a MatMul and a float Add."""
 
 
 def find_products(
@@ -63,14 +70,6 @@ def gelus_in_integers(graph: fx.Graph, products: Sequence[Product]) -> list[fx.N
     ]  # fmt: skip
 
 
-def has_integer_bias(node: fx.Node) -> bool:
-    """Whether a product adds a bias in its kernel: convolutions, and linear layers of (B, C), which
-    become Gemm; others are a MatMul and a float Add."""
-    if len(node.args) < 3 or not isinstance(node.args[2], fx.Node):
-        return False
-    return node.target in CONVS or node.meta["val"].ndim == 2
-
-
 def is_gelu_share(node: fx.Node) -> bool:
     """Whether a node is the sigmoid of a GELU that qat.py made for integers: a QuickGELU's own is
     not, which stays float."""
@@ -83,11 +82,17 @@ def _product(node: fx.Node, rules: QuantRules) -> Product | None:
         if not isinstance(source, fx.Node) or not isinstance(weight, fx.Node):
             return None
         is_conv = node.target in CONVS
+        if is_conv and rules.are_patches_products and _are_patches(node):
+            is_conv = False
         if weight.op != "get_attr" or (is_conv and not _is_wanted(source, weight, rules)):
             return None
         name = str(weight.target).removesuffix(".weight")
         is_integer = is_conv and "Conv" in rules.output_op_types
-        return Product(name, node, (source,), weight, _integer_output(node) if is_integer else None)
+        has_bias = len(node.args) > 2 and isinstance(node.args[2], fx.Node)
+        return Product(
+            name, node, (source,), weight, _integer_output(node) if is_integer else None,
+            has_integer_bias=has_bias and (is_conv or node.meta["val"].ndim == 2),
+        )  # fmt: skip
     if node.target is _ATEN.matmul.default and _is_attention(node, rules):
         left, right = node.args
         assert isinstance(left, fx.Node)
@@ -99,6 +104,30 @@ def _product(node: fx.Node, rules: QuantRules) -> Product | None:
 def _is_wanted(source: fx.Node, weight: fx.Node, rules: QuantRules) -> bool:
     """As int8.py's: not every convolution is for every runtime."""
     return rules.takes_convolution(weight.meta["val"].shape, is_stem=source.op == "placeholder")
+
+
+def _are_patches(node: fx.Node) -> bool:
+    """Whether patches.py makes a product of it: windows of the image that touch but never overlap,
+    and whose answers are then moved into tokens."""
+    if node.target is not _ATEN.conv2d.default:
+        return False
+    defaults: list[Any] = [None, None, None, [1, 1], [0, 0], [1, 1], 1]
+    given: list[Any] = list(node.args)
+    source, weight, _, strides, *others = given + defaults[len(given) :]
+    assert isinstance(source, fx.Node)
+    assert isinstance(weight, fx.Node)
+    patch, sides = list(weight.meta["val"].shape[2:]), source.meta["val"].shape[2:]
+    is_cut = patch[0] == patch[1] > 1 and list(strides) == patch and others == defaults[4:]
+    is_whole = source.op == "placeholder" and all(side % patch[0] == 0 for side in sides)
+    tokens = _only_user(_only_user(node, _VIEWS), _SWAPS)
+    return is_cut and is_whole and tokens is not None and tokens.args[1:] in _LAST_TWO
+
+
+def _only_user(node: fx.Node | None, targets: Sequence[Any]) -> fx.Node | None:
+    """The only reader of a tensor, if it is of a kind and gives three dimensions."""
+    users = [u for u in ([] if node is None else node.users) if u.meta["val"].ndim == 3]
+    is_only = node is not None and len(node.users) == len(users) == 1
+    return users[0] if is_only and users[0].target in targets else None
 
 
 def _integer_output(node: fx.Node) -> fx.Node | None:

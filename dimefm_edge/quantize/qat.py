@@ -32,7 +32,6 @@ from dimefm_edge.quantize.points import (
     Product,
     find_products,
     gelus_in_integers,
-    has_integer_bias,
 )
 from dimefm_edge.quantize.quantizer import RulesQuantizer
 
@@ -133,7 +132,7 @@ def _round_biases(
     nodes = {node.name: node for node in module.graph.nodes}
     for product, point in zip(products, points, strict=True):
         node = nodes[product.node.name]
-        if point.weight is None or len(node.args) < 3 or not has_integer_bias(product.node):
+        if point.weight is None or not product.has_integer_bias:
             continue
         name = f"{point.weight}_bias"
         source, weight = (module.get_submodule(n) for n in (point.inputs[0], point.weight))

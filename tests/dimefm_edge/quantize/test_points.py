@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 
 import pytest
-from torch import fx
+import torch
+from torch import fx, nn
 
+from dimefm_edge.export.patches import patches_as_products
 from dimefm_edge.export.quant_rules import QUANT_RULES
 from dimefm_edge.export.simplify import TracedAttention
+from dimefm_edge.export.trace import trace
 from dimefm_edge.quantize.deployed import export_graph
 from dimefm_edge.quantize.points import find_products, gelus_in_integers
 from tests.dimefm_edge.quantize.int8_students import ARM, AVX2, SIDE, TENSORRT, deployed
@@ -28,12 +31,58 @@ def products(family: str, rules_name: str, keep_float: tuple[str, ...] = ()):
     return find_products(exported, QUANT_RULES[rules_name], keep_float)
 
 
-def test_a_vit_in_onnx_runtime_is_its_linear_layers_without_the_stem():
-    names = [product.name for product in products("vit", AVX2)]
-    assert len(names) == 2 * 6 + 1
-    assert names[:2] == ["trunk.blocks.0.attn.core.q", "trunk.blocks.0.attn.core.k"]
+@pytest.mark.parametrize("rules_name", [AVX2, ARM])
+def test_a_vit_in_onnx_runtime_is_its_linear_layers_and_its_patches(rules_name):
+    found = products("vit", rules_name)
+    names = [product.name for product in found]
+    assert len(names) == 1 + 2 * 6 + 1
+    assert names[:2] == ["trunk.patch_embed.proj", "trunk.blocks.0.attn.core.q"]
     assert names[-1] == "proj"
-    assert "trunk.patch_embed.proj" not in names
+    assert found[0].output is None  # a MatMul, which answers in float
+    assert not found[0].has_integer_bias
+
+
+class Patches(nn.Module):
+    """A convolution of the image whose answers become tokens, or not."""
+
+    def __init__(self, end: str = "tokens", **settings) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 16, **{"kernel_size": 8, "stride": 8} | settings)
+        self.end = end
+
+    def forward(self, image):
+        maps = self.conv(image)
+        if self.end == "maps":
+            return maps.mean((2, 3))
+        if self.end == "both":
+            return maps.flatten(2).transpose(1, 2).mean(1) + maps.mean((2, 3))
+        if self.end == "permute":
+            return maps.reshape(-1, 16, maps.shape[2] * maps.shape[3]).permute(0, 2, 1).mean(1)
+        return maps.flatten(2).transpose(1, 2).mean(1)
+
+
+@pytest.mark.parametrize(
+    ("module", "are_patches"),
+    [
+        (Patches(), True),
+        (Patches("permute"), True),
+        (Patches("maps"), False),
+        (Patches("both"), False),
+        (Patches(stride=4), False),
+        (Patches(padding=4), False),
+        (Patches(kernel_size=3, stride=3), False),  # does not divide the image
+        (Patches(dilation=2), False),
+        (Patches(kernel_size=1, stride=1), False),
+    ],
+)
+def test_patches_are_what_the_exporter_makes_a_product_of(module, are_patches):
+    found = find_products(export_graph(module, SIDE).graph, QUANT_RULES[AVX2])
+    assert [product.name for product in found] == ["conv"] * are_patches
+    model = trace(
+        module, torch.zeros(2, 3, SIDE, SIDE), input_name="image", output_name="out",
+        opset=20, attention="decomposed", has_dynamic_batch=True,
+    )  # fmt: skip
+    assert patches_as_products(model) == are_patches
 
 
 def test_attention_and_the_stem_are_tensorrts():

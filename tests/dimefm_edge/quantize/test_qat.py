@@ -147,7 +147,7 @@ def test_kept_float_products_are_float_in_the_graph(tmp_path):
         metadata={}, spec=spec(AVX2),
     )  # fmt: skip
     kernels = count_integer_kernels(graph.path, images(1).numpy())
-    assert len(kernels.left_float) == 2 + 4 + 1  # and attention, and the stem
+    assert len(kernels.left_float) == 2 + 4  # and attention
 
 
 def test_a_copy_keeps_its_own_ranges_and_modes():
@@ -178,7 +178,7 @@ def test_another_graph_is_not_taken_for_the_trained_one(tmp_path: Path):
     made = prepared()
     train_a_little(made)
     made.__class__ = Mixed
-    with pytest.raises(ExportError, match="lacks 13 of 13 products that were trained in int8"):
+    with pytest.raises(ExportError, match="lacks 14 of 14 products that were trained in int8"):
         export_onnx(
             made, tmp_path / "model.onnx", image_size=SIDE, parity_images=images(8).numpy(),
             metadata={}, spec=spec(AVX2),
