@@ -15,6 +15,8 @@
 | `recipe` | all that helps together, and with each part left out; take `--probe` |
 | `retention` | that recipe for 6,000 steps at 64 px, several students: for a GPU |
 | `activations` | hybrids with GELU, as FastViT, and with ReLU, which int8 takes in |
+| `resolution` | the same students on smaller images |
+| `kernels` | hybrids and convnets with mixers of 3, 5 and 7 elements a side |
 | `students` | many: does what `fit` goes by rank them as training does, and beat timm's (scenes)? |
 
 `--data scenes`: the sample teacher, procedural images; each image's pair is its own sentence.

@@ -187,4 +187,19 @@ STUDIES: dict[str, dict[str, Arm]] = {
             )
         },
     },
+    "resolution": {
+        f"{name} at {side} px": Arm(student=name, image_size=side, inherits=inherits)
+        for name, inherits, sides in (
+            ("vit-p8-w192-d4", True, (64, 56, 48, 32)),
+            ("vit-p8-w96-d8", True, (64, 56, 48, 32)),
+            ("vit-p8-w192-d8", True, (48, 40, 32)),
+            ("timm:resnet10t", False, (64, 48, 32)),
+        )
+        for side in sides
+    },
+    "kernels": {
+        f"{shape}{kernel}": Arm(student=f"{shape}{kernel}")
+        for shape in ("hybrid-w16-d1.1.1.1", "convnet-w16-d1.1.1.1")
+        for kernel in ("", "-k5", "-k7")
+    },
 }

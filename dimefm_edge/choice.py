@@ -53,6 +53,7 @@ def choose_student(config: RunConfig, target: Target, teacher: Teacher) -> FitRe
         student=student.student,
         given=() if student.init_from is None else ((_begun(student.init_from, teacher), None),),
         **facts,
+        can_shrink=student.image_size is None,
         measure=measure_student if target.name == LOCAL else None,
     )
     if student.elastic:

@@ -63,10 +63,17 @@ class FitCandidate:
     """Within the budget, the memory limit, and its share of the teacher's multiply-adds."""
     layers: float | None = None
     """Share of the teacher's layers that it inherits, of a ViT."""
+    resolution: float = 1.0
+    """Side of its images, as a share of those that the others take."""
     measured_ms: float | None = None
     """Median on this machine, where it was measured."""
     top1_pct: float | None = None
     """Zero-shot top-1 that it was measured to have: of students that are trained already."""
+
+    @property
+    def name(self) -> str:
+        """The student's, and the size of its images where they are smaller than the others'."""
+        return self.spec.name + (f" at {self.spec.image_size} px" if self.resolution < 1 else "")
 
     @property
     def score(self) -> float:
@@ -75,7 +82,7 @@ class FitCandidate:
             return self.top1_pct
         return student_score(
             self.gmacs, inherits=self.inherits, is_convolutional=self.is_convolutional,
-            layers=self.layers,
+            layers=self.layers, resolution=self.resolution,
         )  # fmt: skip
 
 
@@ -107,7 +114,7 @@ class FitReport:
         values["candidates"] = [
             asdict(c) | {"score": c.score, "pareto": id(c) in front} for c in self.candidates
         ]
-        values["pareto"] = [c.spec.name for c in self.pareto]
+        values["pareto"] = [c.name for c in self.pareto]
         return values
 
     @classmethod
@@ -148,6 +155,7 @@ def fit_student(
     teacher_geometry: dict[str, Any] | None = None,
     teacher_ops: Sequence[Operator] | None = None,
     can_inherit: CanInherit | None = None,
+    can_shrink: bool = False,
     measure: Measure | None = None,
 ) -> FitReport:
     """Choose the student of the best score that an estimate says is fast enough.
@@ -169,6 +177,7 @@ def fit_student(
         teacher_ops: From `trace_ops`, at batch 1, for the default budget.
         can_inherit: Whether a student can start from a teacher that is no ViT. Those of timm's that
             can are looked at, too, unless families are named.
+        can_shrink: Whether students that inherit from a ViT are looked at on smaller images, too.
         measure: (spec, precision) -> ms, on the target: the choice is then one that was measured
             and meets the budget.
 
@@ -191,11 +200,12 @@ def fit_student(
         specs = [find_student(student, **sizes, **knows)]
     else:
         families = (student,) if student in GRIDS else families
-        specs = student_grid(families, **sizes, **knows)
+        specs = student_grid(families, **sizes, **knows, can_shrink=can_shrink)
     candidates = [
         replace(
             _candidate(spec, place, precision, limits, inherits=inherits), top1_pct=top1.get(spec),
             layers=layers_share(spec.args, teacher_geometry) if inherits else None,
+            resolution=spec.image_size / image_size,
         )
         for spec, inherits in specs
     ]  # fmt: skip
@@ -219,7 +229,7 @@ def fit_student(
         if not fitting:
             raise _budget_error(list(measured.values()) or candidates, target, precision, limits)
     chosen = max(fitting, key=lambda c: (c.score, -c.latency_ms))
-    logger.info("fit: %s, %.3g of %.3g ms", chosen.spec.name, chosen.latency_ms, limits.budget_ms)
+    logger.info("fit: %s, %.3g of %.3g ms", chosen.name, chosen.latency_ms, limits.budget_ms)
     return FitReport(
         target=target.full_name,
         precision=precision,
@@ -258,7 +268,7 @@ def _measure_best(
         return candidate.latency_ms * correction(candidate) <= _MARGIN * budget_ms
 
     def look_at(candidate: FitCandidate) -> None:
-        name, estimate = candidate.spec.name, candidate.latency_ms
+        name, estimate = candidate.name, candidate.latency_ms
         took = measure(candidate.spec)
         logger.info("fit: %s takes %.3g ms, estimated %.3g", name, took, estimate)
         measured[candidate.spec] = replace(candidate, measured_ms=took, fits=took <= budget_ms)
@@ -356,7 +366,7 @@ def _budget_error(
     if not any(limits.allow(c) for c in candidates) and limits.max_memory_mib is not None:
         smallest = min(candidates, key=lambda c: c.memory_mib)
         return BudgetError(
-            f"{asked}; the smallest, {smallest.spec.name}, needs {smallest.memory_mib:.3g} MiB",
+            f"{asked}; the smallest, {smallest.name}, needs {smallest.memory_mib:.3g} MiB",
             hint=f"{command} --max-memory-mib {math.ceil(smallest.memory_mib * 100) / 100:g}",
         )
     fastest = min(candidates, key=lambda c: c.measured_ms or c.latency_ms)
@@ -364,7 +374,7 @@ def _budget_error(
     enough = math.ceil(took * 1000) / 1000
     how = "measured" if fastest.measured_ms else "estimated"
     return BudgetError(
-        f"{asked}; the fastest, {fastest.spec.name}, is {how} at {took:.3g} ms and "
+        f"{asked}; the fastest, {fastest.name}, is {how} at {took:.3g} ms and "
         f"{fastest.gmacs:.3g} GMACs",
         hint=f"{command} --latency-ms {enough:g}",
     )

@@ -29,7 +29,7 @@ def plot_fit(report: FitReport, path: Path) -> None:
     axes.axvline(report.budget_ms, color="tab:red", lw=1, label=f"budget {report.budget_ms:.3g} ms")
     best = report.chosen_candidate
     axes.scatter(best.latency_ms, best.score, s=160, marker="*", color="tab:red", zorder=3)
-    axes.annotate(best.spec.name, (best.latency_ms, best.score), xytext=(8, -12),
+    axes.annotate(best.name, (best.latency_ms, best.score), xytext=(8, -12),
                   textcoords="offset points")  # fmt: skip
     is_known = best.top1_pct is not None
     what = "zero-shot top-1 (%)" if is_known else "score: GMACs, and what they count"

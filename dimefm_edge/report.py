@@ -228,7 +228,8 @@ class RunReport:
         lines = [
             f"# {self.student.name} for {self.target}",
             "",
-            f"Distilled from `{self.teacher.name}`; budget {self.budget_ms:.3g} ms on "
+            f"Distilled from `{self.teacher.name}` on images of "
+            f"{self.student_spec['image_size']} px; budget {self.budget_ms:.3g} ms on "
             f"{self.target} ({self.runtime} {self.target_precision}), estimated "
             f"{self.student.target_ms:.3g} ms{self._exported()}: "
             + ("met." if self.fits_budget else "NOT MET."),

@@ -41,6 +41,8 @@ _STAGED_DEPTHS = (
 )  # fmt: skip
 _MAX_STAGED_WIDTH_PER_BLOCK = 10
 """Likewise, of the first stage's width; FastViT's own have 2 to 6."""
+_SIDE_SHARES = (6 / 7, 5 / 7)
+"""Of the teacher's images, an heir's on smaller ones: 192 and 160 px for 224."""
 _CUT_WIDTHS, _CUT_DEPTHS = (1 / 2, 3 / 4, 1), (1 / 3, 1 / 2, 3 / 4, 1)
 """Of an elastic student's width and depth, its cuts': the smallest has 0.07 to 0.4 of the work."""
 _EDGE_MODELS = (
@@ -63,20 +65,30 @@ def _vit_grid(image_size: int, embed_dim: int, teacher: dict[str, Any] | None) -
     """The teacher's own geometry with fewer layers and heads first, then everything else."""
     sizes: dict[str, Any] = {"image_size": image_size, "embed_dim": embed_dim}
     shape: dict[str, Any]
-    if teacher is not None and image_size % teacher["patch_size"] == 0:
-        shared = {key: teacher[key] for key in ("patch_size", "mlp_ratio", "act")}
-        head_dim = teacher["width"] // teacher["num_heads"]
-        fewest = math.ceil(_MIN_HEADS_SHARE * teacher["num_heads"])
-        for heads in range(fewest, teacher["num_heads"] + 1):
-            shape = {"width": heads * head_dim, "num_heads": heads}
-            for depth in range(_MIN_DEPTH, teacher["depth"] + 1):
-                yield vit_spec(**sizes, **shared, **shape, depth=depth), True
+    for spec in _vit_heirs(image_size, embed_dim, teacher):
+        yield spec, True
     patch = patch_for(image_size)
     for patch_size in (p for p in (patch, 2 * patch) if image_size % p == 0):
         for width in _VIT_WIDTHS:
             shape = {"patch_size": patch_size, "width": width, "num_heads": heads_for(width)}
             for depth in (d for d in _VIT_DEPTHS if width <= _MAX_WIDTH_PER_LAYER * d):
                 yield vit_spec(**sizes, **shape, depth=depth), False
+
+
+def _vit_heirs(
+    image_size: int, embed_dim: int, teacher: dict[str, Any] | None
+) -> Iterator[StudentSpec]:
+    if teacher is None or image_size % teacher["patch_size"] != 0:
+        return
+    shared = {key: teacher[key] for key in ("patch_size", "mlp_ratio", "act")}
+    head_dim = teacher["width"] // teacher["num_heads"]
+    fewest = math.ceil(_MIN_HEADS_SHARE * teacher["num_heads"])
+    for heads in range(fewest, teacher["num_heads"] + 1):
+        for depth in range(_MIN_DEPTH, teacher["depth"] + 1):
+            yield vit_spec(
+                image_size=image_size, embed_dim=embed_dim, **shared,
+                width=heads * head_dim, num_heads=heads, depth=depth,
+            )  # fmt: skip
 
 
 def _hybrid_grid(image_size: int, embed_dim: int, teacher: dict[str, Any] | None) -> Found:
@@ -122,6 +134,7 @@ def student_grid(
     embed_dim: int,
     teacher: dict[str, Any] | None,
     can_inherit: CanInherit | None = None,
+    can_shrink: bool = False,
 ) -> list[tuple[StudentSpec, bool]]:
     """Every family's students, and whether each can inherit from the teacher.
 
@@ -133,9 +146,10 @@ def student_grid(
         can_inherit: Whether a student can start from a teacher of another kind: where the first,
             smallest one of a family cannot, none is asked. Beside the default families, timm's
             models that can are looked at.
+        can_shrink: Whether heirs of a ViT are looked at on smaller images, too.
 
     Returns:
-        Students of unlike names; of two with one name, the one that inherits.
+        Students of unlike names, or image sizes; of two with one name, the one that inherits.
 
     Raises:
         UnknownNameError: If a family is not known.
@@ -149,8 +163,15 @@ def student_grid(
         grid = lookup(GRIDS, family, kind="student family to fit")
         for spec, inherits in grid(image_size, embed_dim, teacher):
             specs.setdefault(spec.name, (spec, inherits))
+    small = [
+        (spec, True)
+        for side in (
+            _smaller_sides(image_size, teacher) if can_shrink and "vit" in families else ()
+        )
+        for spec in _vit_heirs(side, embed_dim, teacher)
+    ]
     if can_inherit is None:
-        return list(specs.values())
+        return [*specs.values(), *small]
     smallest = {spec.family: spec for spec, _ in reversed(specs.values())}
     heirs = {family for family, spec in smallest.items() if family == "timm" or can_inherit(spec)}
     known = {
@@ -160,7 +181,13 @@ def student_grid(
     if tuple(families) == FAMILIES:
         timms = (spec for spec, _ in _timm_grid(image_size, embed_dim, None))
         known |= {spec.name: (spec, True) for spec in timms if can_inherit(spec)}
-    return list(known.values())
+    return [*known.values(), *small]
+
+
+def _smaller_sides(image_size: int, teacher: dict[str, Any] | None) -> list[int]:
+    patch = 1 if teacher is None else teacher["patch_size"]
+    sides = (patch * round(share * image_size / patch) for share in _SIDE_SHARES)
+    return [side for side in dict.fromkeys(sides) if side < image_size]
 
 
 def elastic_cuts(spec: StudentSpec) -> tuple[StudentSpec, ...]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         FitOptions,
         TargetsOptions,
     )
+    from dimefm_edge.students import StudentSpec
     from dimefm_edge.targets import Target
 
 
@@ -207,7 +208,10 @@ def run_fit(options: FitOptions) -> Outcome:
     side, embed_dim = options.image_size, options.embed_dim
     from_teacher: dict[str, Any] = {}
     elastic = _elastic_run(options)
-    given = () if elastic is None else tuple((cut.spec, cut.top1_pct) for cut in elastic.cuts)
+    given: tuple[tuple[StudentSpec, float | None], ...] = ()
+    if elastic is not None:
+        given = tuple((cut.spec, cut.top1_pct) for cut in elastic.cuts)
+        side = elastic.loaded.spec.image_size
     if options.teacher is not None and not (given and options.latency_ms):
         from dimefm_edge.choice import teacher_facts
         from dimefm_edge.teacher import load_teacher
@@ -226,6 +230,7 @@ def run_fit(options: FitOptions) -> Outcome:
             families=options.families,
             given=given,
             max_memory_mib=options.max_memory_mib,
+            can_shrink=options.image_size is None,
             measure=measure_student if target.name == LOCAL else None,
             **from_teacher,
         )
@@ -250,7 +255,7 @@ def run_fit(options: FitOptions) -> Outcome:
     rows = [
         (
             "*" if c.spec == report.chosen else "",
-            c.spec.name,
+            c.name,
             c.params_m,
             c.gmacs,
             c.score,

@@ -131,7 +131,7 @@ NAMED_STUDENTS: dict[str, dict[str, Any]] = {
 
 _VIT_NAME = re.compile(r"vit-p(\d+)-w(\d+)-d(\d+)")
 _STAGED_NAME = re.compile(
-    rf"({'|'.join(STAGED_FAMILIES)})-w(\d+)-d(\d+)\.(\d+)\.(\d+)\.(\d+)(?:-(relu))?"
+    rf"({'|'.join(STAGED_FAMILIES)})-w(\d+)-d(\d+)\.(\d+)\.(\d+)\.(\d+)(?:-k(\d+))?(?:-(relu))?"
 )
 
 
@@ -141,8 +141,8 @@ def student_spec(name: str, *, image_size: int, embed_dim: int) -> StudentSpec:
     Args:
         name: A key of `NAMED_STUDENTS`; a shape, as `fit` names what it makes: patch, width and
             depth (`vit-p16-w192-d6`), or width and the depths of four stages
-            (`hybrid-w32-d1.1.2.1`, `convnet-w32-d1.1.2.1`), `-relu` for ReLUs instead of GELUs; or
-            a timm model, `timm:NAME`.
+            (`hybrid-w32-d1.1.2.1`, `convnet-w32-d1.1.2.1`), `-k5` for mixers of 5 x 5 instead of
+            3 x 3, `-relu` for ReLUs instead of GELUs; or a timm model, `timm:NAME`.
         image_size: Side of the input, in pixels.
         embed_dim: Size of the embeddings.
 
@@ -159,9 +159,12 @@ def student_spec(name: str, *, image_size: int, embed_dim: int) -> StudentSpec:
             **sizes, patch_size=patch, width=width, depth=depth, num_heads=heads_for(width)
         )
     if shape := _STAGED_NAME.fullmatch(name):
-        family, *counts, act = shape.groups()
+        family, *counts, kernel, act = shape.groups()
         width, *depths = map(int, counts)
-        return _staged_spec(family, **sizes, width=width, depth=(*depths,), act=act or "gelu")
+        return _staged_spec(
+            family, **sizes, width=width, depth=(*depths,), kernel=int(kernel or 3),
+            act=act or "gelu",
+        )  # fmt: skip
     values = dict(lookup(NAMED_STUDENTS, name, kind="student"))
     family = name.split("-")[0]
     if family == "vit":
@@ -217,7 +220,8 @@ def hybrid_spec(**shape: Any) -> StudentSpec:
 
     Args:
         shape: image_size and embed_dim; width, channels of the first stage; depth, blocks of the
-            four stages; act, gelu (the default) or relu.
+            four stages; kernel, side of the mixers' in elements (odd; default: 3); act, gelu (the
+            default) or relu.
     """
     return _staged_spec("hybrid", **shape)
 
@@ -234,11 +238,14 @@ def _staged_spec(
     embed_dim: int,
     width: int,
     depth: tuple[int, ...],
+    kernel: int = 3,
     act: str = "gelu",
 ) -> StudentSpec:
     name = f"{family}-w{width}-d{'.'.join(map(str, depth))}"
     args: dict[str, Any] = {"width": width, "depth": list(depth)}
-    if act != "gelu":  # a setting that older checkpoints do not have
+    if kernel != 3:  # settings that older checkpoints do not have
+        name, args["kernel"] = f"{name}-k{kernel}", kernel
+    if act != "gelu":
         name, args["act"] = f"{name}-{act}", act
     return StudentSpec(name, family, image_size, embed_dim, args)
 

@@ -5,8 +5,9 @@ where tokens are few, and convnets have none, as FastViT-T8 to S12. Chosen over 
 because it is MobileCLIP's image tower, becomes plain convolutions for export, and needs nothing
 but convolution, matmul and softmax.
 
-Activations are FastViT's GELUs, or ReLUs (`-relu` in a name), which runtimes take into the
-convolution before them and for which int8 need not go back to float.
+Mixers are FastViT's, 3 x 3, or larger (`-k5` in a name). Activations are its GELUs, or ReLUs
+(`-relu`), which runtimes take into the convolution before them and for which int8 need not go back
+to float.
 
 The stem's stride follows the image: FastViT's own 32x reduction leaves 2 x 2 positions of a
 64 px image, so small images are reduced by 16 or 8 instead, to 4 x 4 or more.
@@ -55,6 +56,9 @@ def build_hybrid(spec: StudentSpec, *, is_merged: bool = False) -> Student:
         raise ConfigError(f"student {spec.name}: depth must be four positive counts, got {depth}")
     if width < 4 or (8 * width) % _HEAD_DIM:
         raise ConfigError(f"student {spec.name}: width must be a multiple of 4, got {width}")
+    kernel = spec.args.get("kernel", 3)
+    if kernel % 2 == 0:
+        raise ConfigError(f"student {spec.name}: the mixers' kernel must be odd, got {kernel}")
     is_small = spec.image_size < 128
     has_attention = spec.family == "hybrid"
     pos_emb: Any = partial(RepConditionalPosEnc, spatial_shape=(7, 7)) if has_attention else None
@@ -65,6 +69,7 @@ def build_hybrid(spec: StudentSpec, *, is_merged: bool = False) -> Student:
         mlp_ratios=(3, 3, 3, 3),
         token_mixers=(*["repmixer"] * 3, "attention" if has_attention else "repmixer"),
         pos_embs=(None, None, None, pos_emb),
+        repmixer_kernel_size=kernel,
         down_patch_size=5 if is_small else 7,
         layer_scale_init_value=_LAYER_SCALE,
         act_layer=act,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -82,6 +83,25 @@ def test_a_bigger_budget_gives_a_bigger_student():
     assert gmacs[0] < gmacs[1] < gmacs[2]
     assert all(r.max_gmacs is None for r in reports)
     assert {c.spec.family for c in reports[0].candidates} == {"hybrid"}
+
+
+def test_an_heir_on_smaller_images_counts_less_than_one_as_large_on_whole_ones(report, teacher):
+    shrunk = fit_student("jetson-orin", **SIZES, **teacher, can_shrink=True)
+    assert {c.spec for c in report.candidates} < {c.spec for c in shrunk.candidates}
+    by_name = {c.name: c for c in shrunk.candidates}
+    assert len(by_name) == len(shrunk.candidates)
+    whole, small = by_name["vit-p8-w192-d8"], by_name["vit-p8-w192-d8 at 48 px"]
+    assert (whole.resolution, small.resolution) == (1, 0.75)
+    assert (small.spec.image_size, small.inherits, small.layers) == (48, True, 1)
+    assert small.latency_ms < whole.latency_ms
+    as_large = dataclasses.replace(small, resolution=1.0)
+    assert small.score < as_large.score < whole.score
+    again = FitReport.from_dict(json.loads(json.dumps(shrunk.to_dict())))
+    assert again == shrunk
+    older = shrunk.to_dict()
+    for row in older["candidates"]:
+        del row["resolution"]
+    assert {c.resolution for c in FitReport.from_dict(older).candidates} == {1}
 
 
 def test_a_student_can_be_named(teacher):

@@ -42,7 +42,7 @@ def make(**changes) -> RunReport:
         budget_ms=5.0,
         teacher=TEACHER,
         student=STUDENT,
-        student_spec={"family": "vit", "depth": 12, "stages": (1, 2)},
+        student_spec={"family": "vit", "image_size": 224, "stages": (1, 2)},
         inherited=("blocks.0", "blocks.1", "head"),
         accuracy=(accuracy("cifar10", 90.0, 72.0), accuracy("scenes", 64.25, 64.25)),
         parity={"num_images": 32, "max_abs_diff": 3.5e-7, "min_cosine": 0.9999987},
@@ -148,7 +148,8 @@ def test_the_text_has_the_figures():
     page = make().to_markdown()
     for part in (
         "# vit_s16 for Jetson Orin Nano\n",
-        "Distilled from `ViT-L-14`; budget 5 ms on Jetson Orin Nano (TensorRT fp16), estimated "
+        "Distilled from `ViT-L-14` on images of 224 px; budget 5 ms on Jetson Orin Nano "
+        "(TensorRT fp16), estimated "
         "4.36 ms: met.",
         "one image on Test CPU 9000, teacher (PyTorch) and student (ONNX Runtime) in turn: "
         "the student takes 0.10 of the teacher's time",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import timm
 
@@ -47,6 +49,25 @@ def test_the_teachers_own_shape_takes_the_place_of_ours():
     assert inherits
     assert spec.args["act"] == "quick_gelu"
     assert not find_student("vit-p8-w96-d4", **SIZES)[1]
+
+
+@pytest.mark.parametrize(
+    ("side", "patch", "smaller"),
+    [(224, 32, (192, 160)), (224, 16, (192, 160)), (224, 14, (196, 154)), (64, 8, (56, 48))],
+)
+def test_heirs_of_a_vit_are_looked_at_on_smaller_images_of_whole_patches(side, patch, smaller):
+    sizes = {"image_size": side, "embed_dim": 32, "teacher": TEACHER | {"patch_size": patch}}
+    whole = student_grid(["vit", "hybrid"], **sizes)
+    found = student_grid(["vit", "hybrid"], **sizes, can_shrink=True)
+    assert found[: len(whole)] == whole
+    heirs = [spec for spec, inherits in whole if inherits]
+    assert found[len(whole) :] == [
+        (dataclasses.replace(spec, image_size=other), True) for other in smaller for spec in heirs
+    ]
+    build_student(found[-1][0])
+    assert student_grid(["hybrid"], **sizes, can_shrink=True) == student_grid(["hybrid"], **sizes)
+    alone = sizes | {"teacher": None}
+    assert student_grid(["vit"], **alone, can_shrink=True) == student_grid(["vit"], **alone)
 
 
 def test_timm_models_are_timms_and_one_can_be_named():
@@ -110,8 +131,8 @@ def test_every_student_of_ours_holds_smaller_ones(family):
 
 
 def test_what_is_not_width_or_depth_stays():
-    spec = student_spec("hybrid-w16-d1.1.2.1-relu", image_size=64, embed_dim=32)
-    assert {cut.args["act"] for cut in elastic_cuts(spec)} == {"relu"}
+    spec = student_spec("hybrid-w16-d1.1.2.1-k5-relu", image_size=64, embed_dim=32)
+    assert {(cut.args["kernel"], cut.args["act"]) for cut in elastic_cuts(spec)} == {(5, "relu")}
     heirs = [s for s, inherits in student_grid(["vit"], **SIZES | {"teacher": TEACHER}) if inherits]
     for cut in elastic_cuts(heirs[-1]):
         assert (cut.args["mlp_ratio"], cut.args["act"]) == (3.0, "quick_gelu")

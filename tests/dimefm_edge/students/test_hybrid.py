@@ -110,10 +110,27 @@ def test_relus_are_asked_for_by_name_and_stay_out_of_older_specs(family):
         assert wanted in merged
 
 
+@pytest.mark.parametrize("family", ["hybrid", "convnet"])
+def test_larger_mixers_are_asked_for_by_name_and_merge_into_one_convolution(family):
+    sizes = {"image_size": 64, "embed_dim": 16}
+    plain, large = (student_spec(f"{family}-w8-d1.1.1.1{end}", **sizes) for end in ("", "-k5-relu"))
+    assert "kernel" not in plain.args
+    assert (large.args["kernel"], large.args["act"]) == (5, "relu")
+    assert StudentSpec.from_dict(large.to_dict()) == large
+    for spec, side in ((plain, 3), (large, 5)):
+        student = build_student(spec).eval()
+        mixer = reparameterise(student).trunk.stages[0].blocks[0].token_mixer
+        assert mixer.reparam_conv.kernel_size == (side, side)
+        image = torch.randn(1, 3, 64, 64)
+        assert torch.allclose(reparameterise(student)(image), student(image), atol=1e-5)
+
+
 def test_contradictions_are_refused():
     with pytest.raises(ConfigError, match="need images of 32 px or more, got 16"):
         build_student(tiny(16))
     with pytest.raises(ConfigError, match="depth must be four positive counts"):
         build_student(tiny(depth=(1, 1)))
+    with pytest.raises(ConfigError, match="kernel must be odd, got 4"):
+        build_student(student_spec("hybrid-w8-d1.1.1.1-k4", image_size=64, embed_dim=16))
     with pytest.raises(ConfigError, match="width must be a multiple of 4, got 10"):
         build_student(tiny(width=10))
