@@ -78,7 +78,7 @@ class StudentConfig:
     max_memory_mib: float | None = None
     """Limit of its weights and its largest operator's tensors on the target, in MiB."""
     image_size: int | None = None
-    """Input side in pixels. Default: the teacher's."""
+    """Input side in pixels. Default: the teacher's, or a smaller one that `auto` chooses."""
     init: Literal["auto", "random", "teacher", "pretrained"] = "auto"
     """Initial weights: auto inherits from the teacher where the shapes allow it; pretrained
     asks timm for its own."""
