@@ -103,7 +103,7 @@ class FitOptions(CommonOptions):
     teacher: str | None = None
     """Give it to consider students that inherit from it, its image size and embedding size."""
     image_size: int | None = None
-    """Input side in pixels. Default: the teacher's, and smaller ones for heirs of a ViT; else 224."""
+    """Input side in pixels. Default: the teacher's, smaller ones too for its heirs; else 224."""
     embed_dim: int | None = None
     """Size of the embeddings. Default: the teacher's, else 512."""
     precision: str | None = None

@@ -24,8 +24,8 @@ CONVOLUTION_HEIR_BONUS = 2.0
 ResNet that inherited gained 4 to 13 points on real images; none was set against larger ones."""
 
 RESOLUTION_POWER = 2.0
-"""On images of 3/4 of the teacher's side, a student counts 3/4 to this power: with it, 8 students on
-scenes of 32 to 48 px rank among 23 on whole ones as training ranks them."""
+"""On images of 3/4 of the teacher's side, a student counts 3/4 to this power: with it, 8 students
+on scenes of 32 to 48 px rank among 23 on whole ones as training ranks them."""
 
 _CONVOLUTIONS = ("macs_conv", "macs_grouped", "macs_depthwise")
 _MACS = (*_CONVOLUTIONS, "macs_linear", "macs_attention")

@@ -161,10 +161,8 @@ def student_spec(name: str, *, image_size: int, embed_dim: int) -> StudentSpec:
     if shape := _STAGED_NAME.fullmatch(name):
         family, *counts, kernel, act = shape.groups()
         width, *depths = map(int, counts)
-        return _staged_spec(
-            family, **sizes, width=width, depth=(*depths,), kernel=int(kernel or 3),
-            act=act or "gelu",
-        )  # fmt: skip
+        end: dict[str, Any] = {"kernel": int(kernel or 3), "act": act or "gelu"}
+        return _staged_spec(family, **sizes, width=width, depth=(*depths,), **end)
     values = dict(lookup(NAMED_STUDENTS, name, kind="student"))
     family = name.split("-")[0]
     if family == "vit":
@@ -174,12 +172,8 @@ def student_spec(name: str, *, image_size: int, embed_dim: int) -> StudentSpec:
 
 def is_student_name(name: str) -> bool:
     """Whether `student_spec` would take it for one of its own."""
-    shapes = (_VIT_NAME, _STAGED_NAME)
-    return (
-        name in NAMED_STUDENTS
-        or name.startswith("timm:")
-        or any(shape.fullmatch(name) for shape in shapes)
-    )
+    is_shape = any(shape.fullmatch(name) for shape in (_VIT_NAME, _STAGED_NAME))
+    return is_shape or name in NAMED_STUDENTS or name.startswith("timm:")
 
 
 def heads_for(width: int) -> int:
