@@ -35,7 +35,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dimefm_edge.config import DataConfig, QuantConfig, RunConfig, StudentConfig, TrainConfig
-from dimefm_edge.data.images import open_images, open_labelled
+from dimefm_edge.data.images import open_images, open_labelled, sample_rows
 from dimefm_edge.evaluate.zero_shot import evaluate_zero_shot
 from dimefm_edge.latency.measure import machine_info
 from dimefm_edge.manifest import INPUT_NAME
@@ -138,7 +138,8 @@ def study(args: argparse.Namespace, student: str, seed: int) -> dict[str, Any]:
     assert report is not None
     plain = load_bundle(Path(config.out, "bundle-fp32"))
     pool = open_images(config.data.images)
-    images = preprocess_images([pool.load(row) for row in range(256)], plain.preprocess)
+    rows = sample_rows(len(pool), 256)  # as ours is calibrated on
+    images = preprocess_images([pool.load(int(row)) for row in rows], plain.preprocess)
     rows = {row.name: row for row in report.precisions}
     fp32 = rows["fp32"]
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -108,15 +108,48 @@ def embed_images(
                 advance(len(batch.rows) + len(batch.bad_rows))
             writer.write_shard(shard, embeds, bad_rows=bad)
     if cache is not None and not cache.is_complete:
-        # Shards of an earlier run were embedded without this cache: decode them for it.
-        batches = row_batches(kept.values(), batch_size)
-        for batch in decode_batches(pool, batches, teacher.preprocess, workers=workers):
+        # Shards of an earlier run were embedded without this cache.
+        fill_cache(
+            cache, pool, teacher.preprocess, kept.values(), known_bad, batch_size=batch_size,
+            workers=workers,
+        )  # fmt: skip
+    guard.report()
+    return writer.finish()
+
+
+def fill_cache(
+    cache: PixelCache,
+    pool: ImagePool,
+    preprocess: PreprocessSpec,
+    spans: Iterable[range],
+    known_bad: Sequence[tuple[int, str]],
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+) -> None:
+    """Decode images that were embedded into a cache, and say that it is complete.
+
+    Args:
+        cache: Of these pixels.
+        pool: The images.
+        preprocess: What they are decoded for.
+        spans: Rows.
+        known_bad: Rows that could not be read when they were embedded, and why.
+        batch_size: Images decoded together.
+        workers: Threads; 0 chooses.
+
+    Raises:
+        DataError: If an image that was embedded cannot be read again.
+    """
+    spans = list(spans)
+    with counting("decode images", sum(map(len, spans))) as advance:
+        batches = row_batches(spans, batch_size)
+        for batch in decode_batches(pool, batches, preprocess, workers=workers):
             _check_still_bad(pool, batch.bad_rows, known_bad)
             if len(batch.rows):
                 cache.write(batch.rows, batch.pixels)
-        cache.mark_complete()
-    guard.report()
-    return writer.finish()
+            advance(len(batch.rows) + len(batch.bad_rows))
+    cache.mark_complete()
 
 
 def embed_texts(

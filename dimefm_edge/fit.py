@@ -112,7 +112,8 @@ class FitReport:
         front = {id(c) for c in self.pareto}
         values = asdict(self)
         values["candidates"] = [
-            asdict(c) | {"score": c.score, "pareto": id(c) in front} for c in self.candidates
+            asdict(c) | {"name": c.name, "score": c.score, "pareto": id(c) in front}
+            for c in self.candidates
         ]
         values["pareto"] = [c.name for c in self.pareto]
         return values
@@ -128,7 +129,7 @@ class FitReport:
         for row in values["candidates"]:
             spec = StudentSpec.from_dict(row["spec"])
             figures = {"is_convolutional": spec.family in STAGED_FAMILIES} | {  # of older files
-                k: v for k, v in row.items() if k not in ("spec", "pareto", "score")
+                k: v for k, v in row.items() if k not in ("spec", "name", "pareto", "score")
             }
             candidates.append(FitCandidate(spec, **figures))
             pareto += candidates[-1:] * row["pareto"]
@@ -168,9 +169,9 @@ def fit_student(
             of the teacher's estimate where that is less; multiply-adds are limited alike then.
         precision: What it will run in; default: the target's.
         families: Keys of `GRIDS`, or `timm:NAME`.
-        student: `auto`; a family, which is then the only one; or one student, by a candidate's
-            name or another that `student_spec` takes. One student is refused only for a limit
-            that was given.
+        student: `auto`; a family, which is then the only one; or one student, by the name of its
+            spec or another that `student_spec` takes, on images of `image_size`. One student is
+            refused only for a limit that was given.
         given: Students to choose among instead, with their top-1 in percent, or None of all.
         max_memory_mib: Limit of weights and the largest operator's tensors together.
         teacher_geometry: From `vit_geometry`: adds students that can inherit.

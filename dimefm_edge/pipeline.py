@@ -37,7 +37,7 @@ from dimefm_edge.choice import (
 )
 from dimefm_edge.config import RunConfig
 from dimefm_edge.cuts import NUM_BATCHES, Cut, cut_rows, elastic_stage, keep_cuts
-from dimefm_edge.data.images import ImagePool, open_images, open_labelled
+from dimefm_edge.data.images import ImagePool, open_images, open_labelled, sample_rows
 from dimefm_edge.data.sentences import open_sentences
 from dimefm_edge.distill import default_device, distill
 from dimefm_edge.distributed import Ranks, join_ranks
@@ -337,7 +337,8 @@ def _some_images(
 ) -> npt.NDArray[np.float32]:
     """Real ones: the last are for parity, int8 is calibrated on those before."""
     count = NUM_CALIBRATION_IMAGES * is_int8 + NUM_PARITY_IMAGES
-    rows = data.images.valid_rows()[:count]
+    valid = data.images.valid_rows()
+    rows = valid[sample_rows(len(valid), count)]
     return preprocess_images([pool.load(int(row)) for row in rows], preprocess)
 
 

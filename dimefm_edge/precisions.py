@@ -6,6 +6,7 @@ graph in integers is, export/int8.py.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -103,17 +104,19 @@ def train_int8(
     Raises:
         DimeFMError: As `qat_prepare` and `distill`.
     """
+    from dimefm_edge.quantize.checkpoint import float_before
     from dimefm_edge.quantize.qat import qat_prepare
 
     folder = run_dir / QAT_DIR
     folder.mkdir(exist_ok=True)
-    loaded = load_student(run_dir)
-    student = qat_prepare(
-        loaded.student,
-        image_size=loaded.spec.image_size,
+    loaded, keep_float = load_student(run_dir), kept_float(run_dir, quant)
+    prepare = functools.partial(
+        qat_prepare, loaded.student, image_size=loaded.spec.image_size,
         rules_name=_rules_name(target),
-        keep_float=kept_float(run_dir, quant),
-    )
+    )  # fmt: skip
+    student = prepare(keep_float=keep_float)
+    if resume and (older := float_before(folder / CHECKPOINT_FILE, student)):
+        student = prepare(keep_float=(*keep_float, *older))
     return distill(
         student,
         data,

@@ -17,7 +17,7 @@ from dimefm_edge.data.pixel_cache import DecodedPool
 from dimefm_edge.data.sentences import SentencePool
 from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.data.views import Views, ViewSpec
-from dimefm_edge.embed import embed_images, embed_texts
+from dimefm_edge.embed import embed_images, embed_texts, fill_cache
 from dimefm_edge.errors import DataError
 from dimefm_edge.preprocess import PreprocessSpec
 from dimefm_edge.teacher import Teacher
@@ -39,11 +39,12 @@ def embed_pools(
         DataError: If too many images are bad, or a pool is empty.
         StoreError: If the stores are another teacher's or of other data.
     """
-    cache = None
-    if _cache_bytes(pool, preprocess) <= _PIXEL_CACHE_BYTES and preprocess == teacher.preprocess:
-        cache = PixelCache.create(
+    cache = own = None
+    if _cache_bytes(pool, preprocess) <= _PIXEL_CACHE_BYTES:
+        own = PixelCache.create(
             _cache_path(store_dir, preprocess), len(pool), preprocess, pool.fingerprint
         )
+        cache = own if preprocess == teacher.preprocess else None
     images = embed_images(
         teacher,
         pool,
@@ -52,6 +53,11 @@ def embed_pools(
         workers=config.data.workers,
         cache=cache,
     )
+    if own is not None and not own.is_complete:  # the student's images are of another size
+        fill_cache(
+            own, pool, preprocess, [range(len(pool))], images.manifest.bad_rows,
+            workers=config.data.workers,
+        )  # fmt: skip
     texts = embed_texts(teacher, sentences, store_dir / "texts")
     _neighbours(config, images, texts, store_dir)
     if cache is not None:

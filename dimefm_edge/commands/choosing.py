@@ -277,6 +277,9 @@ def run_fit(options: FitOptions) -> Outcome:
         f"{report.budget_ms:.3g} ms; the other rows are the Pareto front of "
         f"{len(report.candidates)} students"
     )
+    if best.resolution < 1:
+        flags = f"--student {best.spec.name} --image-size {best.spec.image_size}"
+        text += f"\nby name, for distill: {flags}"
     if options.out is not None:
         text += f"\n{options.out}: the student as a run; next: dimefm-edge export {options.out}"
     values = report.to_dict() | {

@@ -335,19 +335,19 @@ def _parity_images(
     from dimefm_edge.data.images import open_images
     from dimefm_edge.preprocess import preprocess_images
 
-    images = _first_images(open_images(sources, column=column), count)
+    images = _some_images(open_images(sources, column=column), count)
     if not images:
         raise DataError("none of the images can be read", hint="--images with real images")
     return preprocess_images(images, preprocess)
 
 
-def _first_images(pool: ImagePool, count: int) -> list[Any]:
-    from dimefm_edge.data.images import BadImageError
+def _some_images(pool: ImagePool, count: int) -> list[Any]:
+    from dimefm_edge.data.images import BadImageError, sample_rows
 
     images: list[Any] = []
-    for row in range(min(len(pool), 10 * count)):
+    for row in sample_rows(len(pool), 10 * count):
         try:
-            images.append(pool.load(row))
+            images.append(pool.load(int(row)))
         except BadImageError:
             continue
         if len(images) == count:

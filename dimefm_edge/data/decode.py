@@ -83,6 +83,16 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     return read_image(data, name)
 
 
+def sample_rows(num_rows: int, count: int) -> Rows:
+    """Some rows of a pool, by chance but the same each time, in an order of chance: any part of
+    them stands for all. A pool's first rows are often of one kind.
+
+    Returns:
+        (min(count, num_rows),) int64.
+    """
+    return np.random.default_rng(0).choice(num_rows, min(count, num_rows), replace=False)
+
+
 def row_batches(ranges: Iterable[range], batch_size: int) -> Iterator[Rows]:
     """Cut ranges of rows into (B,) int64 pieces for `decode_batches`; none spans two ranges."""
     for rows in ranges:

@@ -8,6 +8,7 @@ from dimefm_edge.data.decode import (
     decode_batches,
     decode_image,
     row_batches,
+    sample_rows,
 )
 from dimefm_edge.data.image_pools import open_images
 from dimefm_edge.data.labelled import LabelledSet, open_labelled
@@ -25,4 +26,5 @@ __all__ = [
     "open_images",
     "open_labelled",
     "row_batches",
+    "sample_rows",
 ]

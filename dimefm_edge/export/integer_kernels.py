@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from dimefm_edge.export.parity import cpu_session
+from dimefm_edge.export.patches import PATCHES
 from dimefm_edge.export.quant_rules import PRODUCTS
 
 if TYPE_CHECKING:
@@ -129,6 +130,8 @@ def _kind(node: onnx.NodeProto, weights: dict[str, tuple[int, ...]]) -> str:
     shape = weights.get(node.input[1])
     if node.op_type == "MatMul" and not {*node.input} & {*weights}:
         return _PAIR
+    if node.input[1].startswith(PATCHES):
+        return _STEM
     if shape is None:
         return _OTHER if node.op_type == "MatMul" else _COMPUTED
     if node.op_type != "Conv":

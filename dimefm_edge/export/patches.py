@@ -17,6 +17,8 @@ from dimefm_edge.export.graph_view import GraphView, drop_unread_weights
 if TYPE_CHECKING:
     import onnx
 
+PATCHES = "patches_"
+"""What names of its constants and tensors begin with."""
 _SQUARE = 2  # spatial dimensions
 _TO_PATCHES = [0, 2, 4, 1, 3, 5]  # (B, C, rows, P, columns, P) to (B, rows, columns, C, P, P)
 
@@ -25,9 +27,9 @@ def patches_as_products(model: onnx.ModelProto) -> int:
     """Write each patch embedding that ends in tokens as a product, in place.
 
     Args:
-        model: fp32. Found: Conv of one group, as wide as its stride, without padding, on images
-            of a known size; then a Reshape and a Transpose from (B, D, rows, columns) to
-            (B, rows * columns, D).
+        model: fp32. Found: Conv of one group, as wide as its stride, without padding, on the
+            graph's own images of a known size; then a Reshape and a Transpose from
+            (B, D, rows, columns) to (B, rows * columns, D).
 
     Returns:
         How many there were.
@@ -35,7 +37,7 @@ def patches_as_products(model: onnx.ModelProto) -> int:
     view = GraphView(model)
     count = 0
     for node in list(model.graph.node):
-        if node.op_type == "Conv" and _replace(view, node, prefix=f"patches_{count}"):
+        if node.op_type == "Conv" and _replace(view, node, prefix=f"{PATCHES}{count}"):
             count += 1
     return count
 
@@ -76,8 +78,9 @@ def _replace(view: GraphView, conv: onnx.NodeProto, *, prefix: str) -> bool:
 def _patch_sides(view: GraphView, conv: onnx.NodeProto) -> list[int] | None:
     """Height and width of what a Conv reads, if its windows are patches of that."""
     values = {a.name: list(a.ints) or a.i for a in conv.attribute}
-    shape = next((v.type.tensor_type.shape for v in view.proto.input if v.name == conv.input[0]),
-                 view.shapes.get(conv.input[0]))  # fmt: skip
+    shape = next(
+        (v.type.tensor_type.shape for v in view.proto.input if v.name == conv.input[0]), None
+    )
     if shape is None or len(shape.dim) != 2 + _SQUARE or conv.input[1] not in view.weights:
         return None
     patch = list(view.weights[conv.input[1]].dims[2:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from dimefm_edge.students import (
     StudentSpec,
     build_student,
     load_checkpoint,
+    read_safetensors,
     save_student,
 )
 
@@ -56,6 +58,26 @@ def load_int8_student(path: Path | str) -> LoadedStudent:
     return load_checkpoint(path, _KIND, _build)
 
 
+def float_before(path: Path, student: FakeQuantStudent) -> tuple[str, ...]:
+    """Products that a file from before patch embeddings were quantised keeps in float; () of none.
+
+    Args:
+        path: What a stage saved last; it need not be there.
+        student: As the stage would begin today.
+    """
+    if not path.is_file():
+        return ()
+    _, header = read_safetensors(path)
+    return _older_float(student, json.loads(header.get("metadata", "{}")))
+
+
+def _older_float(student: FakeQuantStudent, metadata: Mapping[str, str]) -> tuple[str, ...]:
+    if _VERSION in metadata or _RANGES not in metadata:
+        return ()
+    ranges = json.loads(metadata[_RANGES])
+    return tuple(name for name in student.product_names[:1] if name not in ranges)
+
+
 def _build(
     spec: StudentSpec, tensors: dict[str, Tensor], metadata: dict[str, str]
 ) -> FakeQuantStudent:
@@ -64,9 +86,8 @@ def _build(
         qat_prepare, build_student(spec), image_size=spec.image_size, rules_name=metadata[_RULES]
     )
     student = prepare(keep_float=keep_float)
-    if _VERSION not in metadata:  # from before patch embeddings were quantised
-        older = set(student.product_names) - set(ranges)
-        student = prepare(keep_float=[*keep_float, *older]) if older else student
+    if older := _older_float(student, metadata):
+        student = prepare(keep_float=[*keep_float, *older])
     student.load_deployed(tensors)
     student.set_ranges(ranges)
     return student

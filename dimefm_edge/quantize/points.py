@@ -125,9 +125,10 @@ def _are_patches(node: fx.Node) -> bool:
 
 def _only_user(node: fx.Node | None, targets: Sequence[Any]) -> fx.Node | None:
     """The only reader of a tensor, if it is of a kind and gives three dimensions."""
-    users = [u for u in ([] if node is None else node.users) if u.meta["val"].ndim == 3]
-    is_only = node is not None and len(node.users) == len(users) == 1
-    return users[0] if is_only and users[0].target in targets else None
+    users = [] if node is None else list(node.users)
+    if len(users) != 1 or users[0].target not in targets:
+        return None
+    return users[0] if users[0].meta["val"].ndim == 3 else None
 
 
 def _integer_output(node: fx.Node) -> fx.Node | None:

@@ -33,6 +33,7 @@ def opened(tiny_teacher_dir, labelled_dir, tmp_path):
         embed_pools(config, teacher, labelled.pool, sentences, preprocess, store_dir)
         return open_data(config, teacher, labelled.pool, labelled, preprocess, store_dir)
 
+    open_run.pool = labelled.pool
     open_run.sentences = sentences
     open_run.store_dir = tmp_path / "store"
     return open_run
@@ -43,7 +44,12 @@ def test_a_plain_run_has_no_extras(opened):
     assert data.extras() == {}
     assert (len(data.images), len(data.texts)) == (12, 60)
     assert isinstance(data.pixels, CachedPixels)
-    assert isinstance(opened(RunConfig(), image_size=24).pixels, DecodedPixels)
+    smaller = opened(RunConfig(), image_size=24)
+    assert isinstance(smaller.pixels, CachedPixels)
+    decoded = DecodedPixels(opened.pool, smaller.preprocess, 1)
+    (kept,), (anew,) = (list(pixels([np.arange(12)])) for pixels in (smaller.pixels, decoded))
+    assert kept.shape == (12, 24, 24, 3)
+    assert np.array_equal(kept, anew)
 
 
 def test_pairs_and_hard_negatives(opened, labelled_dir):

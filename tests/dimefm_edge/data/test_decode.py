@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dimefm_edge.data.decode import decode_batches
+from dimefm_edge.data.decode import decode_batches, sample_rows
 from dimefm_edge.data.images import open_images
 from dimefm_edge.image_files import BadImageError
 from dimefm_edge.preprocess import PreprocessSpec, resize_image
@@ -127,3 +127,14 @@ def test_other_errors_come_through_and_end_the_threads():
 
 def test_no_batches():
     assert list(decode_batches(NumberedPool(1), [], SPEC)) == []
+
+
+@pytest.mark.parametrize(("num_rows", "count"), [(10_000, 288), (5, 32), (0, 3)])
+def test_sampled_rows_are_of_all_the_pool_and_any_part_of_them_is(num_rows, count):
+    rows = sample_rows(num_rows, count)
+    assert len(set(rows.tolist())) == len(rows) == min(num_rows, count)
+    assert np.array_equal(rows, sample_rows(num_rows, count))
+    assert all(0 <= row < num_rows for row in rows)
+    if num_rows > count:
+        for part in (rows[:32], rows[-32:]):
+            assert 0.2 < np.mean(part < num_rows / 2) < 0.8

@@ -11,7 +11,7 @@ from safetensors import safe_open
 
 from dimefm_edge.errors import CheckpointError
 from dimefm_edge.preprocess import PreprocessSpec
-from dimefm_edge.quantize.checkpoint import load_int8_student, save_int8_student
+from dimefm_edge.quantize.checkpoint import float_before, load_int8_student, save_int8_student
 from dimefm_edge.quantize.qat import FakeQuantStudent, qat_prepare
 from dimefm_edge.students import load_student, save_student
 from tests.dimefm_edge.quantize.int8_students import AVX2, SIDE, SPECS, images, student
@@ -41,7 +41,7 @@ def test_what_is_loaded_is_what_was_saved(saved):
         assert torch.equal(loaded.student(images(8)), made(images(8)))
 
 
-def test_a_file_from_before_patches_were_quantised_keeps_them_in_float(tmp_path):
+def test_a_file_from_before_patches_were_quantised_keeps_them_in_float(saved, tmp_path):
     kept = ("proj", "trunk.patch_embed.proj")
     made = qat_prepare(student("vit"), image_size=SIDE, rules_name=AVX2, keep_float=kept)
     made.warm_up([images(16)])
@@ -54,6 +54,9 @@ def test_a_file_from_before_patches_were_quantised_keeps_them_in_float(tmp_path)
     )
     loaded = load_int8_student(path).student
     assert loaded.keep_float == kept
+    now = qat_prepare(student("vit"), image_size=SIDE, rules_name=AVX2, keep_float=("proj",))
+    assert float_before(path, now) == ("trunk.patch_embed.proj",)
+    assert float_before(saved[0], now) == float_before(tmp_path / "none", now) == ()
     with torch.no_grad():
         assert torch.equal(loaded(images(8)), made(images(8)))
 

@@ -56,6 +56,8 @@ class Patches(nn.Module):
             return maps.mean((2, 3))
         if self.end == "both":
             return maps.flatten(2).transpose(1, 2).mean(1) + maps.mean((2, 3))
+        if self.end == "split":
+            return torch.cat(maps.chunk(2, 1)[::-1], 1).mean((2, 3))
         if self.end == "permute":
             return maps.reshape(-1, 16, maps.shape[2] * maps.shape[3]).permute(0, 2, 1).mean(1)
         return maps.flatten(2).transpose(1, 2).mean(1)
@@ -68,6 +70,7 @@ class Patches(nn.Module):
         (Patches("permute"), True),
         (Patches("maps"), False),
         (Patches("both"), False),
+        (Patches("split"), False),
         (Patches(stride=4), False),
         (Patches(padding=4), False),
         (Patches(kernel_size=3, stride=3), False),  # does not divide the image
@@ -83,6 +86,18 @@ def test_patches_are_what_the_exporter_makes_a_product_of(module, are_patches):
         opset=20, attention="decomposed", has_dynamic_batch=True,
     )  # fmt: skip
     assert patches_as_products(model) == are_patches
+
+
+def test_patches_of_a_feature_map_stay_a_convolution_on_both_sides():
+    module = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), Patches())
+    (found,) = find_products(export_graph(module, SIDE).graph, QUANT_RULES[AVX2])
+    assert found.name == "1.conv"
+    assert found.output is not None
+    model = trace(
+        module, torch.zeros(2, 3, SIDE, SIDE), input_name="image", output_name="out",
+        opset=20, attention="decomposed", has_dynamic_batch=True,
+    )  # fmt: skip
+    assert patches_as_products(model) == 0
 
 
 def test_attention_and_the_stem_are_tensorrts():

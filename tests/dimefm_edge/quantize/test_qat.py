@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -148,6 +149,27 @@ def test_kept_float_products_are_float_in_the_graph(tmp_path):
     )  # fmt: skip
     kernels = count_integer_kernels(graph.path, images(1).numpy())
     assert len(kernels.left_float) == 2 + 4  # and attention
+
+
+def test_patches_that_stay_float_are_told_as_what_reads_the_image(tmp_path):
+    made = prepared(keep_float=("trunk.patch_embed.proj",)).eval()
+    graph = export_onnx(
+        made, tmp_path / "model.onnx", image_size=SIDE, parity_images=images(8).numpy(),
+        metadata={}, spec=spec(AVX2),
+    )  # fmt: skip
+    assert "1 on the image" in str(graph.quantized)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_fixed_batch_runs_in_integers_too(batch_size, tmp_path):
+    made = prepared("vit", cpu_quant_rules()).eval()
+    graph = export_onnx(
+        made, tmp_path / "model.onnx", image_size=SIDE, parity_images=images(8).numpy(),
+        metadata={}, spec=dataclasses.replace(spec(cpu_quant_rules()), batch_size=batch_size),
+    )  # fmt: skip
+    kernels = count_integer_kernels(graph.path, images(batch_size).numpy())
+    assert kernels.fallen_back == ()
+    assert kernels.num_integer == len(made.product_names)
 
 
 def test_a_copy_keeps_its_own_ranges_and_modes():
