@@ -63,11 +63,11 @@ def unwanted_rewrites(precision: str) -> list[str]:
 
     Version 1.32 quantises float weights of a Conv or Gemm by itself where what it reads was in
     integers, with one scale for all channels (weight_bias_quantization.cc): a depthwise convolution
-    that the rules leave in float, a layer that `--max-drop` keeps. Of MatMul and Add of known shapes,
-    those of a fixed batch, it makes a Gemm, whose Q/DQ pairs it then runs in float
-    (matmul_add_fusion.cc): vit-p32-w384-d4 took 12.8 ms instead of 2.1, fp32 5.2. In fp8 it drops a Relu before a
-    QuantizeLinear, as if 0 were the least number, and refuses a Clip there (relu_quantizelinear.cc
-    and clip_quantizelinear.cc know integers only).
+    that the rules leave in float, a layer that `--max-drop` keeps. Of MatMul and Add of known
+    shapes, those of a fixed batch, it makes a Gemm, whose Q/DQ pairs it then runs in float
+    (matmul_add_fusion.cc): vit-p32-w384-d4 took 12.8 ms instead of 2.1, fp32 5.2. In fp8 it drops a
+    Relu before a QuantizeLinear, as if 0 were the least number, and refuses a Clip there
+    (relu_quantizelinear.cc and clip_quantizelinear.cc know integers only).
     """
     names = {"int8": ["WeightBiasQuantization", "MatMulAddFusion"]}
     names["fp8"] = [*names["int8"], "ReluQuantRewrite", "ClipQuantRewrite"]
