@@ -138,8 +138,8 @@ def study(args: argparse.Namespace, student: str, seed: int) -> dict[str, Any]:
     assert report is not None
     plain = load_bundle(Path(config.out, "bundle-fp32"))
     pool = open_images(config.data.images)
-    rows = sample_rows(len(pool), 256)  # as ours is calibrated on
-    images = preprocess_images([pool.load(int(row)) for row in rows], plain.preprocess)
+    sample = sample_rows(len(pool), 256)  # as ours is calibrated on
+    images = preprocess_images([pool.load(int(row)) for row in sample], plain.preprocess)
     rows = {row.name: row for row in report.precisions}
     fp32 = rows["fp32"]
     return {

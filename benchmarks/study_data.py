@@ -29,10 +29,8 @@ from dimefm_edge.data.images import (
     ImagePool,
     LabelledSet,
     PixelCache,
-    decode_batches,
     open_images,
     open_labelled,
-    row_batches,
 )
 from dimefm_edge.data.neighbours import open_neighbours
 from dimefm_edge.data.pairs import Pairs, class_pairs
@@ -40,7 +38,7 @@ from dimefm_edge.data.pixel_cache import DecodedPool
 from dimefm_edge.data.sentences import class_prompts, open_sentences
 from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.data.views import Views
-from dimefm_edge.embed import Encoder, embed_images, embed_texts
+from dimefm_edge.embed import Encoder, embed_images, embed_texts, fill_cache
 from dimefm_edge.judge import Scorer
 from dimefm_edge.labels import build_label_bank
 from dimefm_edge.prepare import view_specs
@@ -167,19 +165,18 @@ class StudyData:
             texts = embed_texts(teacher, open_sentences([self.setup.texts]), store_dir / "texts")
         with locked(self.out / f".{images}.lock"):
             store = embed_images(teacher, pool, store_dir / images)
-            cache = self._pixels(images, pool, preprocess)
+            cache = self._pixels(images, pool, preprocess, store)
         return DistillData(
             store, texts, CachedPixels(cache), preprocess, teacher.logit_scale, pairs
         )
 
-    def _pixels(self, images: str, pool: ImagePool, preprocess: PreprocessSpec) -> PixelCache:
+    def _pixels(
+        self, images: str, pool: ImagePool, preprocess: PreprocessSpec, store: EmbeddingStore
+    ) -> PixelCache:
         path = self.store_dir / f"{images}-{preprocess.digest()}.u8"
         cache = PixelCache.create(path, len(pool), preprocess, pool.fingerprint)
         if not cache.is_complete:
-            batches = row_batches([range(len(pool))], 512)
-            for batch in decode_batches(pool, batches, preprocess):
-                cache.write(batch.rows, batch.pixels)
-            cache.mark_complete()
+            fill_cache(cache, pool, preprocess, [range(len(pool))], store.manifest.bad_rows)
         return cache
 
     @property
@@ -230,7 +227,7 @@ class StudyData:
             specs = view_specs(train)
             if specs:
                 pool, _ = self._pool(arm.images)
-                cache = self._pixels(arm.images, pool, self.teacher.preprocess)
+                cache = self._pixels(arm.images, pool, self.teacher.preprocess, data.images)
                 decoded = DecodedPool(pool, cache, dict(data.images.manifest.bad_rows))
                 stores = tuple(
                     embed_images(self.teacher, decoded, folder / f"view-{s.digest()}", view=s)

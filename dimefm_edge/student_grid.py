@@ -163,13 +163,10 @@ def student_grid(
         grid = lookup(GRIDS, family, kind="student family to fit")
         for spec, inherits in grid(image_size, embed_dim, teacher):
             specs.setdefault(spec.name, (spec, inherits))
-    small = [
-        (spec, True)
-        for side in (
-            _smaller_sides(image_size, teacher) if can_shrink and "vit" in families else ()
-        )
-        for spec in _vit_heirs(side, embed_dim, teacher)
-    ]
+    small: list[tuple[StudentSpec, bool]] = []
+    if can_shrink and teacher is not None and "vit" in families:
+        for side in _smaller_sides(image_size, teacher["patch_size"]):
+            small += [(spec, True) for spec in _vit_heirs(side, embed_dim, teacher)]
     if can_inherit is None:
         return [*specs.values(), *small]
     smallest = {spec.family: spec for spec, _ in reversed(specs.values())}
@@ -184,8 +181,7 @@ def student_grid(
     return [*known.values(), *small]
 
 
-def _smaller_sides(image_size: int, teacher: dict[str, Any] | None) -> list[int]:
-    patch = 1 if teacher is None else teacher["patch_size"]
+def _smaller_sides(image_size: int, patch: int) -> list[int]:
     sides = (patch * round(share * image_size / patch) for share in _SIDE_SHARES)
     return [side for side in dict.fromkeys(sides) if side < image_size]
 
