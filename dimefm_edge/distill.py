@@ -61,7 +61,7 @@ class FollowsTraining(Protocol):
 
 @dataclass(frozen=True)
 class DistillReport:
-    """What a training run did; rates are of this process's part of it, after resuming."""
+    """What a training run did, in all processes that it took to its end."""
 
     steps: int
     epochs: float
@@ -165,6 +165,7 @@ class _Loop:
         self.eval_every = train.eval_every or max(1, math.ceil(self.total / 3))
         self.save_every = train.save_every or max(1, math.ceil(self.total / 10))
         self.step = 0
+        self.seconds = self.waited_seconds = 0.0
         self.best: dict[str, float] = {}
         self.last_loss = math.nan
 
@@ -240,7 +241,7 @@ class _Loop:
     def run(self) -> DistillReport:
         """Train to the last step, saving and evaluating on the way."""
         side, unit = self.side, self.side.unit
-        first, started, waited = self.step, time.perf_counter(), 0.0
+        started = time.perf_counter() - self.seconds
         follower = self.student if isinstance(self.student, FollowsTraining) else None
         if follower is not None and not self.step:
             follower.warm_up(map(side.inputs, side.batches(0, min(_WARM_UP_STEPS, self.total))))
@@ -262,7 +263,7 @@ class _Loop:
                 norm = self.optimise()
                 self.step += 1
                 self.last_loss = terms["loss"]
-                waited += got - begun
+                self.waited_seconds += got - begun
                 rate = self.train.batch_size / (time.perf_counter() - begun)
                 advance(rate, terms["loss"])
                 values = {
@@ -274,20 +275,20 @@ class _Loop:
                 }
                 if log is not None:
                     log.write(self.step - 1, values)
+                self.seconds = time.perf_counter() - started
                 is_stopping = stop.is_set  # asked once: a signal may come while saving
                 self._save_and_evaluate(log, is_stopping=is_stopping)
                 if is_stopping:
                     raise KeyboardInterrupt
             if stop.is_set:  # while the last step was saved
                 raise KeyboardInterrupt
-        seconds = time.perf_counter() - started
-        done = self.step - first
+        num_inputs = self.total * self.train.batch_size
         return DistillReport(
             steps=self.total,
-            epochs=self.total * self.train.batch_size / side.num_rows,
-            seconds=seconds,
-            images_per_s=done * self.train.batch_size / seconds if done else 0.0,
-            data_wait_pct=100 * waited / seconds if done else 0.0,
+            epochs=num_inputs / side.num_rows,
+            seconds=self.seconds,
+            images_per_s=num_inputs / self.seconds if self.seconds else 0.0,
+            data_wait_pct=100 * self.waited_seconds / self.seconds if self.seconds else 0.0,
             final_loss=self.last_loss,
             best=self.best,
         )
@@ -328,6 +329,8 @@ class _Loop:
                 "scaler": self.scaler.state_dict(),
                 "best": self.best,
                 "loss": self.last_loss,
+                "seconds": self.seconds,
+                "waited_seconds": self.waited_seconds,
             },
         )
         self.save_weights(self.run_dir / "checkpoint.safetensors", self.deployed())
@@ -347,6 +350,8 @@ class _Loop:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.best, self.last_loss = state["step"], state["best"], state["loss"]
+            self.seconds = state.get("seconds", 0.0)  # older states do not tell
+            self.waited_seconds = state.get("waited_seconds", 0.0)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             path = self.run_dir / STATE_FILE
             raise CheckpointError(

@@ -41,6 +41,27 @@ def test_it_answers_as_scikit_learn(regression, strength, num_classes):
     assert (ours.predict(x[400:]) == theirs.predict(x[400:])).mean() > 0.98
 
 
+def test_it_reaches_the_minimum_where_embeddings_lie_along_few_directions(regression):
+    rng = np.random.default_rng(2)
+    y = rng.integers(0, 20, 1000)
+    spread = np.exp(-np.arange(40) / 6)
+    x = (rng.normal(size=(20, 40))[y] + rng.normal(size=(1000, 40))) * spread
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+    def objective(weights, intercept):
+        logits = x @ weights.T + intercept
+        top = logits.max(1)
+        lost = top + np.log(np.exp(logits - top[:, None]).sum(1)) - logits[np.arange(1000), y]
+        return lost.mean() + np.square(weights).sum() / (2 * 100.0 * 1000)
+
+    ours = regression(100.0).fit(x, y)
+    theirs = linear_model.LogisticRegression(C=100.0, max_iter=10_000, tol=1e-8).fit(x, y)
+    least = objective(theirs.coef_, theirs.intercept_)
+    found = objective(ours.weights[:, :-1].numpy(), ours.weights[:, -1].numpy())
+    assert found == pytest.approx(least, rel=1e-3)
+    assert ours.n_iter_[0] < theirs.n_iter_[0] / 2
+
+
 def test_a_linear_probe_takes_it(regression):
     from dimefm_edge.evaluate.linear_probe import fit_linear_probe
 

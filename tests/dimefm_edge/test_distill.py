@@ -315,10 +315,10 @@ def test_resume_refuses_other_settings_and_damage(tmp_path: Path) -> None:
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
-    case.run_case(tmp_path / "run")
+    report = case.run_case(tmp_path / "run")
     before = weights(tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
-    case.run_case(tmp_path / "run", resume=True)
+    assert case.run_case(tmp_path / "run", resume=True) == report
     assert_equal_bits(before, weights(tmp_path / "run"))
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == lines
 
