@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from dimefm_edge.students.inherit import can_inherit, inherit_from_teacher
 from dimefm_edge.students.vit import vit_geometry
 from dimefm_edge.targets import LOCAL, Target
 from dimefm_edge.teacher import Teacher
+
+logger = logging.getLogger(__name__)
 
 FIT_FILE, INHERITED_FILE = "fit.json", "inherited.json"
 
@@ -58,6 +61,8 @@ def choose_student(config: RunConfig, target: Target, teacher: Teacher) -> FitRe
     )
     if student.elastic:
         elastic_cuts(fit.chosen)  # says now what it would lack after hours
+    if fit.teacher_fits:
+        logger.warning("%s", fit.teacher_note(config.teacher))
     return fit
 
 

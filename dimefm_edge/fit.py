@@ -101,11 +101,27 @@ class FitReport:
     """Fastest first."""
     pareto: tuple[FitCandidate, ...]
     """Those that no other beats in both latency and score, fastest first."""
+    teacher_ms: float | None = None
+    """The teacher's own estimate, where it is known."""
+
+    @property
+    def teacher_fits(self) -> bool:
+        """Whether the teacher itself is estimated to be fast enough; False where memory counts."""
+        is_known = self.teacher_ms is not None and self.max_memory_mib is None
+        return is_known and (self.teacher_ms or 0.0) <= self.budget_ms
 
     @property
     def chosen_candidate(self) -> FitCandidate:
         """The chosen student with its estimate."""
         return next(c for c in self.candidates if c.spec == self.chosen)
+
+    def teacher_note(self, teacher: str) -> str:
+        """For people, where `teacher_fits`: the command that makes a bundle of it as it is."""
+        return (
+            f"the teacher itself is estimated at {self.teacher_ms:.3g} ms: without training, "
+            f"dimefm-edge export --teacher {teacher} --target {self.target} "
+            f"--precision {self.precision}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON; each candidate says whether it is on the Pareto front."""
@@ -139,6 +155,7 @@ class FitReport:
             chosen=StudentSpec.from_dict(values["chosen"]),
             candidates=tuple(candidates),
             pareto=tuple(pareto),
+            teacher_ms=values.get("teacher_ms"),  # older files lack it
         )
 
 
@@ -175,7 +192,8 @@ def fit_student(
         given: Students to choose among instead, with their top-1 in percent, or None of all.
         max_memory_mib: Limit of weights and the largest operator's tensors together.
         teacher_geometry: From `vit_geometry`: adds students that can inherit.
-        teacher_ops: From `trace_ops`, at batch 1, for the default budget.
+        teacher_ops: From `trace_ops`, at batch 1: for the default budget, and to tell whether the
+            teacher itself meets one.
         can_inherit: Whether a student can start from a teacher that is no ViT. Those of timm's that
             can are looked at, too, unless families are named.
         can_shrink: Whether students that inherit from a ViT are looked at on smaller images, too.
@@ -190,7 +208,8 @@ def fit_student(
     target = load_target(target) if isinstance(target, str) else target
     precision = precision or target.precision
     place = place_on(target, precision)
-    limits = _limits(target, latency_ms, max_memory_mib, place, teacher_ops)
+    teacher_ms = None if teacher_ops is None else estimate_at(teacher_ops, place).latency_ms
+    limits = _limits(target, latency_ms, max_memory_mib, teacher_ms, teacher_ops)
     sizes: dict[str, Any] = {"image_size": image_size, "embed_dim": embed_dim}
     knows: dict[str, Any] = {"teacher": teacher_geometry, "can_inherit": can_inherit}
     is_one = len(given) == 1 or (student != "auto" and student not in GRIDS)
@@ -240,6 +259,7 @@ def fit_student(
         chosen=chosen.spec,
         candidates=tuple(candidates),
         pareto=_pareto(candidates),
+        teacher_ms=teacher_ms,
     )
 
 
@@ -320,7 +340,7 @@ def _limits(
     target: Target,
     latency_ms: float | None,
     max_memory_mib: float | None,
-    place: Place,
+    teacher_ms: float | None,
     teacher_ops: Sequence[Operator] | None,
 ) -> _Limits:
     for name, value in (("latency_ms", latency_ms), ("max_memory_mib", max_memory_mib)):
@@ -328,9 +348,8 @@ def _limits(
             raise ConfigError(f"{name} must be positive, got {value}")
     if latency_ms is not None:
         return _Limits(latency_ms, None, max_memory_mib)
-    if teacher_ops is None:
+    if teacher_ops is None or teacher_ms is None:
         return _Limits(target.latency_ms, None, max_memory_mib)
-    teacher_ms = estimate_at(teacher_ops, place).latency_ms
     budget_ms = min(target.latency_ms, TEACHER_LATENCY_SHARE * teacher_ms)
     return _Limits(budget_ms, TEACHER_GMACS_SHARE * total_gmacs(teacher_ops), max_memory_mib)
 

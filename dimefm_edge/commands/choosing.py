@@ -280,6 +280,8 @@ def run_fit(options: FitOptions) -> Outcome:
     if best.resolution < 1:
         flags = f"--student {best.spec.name} --image-size {best.spec.image_size}"
         text += f"\nby name, for distill: {flags}"
+    if report.teacher_fits:
+        text += f"\n{report.teacher_note(str(options.teacher))}"
     if options.out is not None:
         text += f"\n{options.out}: the student as a run; next: dimefm-edge export {options.out}"
     values = report.to_dict() | {

@@ -160,7 +160,23 @@ def test_a_report_from_before_there_were_scores_comes_back(report):
     values = json.loads(json.dumps(report.to_dict()))
     for row in values["candidates"]:
         del row["score"], row["is_convolutional"]
-    assert FitReport.from_dict(values) == report
+    del values["teacher_ms"]
+    assert FitReport.from_dict(values) == dataclasses.replace(report, teacher_ms=None)
+
+
+def test_a_teacher_that_meets_the_budget_itself_is_told(report, teacher):
+    assert not report.teacher_fits  # the default budget is half of what it takes
+    needed = estimate_latency(teacher["teacher_ops"], load_target("jetson-orin")).latency_ms
+    ask = dict(**SIZES, **teacher, families=("vit",))
+    enough = fit_student("jetson-orin", latency_ms=1.01 * needed, **ask)
+    assert enough.teacher_ms == pytest.approx(needed)
+    assert enough.teacher_fits
+    assert "export --teacher mine --target jetson-agx-orin@30w" in enough.teacher_note("mine")
+    assert not fit_student("jetson-orin", latency_ms=0.99 * needed, **ask).teacher_fits
+    assert not fit_student(  # how much memory it takes is not known
+        "jetson-orin", latency_ms=1.01 * needed, max_memory_mib=1e3, **ask
+    ).teacher_fits
+    assert not fit_student("jetson-orin", latency_ms=50.0, **SIZES).teacher_fits
 
 
 def test_bad_requests_are_answered():

@@ -74,6 +74,10 @@ def test_fit_for_a_teacher_takes_its_sizes(tiny_teacher_dir, capsys):
     assert code == 0
     assert (values["chosen"]["image_size"], values["chosen"]["embed_dim"]) == (32, 16)
     assert any(c["inherits"] for c in values["candidates"])
+    assert values["teacher_ms"] < 1
+    assert cli.main([str(word) for word in words]) == 0
+    told = capsys.readouterr().out
+    assert f"dimefm-edge export --teacher {tiny_teacher_dir} --target jetson-agx-orin@30w" in told
 
 
 def test_a_budget_that_none_meets_is_exit_3_with_one_that_would_do(capsys):
