@@ -148,6 +148,12 @@ def keep_choice(fit: FitReport, config: RunConfig) -> None:
     plot_fit(fit, path.with_suffix(".png"))
 
 
+def forget_choice(run_dir: Path) -> None:
+    """Remove what an earlier start chose that never began to train."""
+    for name in (FIT_FILE, INHERITED_FILE):
+        (run_dir / name).unlink(missing_ok=True)
+
+
 def inherited_by(run_dir: Path, found: tuple[str, ...], *, keep: bool) -> tuple[str, ...]:
     """What a run's student began with: as its folder says, else `found`, which is then kept.
 

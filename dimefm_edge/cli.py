@@ -36,7 +36,12 @@ _ENVIRONMENT = {
     errno.EACCES: "check who owns it and its permissions, or name another folder",
     errno.EPERM: "check who owns it and its permissions, or name another folder",
     errno.EROFS: "name a folder that can be written",
+    errno.ENOENT: "ls its folder: a part of the path is missing",
+    errno.ENOTDIR: "name a path whose parts but the last are folders",
+    errno.EISDIR: "name a file, not a folder",
+    errno.EEXIST: "name another path: there is a file where a folder should go",
 }
+_BAD_PATHS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
 _TRAIN_PACKAGES = {
     "braceexpand", "datasets", "matplotlib", "onnx", "onnxscript", "open_clip", "pyarrow",
     "safetensors", "tensorboard", "timm", "torch", "torchao", "torchvision",
@@ -363,7 +368,9 @@ def _as_known(error: Exception) -> DimeFMError | None:
         raise error
     if isinstance(error, OSError) and error.errno in _ENVIRONMENT:
         where = f": {error.filename}" if error.filename else ""
-        return DimeFMError(f"{os.strerror(error.errno)}{where}", hint=_ENVIRONMENT[error.errno])
+        logging.getLogger(__name__).info("where it was met", exc_info=error)  # --verbose
+        kind = InputError if error.errno in _BAD_PATHS else DimeFMError
+        return kind(f"{os.strerror(error.errno)}{where}", hint=_ENVIRONMENT[error.errno])
     if isinstance(error, ModuleNotFoundError):
         is_ours = (error.name or "").partition(".")[0] in _TRAIN_PACKAGES
         return missing_package(error) if is_ours else None

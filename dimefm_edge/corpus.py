@@ -148,7 +148,7 @@ def load_kept_rows(path: Path, texts: EmbeddingStore) -> Rows:
             rows, source = arrays["rows"], str(arrays["source"])
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise StoreError(
-            f"{path} holds no rows of a corpus: {' '.join(str(error).split())[:120]}",
+            f"{path} is no {ROWS_FILE} that `dimefm-edge corpus` writes, or is damaged",
             hint="dimefm-edge corpus --help",
         ) from error
     if source != texts.manifest.source:

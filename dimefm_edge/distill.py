@@ -241,6 +241,7 @@ class _Loop:
     def run(self) -> DistillReport:
         """Train to the last step, saving and evaluating on the way."""
         side, unit = self.side, self.side.unit
+        is_shown = self.ranks.is_main and self.step < self.total
         started = time.perf_counter() - self.seconds
         follower = self.student if isinstance(self.student, FollowsTraining) else None
         if follower is not None and not self.step:
@@ -249,7 +250,7 @@ class _Loop:
             RunLog(self.run_dir, start_step=self.step)
             if self.ranks.is_main
             else contextlib.nullcontext() as log,
-            training_progress(self.total, self.step, unit=unit, show=self.ranks.is_main) as advance,
+            training_progress(self.total, self.step, unit=unit, show=is_shown) as advance,
             StopSignal() as stop,
             contextlib.closing(prefetch(side.batches(self.step, self.total))) as batches,
         ):

@@ -59,6 +59,10 @@ class ExportError(DimeFMError):
     """A model could not be written in the format asked for."""
 
 
+class UnsupportedExportError(InputError, ExportError):
+    """A format, precision or shape was asked for that the target or the format does not have."""
+
+
 class MissingExtraError(DimeFMError):
     """An optional dependency is not installed; the hint holds the command that installs it."""
 

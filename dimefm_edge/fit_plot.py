@@ -36,4 +36,5 @@ def plot_fit(report: FitReport, path: Path) -> None:
     axes.set(xscale="log", yscale="linear" if is_known else "log", ylabel=what)
     axes.set_xlabel(f"estimated latency on {report.target}, {report.precision} (ms)")
     axes.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, format="png")

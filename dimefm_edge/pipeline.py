@@ -31,6 +31,7 @@ from dimefm_edge.batches import DistillData
 from dimefm_edge.choice import (
     begins_from,
     choose_student,
+    forget_choice,
     inherited_by,
     initial_student,
     keep_choice,
@@ -39,12 +40,12 @@ from dimefm_edge.config import RunConfig
 from dimefm_edge.cuts import NUM_BATCHES, Cut, cut_rows, elastic_stage, keep_cuts
 from dimefm_edge.data.images import ImagePool, open_images, open_labelled, sample_rows
 from dimefm_edge.data.sentences import open_sentences
+from dimefm_edge.data.sources import absolute_source
 from dimefm_edge.distill import default_device, distill
 from dimefm_edge.distributed import Ranks, join_ranks
-from dimefm_edge.errors import ConfigError
+from dimefm_edge.errors import ConfigError, InputError
 from dimefm_edge.export import record_accuracy
 from dimefm_edge.files import atomic_file
-from dimefm_edge.fit import FitReport
 from dimefm_edge.judge import Scorer, compare_accuracy, compare_latency, model_row
 from dimefm_edge.labels import build_label_bank
 from dimefm_edge.latency.estimate import estimate_onnx
@@ -59,14 +60,14 @@ from dimefm_edge.precisions import (
     require_int8,
     train_int8,
 )
-from dimefm_edge.prepare import embed_pools, open_data
+from dimefm_edge.prepare import embed_pools, from_anywhere, open_data
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.report import RunReport
 from dimefm_edge.run_log import STATE_FILE
 from dimefm_edge.runtime import Bundle
 from dimefm_edge.sides import training_inputs
 from dimefm_edge.student_grid import elastic_cuts
-from dimefm_edge.students import StudentSpec, save_student
+from dimefm_edge.students import CHECKPOINT_FILE, StudentSpec, save_student
 from dimefm_edge.students.elastic import ElasticStudent
 from dimefm_edge.students.text_checkpoint import load_text_student
 from dimefm_edge.targets import LOCAL, Target, load_target
@@ -104,8 +105,20 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     Raises:
         DimeFMError: With the message and the mend, for anything a user can put right.
     """
-    ranks, clock = join_ranks(), _Clock()
-    config = resolve(config)
+    ranks = join_ranks()
+    saved = Path(config.out, config_file.RUN_FILE)
+    before = saved.read_bytes() if saved.is_file() else None
+    try:
+        return _run(resolve(config), resume=resume, ranks=ranks)
+    except InputError:
+        if before is not None and ranks.is_main:  # what is refused changes nothing
+            saved.write_bytes(before)
+        raise
+
+
+def _run(config: RunConfig, *, resume: bool, ranks: Ranks) -> RunReport | None:
+    clock = _Clock()
+    run_dir = _open_run(config, resume=resume, ranks=ranks)
     target = load_target(config.target)
     teacher = load_teacher(config.teacher)
     text_plan = plan_text(config.text, config.train, teacher, ranks)
@@ -117,7 +130,11 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     eval_sets = [open_labelled(source) for source in config.data.eval_sets]
     with clock("fit"):
         fit = choose_student(config, target, teacher) if ranks.is_main else None
-    run_dir = _open_run(config, fit, resume=resume, ranks=ranks)
+    if fit is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        config_file.save(config, run_dir / config_file.RUN_FILE)
+        keep_choice(fit, config)
+    ranks.barrier()
     fit = fit or choose_student(config, target, teacher)  # rank 0's
     preprocess = dataclasses.replace(teacher.preprocess, image_size=fit.chosen.image_size)
     with clock("embed"):
@@ -272,7 +289,8 @@ def resolve(config: RunConfig) -> RunConfig:
         require_int8(config.quant, eval_sets, load_target(config.target))
     return dataclasses.replace(
         config,
-        data=dataclasses.replace(config.data, eval_sets=eval_sets),
+        store=config.store and absolute_source(config.store),
+        data=from_anywhere(dataclasses.replace(config.data, eval_sets=eval_sets)),
         train=dataclasses.replace(config.train, **unset),
         student=begins_from(config.student, Path(config.out)),
     )
@@ -281,22 +299,22 @@ def resolve(config: RunConfig) -> RunConfig:
 # --------------------------------------------------------------------------- the steps
 
 
-def _open_run(config: RunConfig, fit: FitReport | None, *, resume: bool, ranks: Ranks) -> Path:
-    """Make the run folder, or go on in one; another run is never overwritten. Rank 0 leaves its
-    choice of a student there."""
+def _open_run(config: RunConfig, *, resume: bool, ranks: Ranks) -> Path:
+    """The run's folder; another run is never overwritten, but one that never began to train is
+    begun anew."""
     run_dir = Path(config.out)
-    saved = run_dir / config_file.RUN_FILE
     if ranks.is_main:
-        if saved.is_file() and not resume:
+        is_begun = any((run_dir / name).is_file() for name in (STATE_FILE, CHECKPOINT_FILE))
+        if is_begun and not resume:
             raise ConfigError(
                 f"{run_dir} already holds a run", hint="--resume to go on with it, or another --out"
             )
         if run_dir.exists() and not run_dir.is_dir():
             raise ConfigError(f"{run_dir} is a file", hint="another --out")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        config_file.save(config, saved)
-        if fit is not None:
-            keep_choice(fit, config)
+        if resume and not (run_dir / config_file.RUN_FILE).is_file():
+            logger.warning("%s holds no run yet: beginning one", run_dir)
+        if not resume:
+            forget_choice(run_dir)
     ranks.barrier()
     return run_dir
 

@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from dimefm_edge.batches import CachedPixels, DecodedPixels, DistillData, PixelSource
-from dimefm_edge.config import DEFAULT_MIN_CROP, RunConfig, TrainConfig
+from dimefm_edge.config import DEFAULT_MIN_CROP, DataConfig, RunConfig, TrainConfig
 from dimefm_edge.corpus import load_kept_rows
 from dimefm_edge.data.images import ImagePool, LabelledSet, PixelCache
 from dimefm_edge.data.neighbours import NeighbourTable, open_neighbours
 from dimefm_edge.data.pairs import class_pairs
 from dimefm_edge.data.pixel_cache import DecodedPool
 from dimefm_edge.data.sentences import SentencePool
+from dimefm_edge.data.sources import absolute_source
 from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.data.views import Views, ViewSpec
 from dimefm_edge.embed import embed_images, embed_texts, fill_cache
@@ -142,3 +144,15 @@ def _cache_path(store_dir: Path, preprocess: PreprocessSpec) -> Path:
 
 def _cache_bytes(pool: ImagePool, preprocess: PreprocessSpec) -> int:
     return len(pool) * preprocess.image_size**2 * 3
+
+
+def from_anywhere(data: DataConfig) -> DataConfig:
+    """With whole paths: a run may be opened from another working directory."""
+    return dataclasses.replace(
+        data,
+        images=tuple(map(absolute_source, data.images)),
+        texts=tuple(map(absolute_source, data.texts)),
+        eval_sets=tuple(map(absolute_source, data.eval_sets)),
+        labelled=data.labelled and absolute_source(data.labelled),
+        text_rows=data.text_rows and absolute_source(data.text_rows),
+    )

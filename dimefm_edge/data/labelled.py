@@ -14,7 +14,13 @@ from PIL import Image
 from dimefm_edge.data.decode import ImagePool
 from dimefm_edge.data.image_pools import IMAGE_SUFFIXES, FolderPool, JoinedPool, TarPool
 from dimefm_edge.data.scenes import SceneTestSet, scene_test_set
-from dimefm_edge.data.sources import digest_lines, expand_source, natural_key, walk_files
+from dimefm_edge.data.sources import (
+    SCENE_SETS,
+    digest_lines,
+    expand_source,
+    natural_key,
+    walk_files,
+)
 from dimefm_edge.data.tar_index import TarIndex, scan_tar
 from dimefm_edge.errors import DataError
 
@@ -22,7 +28,6 @@ DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 CLASSNAMES_FILE = "classnames.txt"
 TEMPLATES_FILE = "zeroshot_classification_templates.txt"
 
-_SCENE_SETS = ("scenes", "scenes-relations", "scenes-train")
 _LAYOUTS = (
     "one folder per class, tars with one folder per class, or test/*.tar with .cls files and "
     f"{CLASSNAMES_FILE}"
@@ -96,7 +101,7 @@ def open_labelled(
     Raises:
         DataError: If it is missing, damaged, of another layout, or has images without a class.
     """
-    if source in _SCENE_SETS:
+    if source in SCENE_SETS:
         test_set = scene_test_set(source)
         labels = np.asarray([test_set.label(row) for row in range(len(test_set))], np.int64)
         pool = SceneTestPool(test_set)

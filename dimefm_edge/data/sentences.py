@@ -19,6 +19,7 @@ from dimefm_edge.data.image_pools import import_pyarrow, no_column
 from dimefm_edge.data.labelled import open_classes
 from dimefm_edge.data.scenes import DEFAULT_NUM_SENTENCES, scene_sentence
 from dimefm_edge.data.sources import (
+    PROMPTS,
     digest_lines,
     expand_source,
     natural_key,
@@ -32,7 +33,6 @@ logger = logging.getLogger(__name__)
 _MAX_LINE_BYTES = 1 << 20
 _PARQUET_BATCH_ROWS = 4096
 _GZIP_SUFFIX = ".gz"
-_PROMPTS = "prompts:"
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def open_sentences(sources: Sequence[str], *, column: str = "text") -> SentenceP
         if count is not None:
             opened.append(_scenes(count))
             continue
-        if text.startswith(_PROMPTS):
-            _, classnames, templates = open_classes(text.removeprefix(_PROMPTS))
+        if text.startswith(f"{PROMPTS}:"):
+            _, classnames, templates = open_classes(text.removeprefix(f"{PROMPTS}:"))
             opened.append(_given(class_prompts(classnames, templates)))
             continue
         found = [_open_file(p, column) for path in expand_source(text) for p in _files(path)]

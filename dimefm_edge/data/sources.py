@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import glob
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,10 @@ from pathlib import Path
 from dimefm_edge.errors import DataError, MissingExtraError
 
 SCENES = "scenes"
+PROMPTS = "prompts"
+"""`prompts:TEST_SET`: its class names in its templates, as sentences."""
+SCENE_SETS = (SCENES, "scenes-relations", "scenes-train")
+"""Test sets that are drawn, not read."""
 
 
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
@@ -85,6 +90,25 @@ def expand_source(source: str) -> list[Path]:
             )
         found.extend(Path(match) for match in matches)
     return found
+
+
+def absolute_source(source: str) -> str:
+    """A source by its whole path, for a config that is read from elsewhere later on.
+
+    What is no path, or names nothing that is there, stays as it is.
+    """
+    kind, colon, rest = source.partition(":")
+    if kind == PROMPTS and colon:
+        return f"{kind}:{absolute_source(rest)}"
+    if not source or kind in SCENE_SETS:
+        return source
+    path = Path(source).expanduser()
+    if path.is_absolute():
+        return str(path)
+    plain = list(itertools.takewhile(lambda part: not set(part) & set("*?[{"), path.parts))
+    is_pattern = len(plain) < len(path.parts)
+    is_there = path.exists() or (is_pattern and Path(*plain).exists())
+    return str(Path.cwd() / path) if is_there else source
 
 
 def missing_path(path: Path) -> DataError:

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dimefm_edge.errors import ExportError, lookup
+from dimefm_edge.errors import UnsupportedExportError, lookup
 from dimefm_edge.export.quant_rules import CalibrationMethod
 from dimefm_edge.targets import Target
 from dimefm_edge.targets.cpu import cpu_quant_rules
@@ -56,48 +56,48 @@ class GraphSpec:
     def __post_init__(self) -> None:
         lookup(dict.fromkeys(PRECISIONS), self.precision, kind="ONNX precision")
         if self.opset not in OPSETS:
-            raise ExportError(
+            raise UnsupportedExportError(
                 f"opset {self.opset} is not one of {', '.join(map(str, OPSETS))}",
                 hint=f"leave it out: {DEFAULT_OPSET} is what TensorRT 10.3 and ONNX Runtime read",
             )
         allowed = lookup(RUNTIME_ATTENTION, self.runtime, kind="runtime")
         lookup(dict.fromkeys(allowed), self.attention, kind=f"attention form for {self.runtime}")
         if self.attention == "Attention" and self.opset < ATTENTION_OPSET:
-            raise ExportError(
+            raise UnsupportedExportError(
                 f"opset {self.opset} has no Attention operator: it came with {ATTENTION_OPSET}",
                 hint=f"--opset {ATTENTION_OPSET}, or --attention decomposed",
             )
         if self.attention == "plugin":
             self._check_plugin()
         if self.precision == "fp8" and self.opset < FP8_OPSET:
-            raise ExportError(
+            raise UnsupportedExportError(
                 f"opset {self.opset} has no fp8: it came with {FP8_OPSET}",
                 hint=f"leave it out: {DEFAULT_OPSET} is what TensorRT 10.3 reads",
             )
         if self.calibration is not None and self.precision not in QUANTIZED:
-            raise ExportError(
+            raise UnsupportedExportError(
                 f"--calibration {self.calibration} says how far int8 reaches, and the graph is "
                 f"{self.precision}",
                 hint="--precision int8, or drop --calibration",
             )
         if self.batch_size is not None and self.batch_size < 1:
-            raise ExportError(f"batch size must be positive, got {self.batch_size}")
+            raise UnsupportedExportError(f"batch size must be positive, got {self.batch_size}")
 
     def _check_plugin(self) -> None:
         """TensorRT's Python plugins carry PTX for one GPU, and know nothing of our Q/DQ."""
         hint = "leave out --attention plugin: TensorRT then fuses attention itself"
         if self.precision in QUANTIZED:
-            raise ExportError(
+            raise UnsupportedExportError(
                 f"--attention plugin is for fp32 and fp16 graphs, not {self.precision}", hint=hint
             )
         if self.sm is None:
-            raise ExportError(
+            raise UnsupportedExportError(
                 "--attention plugin compiles kernels for one GPU, and no target says which",
                 hint="--target jetson-agx-thor",
             )
         version = self.runtime_version or "0.0"
         if tuple(map(int, version.split(".")[:2])) < PLUGIN_TENSORRT:
-            raise ExportError(
+            raise UnsupportedExportError(
                 f"TensorRT {self.runtime_version} has no ahead-of-time Python plugins, which "
                 f"--attention plugin needs: {'.'.join(map(str, PLUGIN_TENSORRT))} has",
                 hint=hint,
@@ -149,7 +149,7 @@ def graph_spec(
             target, precision, hint=f"--precision {target.precision}, or another --target"
         )
     elif precision == "fp8":
-        raise ExportError(
+        raise UnsupportedExportError(
             "fp8 is for TensorRT on GPUs that have it, and no target says so",
             hint="--target jetson-agx-thor",
         )
@@ -183,10 +183,10 @@ def require_precision(target: Target, precision: str, *, hint: str) -> None:
         hint: What to do instead.
 
     Raises:
-        ExportError: If it does not.
+        UnsupportedExportError: If it does not.
     """
     if precision not in target.precisions:
-        raise ExportError(
+        raise UnsupportedExportError(
             f"{target.name} has no {precision}: {target.title} runs {', '.join(target.precisions)}",
             hint=hint,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -57,11 +58,16 @@ def _check_quantization(bundle: Bundle) -> None:
         return
     here = cpu_quant_rules()
     if made_for != here:
-        logger.warning(
-            "%s holds %s for %s; this CPU wants %s: the answers are right, but others would "
-            "come faster. try: dimefm-edge export RUN --precision int8 --target local",
-            bundle.path, bundle.precision, made_for, here,
-        )  # fmt: skip
+        _tell_once(bundle.precision, made_for, here)
+
+
+@functools.cache
+def _tell_once(precision: str, made_for: str, here: str) -> None:
+    logger.warning(
+        "this %s is made for %s and this CPU wants %s: the answers are right, but others would "
+        "come faster. try: dimefm-edge export RUN --precision int8 --target local",
+        precision, made_for, here,
+    )  # fmt: skip
 
 
 def _load_tensorrt(bundle: Bundle, threads: int, option: str) -> Engine:

@@ -7,7 +7,6 @@ vit.py, hybrid.py, timm_model.py. Nothing here imports torch until a student is 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dimefm_edge.errors import CheckpointError, ConfigError, DimeFMError, lookup
+from dimefm_edge.files import atomic_file
 from dimefm_edge.preprocess import PreprocessSpec
 
 if TYPE_CHECKING:
@@ -294,23 +294,17 @@ def write_safetensors(path: Path, module: nn.Module, header: dict[str, str]) -> 
     Raises:
         DimeFMError: If it cannot be written; the old file then stays.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, part, metadata=header)
-        with part.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
+        with atomic_file(path) as stream:  # safetensors' own file is for its owner only
+            stream.write(save(tensors, metadata=header))
+    except OSError as error:
         raise DimeFMError(
             f"cannot write {path}: {error}", hint="free some space, or name another --out"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def load_student(path: Path | str) -> LoadedStudent:

@@ -147,6 +147,26 @@ def test_a_second_run_is_refused_and_resuming_a_finished_one_changes_nothing(
     assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
+def test_what_is_refused_leaves_the_run_as_it_was(run_dir, tmp_path, capsys):
+    before = (run_dir / "config.toml").read_bytes()
+    for flags, told in (
+        (("--steps", "1"), "steps was 6 and is 1"),
+        (("--text-rows", str(tmp_path / "none.npz")), "none.npz"),
+    ):
+        assert cli.main(["distill", "--resume", "--out", str(run_dir), *flags]) == 2
+        assert told in capsys.readouterr().err
+        assert (run_dir / "config.toml").read_bytes() == before
+
+
+def test_a_start_that_never_trained_is_begun_anew(words, tmp_path, capsys, caplog):
+    student = _replaced(words, "--student", "vit-p16-w32-d1")
+    for again, name in ((words, "none.npz"), (student, "other.npz")):
+        assert cli.main([*again, "--text-rows", str(tmp_path / name)]) == 2
+        assert f"{name} is no kept_rows.npz" in capsys.readouterr().err
+    assert cli.main(_replaced(words, "--out", tmp_path / "typo") + ["--resume"]) == 0
+    assert "typo holds no run yet" in caplog.text
+
+
 def test_a_killed_run_resumes_to_the_same_weights(words, tmp_path, capsys):
     words = [*_replaced(words, "--steps", 40), "--save-every", "2", "--amp", "off"]
     words += ["--threads", "1"]

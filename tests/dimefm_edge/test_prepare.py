@@ -14,7 +14,7 @@ from dimefm_edge.corpus import build_corpus
 from dimefm_edge.data.images import open_labelled
 from dimefm_edge.data.sentences import open_sentences
 from dimefm_edge.errors import StoreError
-from dimefm_edge.prepare import embed_pools, open_data
+from dimefm_edge.prepare import embed_pools, from_anywhere, open_data
 from dimefm_edge.teacher import load_teacher
 
 
@@ -93,3 +93,20 @@ def test_views_are_embedded_once_and_given_to_the_student(opened):
     begun = [path.stat().st_mtime_ns for path in folders]
     opened(config)
     assert begun == [path.stat().st_mtime_ns for path in folders]
+
+
+def test_a_run_knows_its_data_from_any_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "kept.npz").touch()
+    data = DataConfig(
+        images=("pictures", "scenes:5"), texts=("prompts:pictures", "none.txt"),
+        eval_sets=("scenes-relations",), text_rows="kept.npz",
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    known = from_anywhere(data)
+    assert known.images == (str(tmp_path / "pictures"), "scenes:5")
+    assert known.texts == (f"prompts:{tmp_path / 'pictures'}", "none.txt")
+    assert known.eval_sets == ("scenes-relations",)
+    assert (known.labelled, known.text_rows) == (None, str(tmp_path / "kept.npz"))
+    monkeypatch.chdir("/")
+    assert from_anywhere(known) == known

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dimefm_edge.data.sources import (
+    absolute_source,
     digest_lines,
     expand_source,
     natural_key,
@@ -102,3 +104,20 @@ def test_walk_leaves_hidden_files_out_and_survives_loops(tmp_path):
     (tmp_path / "a" / "loop").symlink_to(tmp_path)
     (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
     assert list(walk_files(tmp_path)) == [("a/1.jpg", 3)]
+
+
+def test_a_source_by_its_whole_path_names_the_same_files(tmp_path, monkeypatch):
+    (tmp_path / "a b").mkdir()
+    for name in ("a b/0.tar", "a b/1.tar", "scenes"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    for source in ("a b", "a b/*.tar", "a b/{0..1}.tar", "*/1.tar", "./a b/0.tar"):
+        whole = absolute_source(source)
+        assert whole.startswith(str(tmp_path))
+        expected = [path.resolve() for path in expand_source(source)]
+        monkeypatch.chdir("/")
+        assert expand_source(whole) == expected
+        monkeypatch.chdir(tmp_path)
+    for source in ("", "scenes", "scenes:30", "scenes-train", "none", "none/*.tar", "s3://x/y"):
+        assert absolute_source(source) == source
+    assert absolute_source("~/x") == str(Path.home() / "x")

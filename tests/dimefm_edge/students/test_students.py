@@ -144,6 +144,13 @@ def test_a_description_that_disagrees_is_refused(tmp_path, key, value, reason):
         load_student(tmp_path / "x.safetensors")
 
 
+def test_a_checkpoint_may_be_read_by_whom_other_files_may(tmp_path):
+    plain, path = tmp_path / "plain", tmp_path / "checkpoint.safetensors"
+    plain.touch()
+    save_student(path, build_student(VIT), VIT, PreprocessSpec(image_size=32), {})
+    assert path.stat().st_mode == plain.stat().st_mode
+
+
 def test_a_failed_write_keeps_the_old_checkpoint(tmp_path, checkpoint_bytes):
     path = tmp_path / "checkpoint.safetensors"
     path.mkdir()  # cannot be replaced by a file
