@@ -59,7 +59,7 @@ class EstimateOptions(CommonOptions):
     target: str = RunConfig.target
     """Device, with or without a power mode: jetson-orin@30w."""
     precision: str | None = None
-    """fp32, fp16 or int8. Default: the target's."""
+    """fp32, fp16, int8 or fp8. Default: a quantised graph's own, else the target's."""
     batch_size: int = 1
     """Images per call."""
     image_size: int | None = None
@@ -311,8 +311,8 @@ class BuildOptions(CommonOptions):
     bundle: Positional[str] = ""
     """A bundle: its folder or .zip."""
     precision: str | None = None
-    """fp32, fp16, bf16, int8 or fp8. Default: the bundle's. Only TensorRT 10 can lower an fp32
-    bundle; else export it in the precision that it shall have."""
+    """fp32, fp16, bf16, int8 or fp8. Default: of an fp32 bundle the precision of its target's
+    budget, to which TensorRT 10 alone can lower it; else the bundle's."""
     batch: str = "1,1,8"
     """Images per call: least, usual and largest number, or one number for all."""
     workspace_mib: int | None = None

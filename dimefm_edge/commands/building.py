@@ -107,7 +107,7 @@ def _report(
     options: BuildOptions, bundle: Bundle, built: BuiltEngine, engine: TensorRtEngine
 ) -> Outcome:
     facts, machine = built.artifact.facts, built.machine
-    precision = options.precision or bundle.precision
+    precision = facts["options"]["precision"] or bundle.precision
     cosine = check_against_onnx(engine, bundle, precision=precision)
     reports = _accuracy(options.data, bundle, engine)
     times = engine.layer_times_ms(engine.min_batch) if options.profile else {}

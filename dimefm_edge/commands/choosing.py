@@ -12,8 +12,10 @@ from dimefm_edge.errors import BudgetError, InputError, lookup
 from dimefm_edge.tables import format_table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dimefm_edge.cuts import ElasticRun
-    from dimefm_edge.latency.estimate import LatencyEstimate
+    from dimefm_edge.latency.operators import Operator
     from dimefm_edge.options import (
         CalibrateOptions,
         EstimateOptions,
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
         TargetsOptions,
     )
     from dimefm_edge.students import StudentSpec
-    from dimefm_edge.targets import Target
 
 
 _DEFAULT_IMAGE_SIZE = 224
@@ -31,9 +32,10 @@ _DEFAULT_EMBED_DIM = 512
 
 def run_targets(options: TargetsOptions) -> Outcome:
     """List every device in its default power mode."""
+    from dimefm_edge.latency.estimate import place_on
     from dimefm_edge.targets import list_targets
 
-    targets = list_targets()
+    targets = [(t, place_on(t, t.precision).basis) for t in list_targets()]
     rows = [
         (
             t.name,
@@ -44,36 +46,45 @@ def run_targets(options: TargetsOptions) -> Outcome:
             t.latency_ms,
             t.peak_tflops[t.precision],
             t.bandwidth_gbs,
-            t.profile,
+            basis,
             t.title,
+            ", ".join(t.aliases) or None,
         )
-        for t in targets
+        for t, basis in targets
     ]
     headers = (
         "target", "mode", "other modes", "runtime", "precision", "budget ms", "TFLOPS", "GB/s",
-        "profile", "device",
+        "basis", "device", "also called",
     )  # fmt: skip
     text = format_table(headers, rows) + (
         "\n\nA name alone means the mode shown; `target@mode` takes another. Budgets are defaults "
-        "for one image.\nprofile: published or measured beat roofline and nominal; measure on the "
-        "device: dimefm-edge bench BUNDLE"
+        "for one image.\nbasis: how estimates in that mode and precision are known; calibrated "
+        "beats published, published beats roofline;\nmeasure on the device: "
+        "dimefm-edge bench BUNDLE"
     )
-    return Outcome({"targets": [asdict(t) | {"full_name": t.full_name} for t in targets]}, text)
+    values = [asdict(t) | {"full_name": t.full_name, "basis": basis} for t, basis in targets]
+    return Outcome({"targets": values}, text)
 
 
 def run_estimate(options: EstimateOptions) -> Outcome:
     """Estimate one model on one target, or a table of them."""
+    from dimefm_edge.latency.estimate import estimate_latency
     from dimefm_edge.targets import load_target
 
     if options.rows is not None:
         return _estimate_rows(options)
     if not options.model:
         raise InputError("name a model, or a table with --rows", hint="dimefm-edge estimate --help")
+    if options.out is not None:
+        raise InputError("--out is where the estimates of --rows go", hint="drop --out, or --json")
     if options.batch_size < 1 or (options.image_size or 1) < 1:
         raise InputError("batch size and image size must be positive")
     target = load_target(options.target)
-    precision = options.precision or target.precision
-    estimate = _estimate(options, target, precision)
+    ops, own = _operators(options)
+    # A float graph runs in the target's precision: `build` lowers it, and so do NPUs' runtimes.
+    is_own = own != "fp32" and own in target.peak_tflops
+    precision = options.precision or (own if is_own else None) or target.precision
+    estimate = estimate_latency(ops, target, precision=precision)
     rows = [
         (
             options.model,
@@ -88,6 +99,8 @@ def run_estimate(options: EstimateOptions) -> Outcome:
         f"{table}\n\n{target.full_name}, {target.runtime} {precision}, batch "
         f"{options.batch_size}; {_BASES[estimate.basis]}"
     )
+    if own not in (None, precision):
+        text += f"\nthe graph is in {own}; --precision says what it is to run in there"
     values: dict[str, Any] = {
         "model": options.model,
         "target": target.full_name,
@@ -99,10 +112,11 @@ def run_estimate(options: EstimateOptions) -> Outcome:
 
 _BASES = {
     "calibrated": "calibrated: by what was measured on this machine",
-    "published": "published: fitted on published latencies of this device and runtime",
-    "roofline": "roofline: scaled from another device's or mode's prices: measure on the device "
-    "before you promise anything",
+    "published": "published: fitted on published latencies of this device and of this runtime",
+    "roofline": "roofline: scaled from the prices of another device, mode or precision: measure on "
+    "the device before you promise anything",
 }
+_OF_ONE_MODEL = ("config", "target", "precision", "batch_size", "image_size", "embed_dim")
 
 
 def _estimate_rows(options: EstimateOptions) -> Outcome:
@@ -114,6 +128,13 @@ def _estimate_rows(options: EstimateOptions) -> Outcome:
             "--rows takes --out and no model",
             hint="dimefm-edge estimate --rows in.csv --out out.csv",
         )
+    for name in _OF_ONE_MODEL:
+        if getattr(options, name) != getattr(type(options)(), name):
+            flag = _flag(name)
+            raise InputError(
+                f"{flag} is for one model: each row of a table says what it is of",
+                hint=f"drop {flag}; columns: device, runtime, precision, batch, resolution",
+            )
     with counting("estimate", count_rows(options.rows)) as advance:
         report = estimate_rows(options.rows, options.out, advance=advance)
     text = f"{report.estimated} of {report.rows} rows estimated: {options.out}"
@@ -156,8 +177,14 @@ def run_calibrate(options: CalibrateOptions) -> Outcome:
     return Outcome(values, text)
 
 
-def _estimate(options: EstimateOptions, target: Target, precision: str) -> LatencyEstimate:
-    from dimefm_edge.latency.estimate import estimate_latency, estimate_onnx, trace_ops
+def _operators(options: EstimateOptions) -> tuple[Sequence[Operator], str | None]:
+    """What the model does for a batch, and the precision of its graph, if it is a graph of ours.
+
+    Raises:
+        InputError: If flags ask for sizes that the model does not have.
+    """
+    from dimefm_edge.latency.estimate import graph_facts, trace_ops
+    from dimefm_edge.latency.onnx_costs import onnx_ops
     from dimefm_edge.students import (
         NAMED_STUDENTS,
         is_student_name,
@@ -173,27 +200,33 @@ def _estimate(options: EstimateOptions, target: Target, precision: str) -> Laten
 
         side = size or _DEFAULT_IMAGE_SIZE
         spec = student_spec(name, image_size=side, embed_dim=options.embed_dim)
-        return estimate_latency(trace_student(spec, batch), target, precision=precision)
+        return trace_student(spec, batch), None
     kind, path = subject_kind(name), Path(name).expanduser()
     if kind == "bundle":
         from dimefm_edge.runtime import load_bundle
 
         bundle = load_bundle(path)
-        return estimate_onnx(bundle.model_path, target, precision=precision, batch=batch)
+        side, takes_any = bundle.preprocess.image_size, bundle.image_input == "image"
+        _require_own(options, None if takes_any else side, bundle.embed_dim)
+        ops = onnx_ops(bundle.model_path, batch=batch, image_size=size or side)
+        return ops, bundle.precision
     if kind == "onnx":
-        return estimate_onnx(path, target, precision=precision, batch=batch, image_size=size)
+        facts = graph_facts(path)
+        _require_own(options, None if facts.takes_any_size else facts.image_size, "fixed")
+        return onnx_ops(path, batch=batch, image_size=size or facts.image_size), facts.precision
     if kind == "run":
         from dimefm_edge.latency.trace import trace_student
 
         spec = load_student(path).spec
-        return estimate_latency(trace_student(spec, batch), target, precision=precision)
+        _require_own(options, spec.image_size, spec.embed_dim)
+        return trace_student(spec, batch), None
     from dimefm_edge.teacher import load_teacher
 
     if not (":" in name or "/" in name or path.exists() or name == "sample"):
         lookup(dict.fromkeys([*NAMED_STUDENTS, "sample"]), name, kind="model")
     teacher = load_teacher(name, device="cpu")
-    ops = trace_ops(teacher.image_tower, teacher.preprocess.image_size, batch)
-    return estimate_latency(ops, target, precision=precision)
+    _require_own(options, teacher.preprocess.image_size, teacher.embed_dim)
+    return trace_ops(teacher.image_tower, teacher.preprocess.image_size, batch), None
 
 
 def run_fit(options: FitOptions) -> Outcome:
@@ -308,9 +341,24 @@ def _elastic_run(options: FitOptions) -> ElasticRun | None:
     if options.out is not None:
         require_new(options.out)
     run = load_cuts(options.elastic)
-    of_run = {"image_size": run.loaded.spec.image_size, "embed_dim": run.loaded.spec.embed_dim}
-    for name, value in of_run.items():
-        if getattr(options, name) not in (None, value):
-            flag = f"--{name.replace('_', '-')}"
-            raise InputError(f"{flag}: the run's is {value}", hint=f"drop {flag}")
+    _require_own(options, run.loaded.spec.image_size, run.loaded.spec.embed_dim, what="run")
     return run
+
+
+def _require_own(
+    options: EstimateOptions | FitOptions,
+    image_size: int | None,
+    embed_dim: int | str,
+    *,
+    what: str = "model",
+) -> None:
+    """Refuse flags that ask for other sizes than a model's own; an image size of None is any."""
+    own = {"image_size": image_size, "embed_dim": embed_dim}
+    for name, value in own.items():
+        unset = getattr(type(options)(), name)
+        if value is not None and getattr(options, name) not in (unset, value):
+            raise InputError(f"{_flag(name)}: the {what}'s is {value}", hint=f"drop {_flag(name)}")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -50,7 +50,8 @@ class LatencyEstimate:
     """80% of the truths should lie between."""
     basis: str
     """calibrated: measured blocks and models on this machine; published: fitted on latencies of
-    this very device and runtime; roofline: a fit's prices, scaled by specifications."""
+    this very device and of this runtime, if not always of both together; roofline: a fit's
+    prices, scaled by specifications or leaning on another precision's."""
     gmacs: float
     """1e9 multiply-adds of matmuls, convolutions and attentions, for the batch."""
     params_m: float
@@ -176,6 +177,40 @@ def trace_ops(module: nn.Module, image_size: int, batch: int = 1) -> list[Operat
     from dimefm_edge.latency import trace
 
     return trace.trace_ops(module, image_size, batch)
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What an ONNX graph says of itself."""
+
+    precision: str | None
+    """Of a graph that we exported; None of any other."""
+    image_size: int | None
+    """Side of its images in pixels; if it takes any, the one that it was exported for."""
+    takes_any_size: bool
+
+
+def graph_facts(path: Path) -> GraphFacts:
+    """Read what an ONNX file says of itself, but not its weights.
+
+    A file that cannot be read says nothing: `onnx_ops` says what is wrong with it.
+    """
+    try:
+        import onnx
+
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception:  # protobuf's DecodeError is not exported by name
+        return GraphFacts(None, None, takes_any_size=True)
+    weights = {w.name for w in model.graph.initializer}
+    shapes = [v.type.tensor_type.shape for v in model.graph.input if v.name not in weights]
+    sides = [dim.dim_value for shape in shapes for dim in shape.dim[1:]]  # 0: free
+    told = {entry.key: entry.value for entry in model.metadata_props}
+    if told.get("producer") != "dimefm_edge":
+        told = {}
+    takes_any_size = 0 in sides
+    size = told.get("image_size", "0") if takes_any_size else max(sides, default=0)
+    own = told.get("precision", "fp32") if told else None
+    return GraphFacts(own, int(size) or None, takes_any_size)
 
 
 def estimate_onnx(

@@ -95,7 +95,7 @@ class RowsReport:
     rows: int
     estimated: int
     errors: tuple[tuple[int, str], ...]
-    """Line of the file (the header is 1) and why it has no estimate."""
+    """Line of the file where the row ends (the header is 1), and why it has no estimate."""
 
 
 def estimate_rows(
@@ -120,7 +120,7 @@ def estimate_rows(
     header, rows = _read(source)
     cache = cache or TraceCache()
     errors = []
-    for line, row in enumerate(rows, start=2):
+    for line, row in rows.items():
         try:
             row.update(_estimate(row, cache))
         except DimeFMError as error:
@@ -128,7 +128,7 @@ def estimate_rows(
             errors.append((line, str(error)))
         advance(1)
     cache.save()
-    _write(destination, [*header, *(c for c in ADDED if c not in header)], rows)
+    _write(destination, [*header, *(c for c in ADDED if c not in header)], list(rows.values()))
     return RowsReport(len(rows), len(rows) - len(errors), tuple(errors))
 
 
@@ -137,12 +137,16 @@ def count_rows(source: Path) -> int:
     return len(_read(source)[1])
 
 
-def _read(source: Path) -> tuple[list[str], list[dict[str, Any]]]:
+def _read(source: Path) -> tuple[list[str], dict[int, dict[str, Any]]]:
+    """The columns, and the rows by the line where each ends."""
     try:
         with source.open(newline="", encoding="utf-8-sig") as stream:
             reader = csv.DictReader(stream)
             header = list(reader.fieldnames or ())
-            rows = [{k: v or "" for k, v in row.items() if k is not None} for row in reader]
+            rows = {}
+            for row in reader:
+                line = reader.reader.line_num  # the outer one has not counted blank lines
+                rows[line] = {k: v or "" for k, v in row.items() if k is not None}
     except FileNotFoundError as error:
         raise InputError(f"no file at {source}") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -151,9 +155,15 @@ def _read(source: Path) -> tuple[list[str], list[dict[str, Any]]]:
     if not any(name in header for name in _NAME_COLUMNS):
         missing.append(_NAME_COLUMNS[0])
     if missing:
+        names = ", ".join((*_NEEDED, _NAME_COLUMNS[0]))
+        if len(header) == 1 and ";" in header[0]:
+            raise InputError(
+                f"{source} looks separated by ';', and a table is read as separated by ','",
+                hint=f"save it with commas; its first line must name {names}",
+            )
         raise InputError(
             f"{source} lacks the column {', '.join(missing)}",
-            hint=f"its first line must name {', '.join((*_NEEDED, _NAME_COLUMNS[0]))}",
+            hint=f"its first line must name {names}",
         )
     return header, rows
 

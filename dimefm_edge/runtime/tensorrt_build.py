@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dimefm_edge.errors import ConfigError, DimeFMError, ExportError, lookup
+from dimefm_edge.errors import ConfigError, DimeFMError, ExportError, UnknownNameError, lookup
 from dimefm_edge.manifest import INPUT_NAME, attention_nodes, kernels_of
 from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.cuda import Cuda
@@ -44,6 +44,7 @@ from dimefm_edge.runtime.tensorrt_machine import (
     load_plugin_libraries,
     register_kernels,
 )
+from dimefm_edge.targets import LOCAL, load_target
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ class EngineOptions:
     """What a user asks of an engine. Another value makes another engine in the cache."""
 
     precision: str | None = None
-    """A name in `PRECISIONS`; the bundle's when None."""
+    """A name in `PRECISIONS`; when None the one that the bundle's target runs, where TensorRT can
+    lower an fp32 graph to it, else the bundle's."""
     batch: tuple[int, int, int] = (1, 1, 8)
     """Least, usual and largest number of images per call."""
     workspace_mib: int | None = None
@@ -135,6 +137,8 @@ def build_engine(
     trt = import_tensorrt()
     cuda = cuda or Cuda()
     machine = load_machine(cuda)
+    if options.precision is None:
+        options = replace(options, precision=_default_precision(trt, bundle, machine))
     path = out or engine_path(bundle, machine, asdict(options))
     if not rebuild and path.is_file():
         try:
@@ -306,6 +310,26 @@ class _Build:
             logger.warning("the timing cache %s is not of this GPU and TensorRT: begun anew", path)
             config.set_timing_cache(config.create_timing_cache(b""), ignore_mismatch=False)
         return before
+
+
+def _default_precision(trt: Any, bundle: Bundle, machine: Machine) -> str:
+    """What the budget of a bundle's target is of, where it can be had; else the graph's own."""
+    name = bundle.manifest.get("target")
+    try:
+        wanted = bundle.precision if name in (None, LOCAL) else load_target(name).precision
+    except UnknownNameError:  # another version's target
+        wanted = bundle.precision
+    is_lower = bundle.precision == "fp32" and wanted in ("fp16", "bf16")
+    if not is_lower or machine.gpu.compute_capability < PRECISIONS[wanted]:
+        return bundle.precision
+    if hasattr(trt.BuilderFlag, "FP16") and not kernels_of(bundle.manifest):
+        return wanted
+    logger.warning(
+        "%s is an fp32 graph and its engine runs so; budgets of %s are of %s. "
+        "try: dimefm-edge export RUN --precision %s, then build that",
+        bundle.path, name, wanted, wanted,
+    )  # fmt: skip
+    return bundle.precision
 
 
 def _check_precision(precision: str, machine: Machine) -> None:

@@ -11,7 +11,7 @@ import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dimefm_edge.errors import ConfigError, lookup
 
@@ -23,7 +23,6 @@ else:  # JetPack 6 has Python 3.10
 _PROFILES_DIR = Path(__file__).parent / "profiles"
 LOCAL = "local"
 """The machine at hand."""
-ProfileBasis = Literal["published", "roofline", "nominal", "measured"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class Target:
     """A device in one power mode, and how models run there."""
 
     name: str
+    aliases: tuple[str, ...]
+    """What else `load_target` takes for the name."""
     mode: str
     """Power mode, as in `name@mode`."""
     modes: tuple[str, ...]
@@ -61,10 +62,8 @@ class Target:
     jetpack: str | None
     tensorrt: str | None
     sources: tuple[str, ...]
-    """Where each figure comes from; derived and unconfirmed ones say so."""
-    profile: ProfileBasis
-    """How the speed figures came about: published (checked against published latencies of this
-    device), roofline (specifications only), nominal (a typical machine), measured (here)."""
+    """Where each figure comes from; derived and unconfirmed ones say so. How well its latencies
+    are known, `latency.estimate.place_on` says."""
 
     @property
     def full_name(self) -> str:
@@ -114,6 +113,7 @@ def _target(profile: dict[str, Any], mode: str) -> Target:
     figures = lookup(profile["modes"], mode, kind=f"power mode of {profile['name']}")
     return Target(
         name=profile["name"],
+        aliases=tuple(profile.get("aliases", ())),
         mode=mode,
         modes=tuple(profile["modes"]),
         title=profile["title"],
@@ -130,5 +130,4 @@ def _target(profile: dict[str, Any], mode: str) -> Target:
         jetpack=profile.get("jetpack"),
         tensorrt=profile.get("tensorrt"),
         sources=(*profile["sources"], *figures["sources"]),
-        profile=profile["profile"],
     )

@@ -137,7 +137,7 @@ def test_bad_usage_with_json_is_one_object(capsys):
             "free some space, or name another folder",
         ),
         (PermissionError(errno.EACCES, "x", "/root/y"), 1, "Permission denied: /root/y", "check"),
-        (NotADirectoryError(errno.ENOTDIR, "x", "/a.txt/y"), 2, "Not a directory: /a.txt/y", "name"),
+        (NotADirectoryError(errno.ENOTDIR, "x", "/a/y"), 2, "Not a directory: /a/y", "name"),
         (
             ModuleNotFoundError("No module named 'torch'", name="torch"),
             1,

@@ -163,7 +163,7 @@ def test_a_start_that_never_trained_is_begun_anew(words, tmp_path, capsys, caplo
     for again, name in ((words, "none.npz"), (student, "other.npz")):
         assert cli.main([*again, "--text-rows", str(tmp_path / name)]) == 2
         assert f"{name} is no kept_rows.npz" in capsys.readouterr().err
-    assert cli.main(_replaced(words, "--out", tmp_path / "typo") + ["--resume"]) == 0
+    assert cli.main([*_replaced(words, "--out", tmp_path / "typo"), "--resume"]) == 0
     assert "typo holds no run yet" in caplog.text
 
 

@@ -21,8 +21,20 @@ def test_targets(capsys):
     assert {"jetson-agx-orin", "jetson-orin-nano", "local"} <= set(found)
     assert all(t["sources"] and t["full_name"] == f"{t['name']}@{t['mode']}"
                for t in found.values())  # fmt: skip
+    assert "jetson-orin" in found["jetson-agx-orin"]["aliases"]
     assert cli.main(["targets"]) == 0
-    assert "jetson-orin-nano" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "jetson-orin-nano" in shown
+    assert "jetson-orin, jetson-agx-orin-64gb, agx-orin" in shown
+
+
+def test_targets_and_estimate_agree_on_how_well_a_device_is_known(capsys):
+    found = {t["name"]: t["basis"] for t in _json(capsys, "targets")[1]["targets"]}
+    assert found["raspberry-pi-5"] == "published"
+    assert found["jetson-agx-orin"] == "roofline"  # of 30w; the published rows are of maxn
+    for name, basis in found.items():
+        words = ("estimate", "vit-nano", "--target", name, "--image-size", "32")
+        assert _json(capsys, *words)[1]["basis"] == basis, name
 
 
 @pytest.mark.parametrize("model", ["vit-nano", "timm:resnet18"])
@@ -44,6 +56,79 @@ def test_estimate_of_files_agrees(tiny_run_dir, tiny_bundle_dir, tiny_teacher_di
     assert teacher > run
 
 
+@pytest.fixture(scope="module")
+def other_bundles(tiny_run_dir, tmp_path_factory):
+    """The tiny run in int8, and as a graph that takes images of any size."""
+    folder, code = tmp_path_factory.mktemp("other_bundles"), 0
+    words = ["export", str(tiny_run_dir), "--target", "x86-cpu", "--images", "scenes"]
+    for name, flags in {"int8": ["--precision", "int8"], "any": ["--input", "image"]}.items():
+        code |= cli.main([*words, *flags, "--out", str(folder / name)])
+    assert code == 0
+    return folder
+
+
+def test_estimate_takes_the_precision_of_the_graph(other_bundles, tiny_bundle_dir, capsys):
+    on_cpu, bundle = ("--target", "x86-cpu"), other_bundles / "int8"
+    for path in (bundle, bundle / "model.onnx"):
+        values = _json(capsys, "estimate", path, *on_cpu)[1]
+        assert values["precision"] == "int8"
+        assert _json(capsys, "estimate", path, *on_cpu, "--precision", "int8")[1] == values
+        wins = _json(capsys, "estimate", path, *on_cpu, "--precision", "fp32")[1]
+        assert wins["precision"] == "fp32"
+        assert wins["latency_ms"] != values["latency_ms"]
+    assert cli.main(["estimate", str(tiny_bundle_dir), "--target", "snapdragon-x-elite"]) == 0
+    told = capsys.readouterr().out
+    assert "onnxruntime fp16" in told
+    assert "the graph is in fp32; --precision says what it is to run in there" in told
+
+
+def test_a_graph_of_any_size_is_estimated_at_its_own(other_bundles, capsys):
+    bundle = other_bundles / "any"
+    for path in (bundle, bundle / "model.onnx"):
+        code, values = _json(capsys, "estimate", path, "--target", "x86-cpu")
+        assert code == 0
+        given = _json(capsys, "estimate", path, "--target", "x86-cpu", "--image-size", "32")[1]
+        assert given == values
+        larger = _json(capsys, "estimate", path, "--target", "x86-cpu", "--image-size", "640")
+        assert larger[0] == 0
+        assert larger[1]["latency_ms"] > values["latency_ms"]
+
+
+def test_sizes_that_a_model_does_not_have_are_refused(
+    tiny_run_dir, tiny_bundle_dir, tiny_teacher_dir, capsys
+):
+    graph = tiny_bundle_dir / "model.onnx"
+    for path in (tiny_run_dir, tiny_bundle_dir, tiny_teacher_dir, graph):
+        code, values = _json(capsys, "estimate", path, "--image-size", "64")
+        assert (code, values["hint"]) == (2, "drop --image-size")
+        assert "--image-size: the model's is 32" in values["error"]
+        code, values = _json(capsys, "estimate", path, "--embed-dim", "64")
+        assert (code, values["hint"]) == (2, "drop --embed-dim")
+        own = "fixed" if path == graph else "16"
+        assert f"--embed-dim: the model's is {own}" in values["error"]
+        assert cli.main(["estimate", str(path), "--image-size", "32"]) == 0
+        capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--target", "local"), ("--precision", "int8"), ("--batch-size", "2"),
+        ("--image-size", "64"), ("--embed-dim", "64"), ("--config", "run.toml"),
+    ],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_a_table_refuses_what_is_for_one_model(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.toml").write_text('target = "local"\n')
+    source, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    source.write_text("device,runtime,precision,timm_name\n")
+    code, values = _json(capsys, "estimate", "--rows", source, "--out", out, *words)
+    assert code == 2
+    assert f"{words[0]} is for one model" in values["error"]
+    assert not out.exists()
+
+
 def test_estimate_names_what_is_wrong(capsys, tmp_path):
     assert cli.main(["estimate", "vit-nano", "--precision", "int7"]) == 2
     assert "unknown precision" in capsys.readouterr().err
@@ -51,6 +136,8 @@ def test_estimate_names_what_is_wrong(capsys, tmp_path):
     assert "must be positive" in capsys.readouterr().err
     assert cli.main(["estimate", str(tmp_path / "gone.onnx")]) == 2
     assert "no ONNX file at" in capsys.readouterr().err
+    assert cli.main(["estimate", "vit-nano", "--out", str(tmp_path / "x.csv")]) == 2
+    assert "--out is where the estimates of --rows go" in capsys.readouterr().err
 
 
 def test_fit_chooses_and_draws(capsys, tmp_path):

@@ -7,15 +7,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 from dimefm_edge.errors import UnknownNameError
 from dimefm_edge.export.onnx import export_onnx
 from dimefm_edge.latency.estimate import (
+    GraphFacts,
     estimate_at,
     estimate_latency,
     estimate_onnx,
+    graph_facts,
     place_of,
     place_on,
     published_place,
@@ -141,6 +144,34 @@ def test_a_vit_costs_a_cpu_about_what_its_products_do(name, precision):
         estimate_at(trace_timm(model, 224), place) for model in ("vit_tiny_patch16_224", "resnet18")
     )
     assert 0.7 < (vit.latency_ms / vit.gmacs) / (resnet.latency_ms / resnet.gmacs) < 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "told", "facts"),
+    [
+        (["n", 3, 64, 64], {"precision": "int8", "image_size": "64"}, ("int8", 64, False)),
+        (["n", "h", "w", 3], {"precision": "fp16", "image_size": "64"}, ("fp16", 64, True)),
+        ([1, 48, 48, 3], None, (None, 48, False)),
+        (["n", 3, "h", "w"], None, (None, None, True)),
+    ],
+)
+def test_a_graph_says_what_it_is(shape, told, facts, tmp_path):
+    image, out = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+        for name in ("image", "out")
+    )
+    node = onnx.helper.make_node("Relu", ["image"], ["out"])
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", [image], [out]))
+    if told is not None:
+        onnx.helper.set_model_props(model, told | {"producer": "dimefm_edge"})
+    onnx.save(model, tmp_path / "model.onnx")
+    assert graph_facts(tmp_path / "model.onnx") == GraphFacts(*facts)
+
+
+def test_a_file_that_is_no_graph_says_nothing(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"junk")
+    for name in ("model.onnx", "gone.onnx"):
+        assert graph_facts(tmp_path / name) == GraphFacts(None, None, takes_any_size=True)
 
 
 def test_estimating_needs_no_torch():

@@ -66,6 +66,23 @@ def test_rows_are_estimated_and_bad_ones_harm_no_other(tmp_path):
     assert [line for line, _ in report.errors] == [4, 5, 6, 7, 8, 9]
 
 
+def test_errors_name_the_line_of_the_file(tmp_path):
+    """Blank lines and line breaks in quotes count, as they do in an editor."""
+    lines = [
+        "device,runtime,precision,timm_name,note",
+        "",
+        "Toaster,TensorRT,fp16,resnet18,",
+        "",
+        "",
+        'Toaster,TensorRT,fp16,resnet18,"two\nlines"',
+        "Toaster,TensorRT,fp16,resnet18,",
+    ]
+    (tmp_path / "in.csv").write_text("\n".join(lines))
+    report = estimate_rows(tmp_path / "in.csv", tmp_path / "out.csv", cache=TraceCache(tmp_path))
+    assert [line for line, _ in report.errors] == [3, 7, 8]
+    assert len(read(tmp_path / "out.csv")) == count_rows(tmp_path / "in.csv") == 3
+
+
 def test_a_published_latency_is_near(tmp_path):
     """torch2trt's ResNet-18 on the Jetson Nano: 11.0 ms (docs/benchmarks/jetson_nano.md)."""
     row = ["Jetson Nano 4GB", "TensorRT (torch2trt)", "fp16", "1", "resnet18", "224", ""]
@@ -81,6 +98,7 @@ def test_a_published_latency_is_near(tmp_path):
         ("a,b\n1,2\n", "lacks the column device, runtime, precision, timm_name_if_any"),
         ("device,runtime,precision\nx,y,z\n", "lacks the column timm_name_if_any"),
         ("", "lacks the column device"),
+        ("device;runtime;precision;timm_name\nx;y;z;t\n", "looks separated by ';'"),
     ],
 )
 def test_tables_without_their_columns_are_refused(tmp_path, text, message):

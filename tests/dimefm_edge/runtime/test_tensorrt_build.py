@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,23 @@ def test_version_10_lowers_an_fp32_graph_and_keeps_its_end(
     kept = called(double, "ILayer.precision=<DataType.FLOAT: 0>")
     assert 2 <= len(kept) <= 8
     assert len(called(double, "ILayer.set_output_type")) == len(kept)
+
+
+def test_an_fp32_graph_becomes_what_its_targets_budget_is_of(
+    fp32: Bundle, fake_tensorrt: Fake, caplog: pytest.LogCaptureFixture
+) -> None:
+    def typing(target: str | None, version: str) -> str:
+        fake_tensorrt(version)
+        made = replace(fp32, manifest=fp32.manifest | {"target": target})
+        facts = build_engine(made, rebuild=True).artifact.facts
+        return f"{facts['options']['precision']} {facts['typing']}"
+
+    assert typing("jetson-agx-orin", "10.3") == "fp16 weak: FP16"
+    for target in (None, "local", "x86-cpu", "no-such-board"):
+        assert typing(target, "10.3") == "fp32 strong"
+    assert not caplog.records
+    assert typing("jetson-agx-orin", "11.4") == "fp32 strong"
+    assert "dimefm-edge export RUN --precision fp16" in caplog.text
 
 
 def test_version_11_runs_the_types_that_the_graph_says(fp32: Bundle, fake_tensorrt: Fake) -> None:
