@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,3 +61,18 @@ class BenchConfig:
             raise InputError("--threads and --seed must not be negative")
         if (self.server_qps or 1) <= 0 or (self.server_bound_ms or 1) <= 0:
             raise InputError("--server-qps and --server-bound-ms must be positive")
+        _check_cpus(self.pin)
+
+
+def _check_cpus(pin: tuple[int, ...]) -> None:
+    """Refuse CPUs that this process may not use; systems that pin none say only how many."""
+    if hasattr(os, "sched_getaffinity"):
+        usable = os.sched_getaffinity(0)
+    else:
+        usable = set(range(os.cpu_count() or 1))
+    wrong = [cpu for cpu in pin if cpu not in usable]
+    if wrong:
+        named = " ".join(map(str, sorted(usable)))
+        raise InputError(
+            f"--pin names CPU {wrong[0]}, which this process may not use", hint=f"--pin {named}"
+        )

@@ -26,9 +26,20 @@ _MIN_MEMORY_GIB = 2.0
 _INSTALL_TRAIN = "pip install 'dimefm_edge[train]'"
 _INSTALL_EVAL = "pip install 'dimefm_edge[eval]'"
 _TEXT = ("tokenizers", "ftfy")
-_TRAIN = ("torchvision", "timm", "open_clip_torch", "onnx", "onnxscript", "safetensors", "torchao")
+_INSTALL_DEMO = "pip install 'dimefm_edge[demo]'"
+_TRAIN = (
+    "torchvision", "timm", "open_clip_torch", "onnx", "onnxscript", "safetensors", "torchao",
+    "tensorboard",
+)  # fmt: skip
 _SOURCES = ("braceexpand", "pyarrow")
+_FAISS = ("faiss-cpu", "faiss-gpu", "faiss")
+"""Of pip and conda; all are imported as faiss."""
 _EVAL = ("scikit-learn", "imagecorruptions-imaug", "matplotlib")
+_BENCH = {
+    "openvino": ("bench compares with it: MODEL@openvino", "pip install openvino"),
+    "mlcommons-loadgen": ("MLPerf's, for bench --scenario", "pip install 'dimefm_edge[bench]'"),
+}
+"""What nothing but a comparison needs: its use, and the command that installs it."""
 _CPUINFO = Path("/proc/cpuinfo")
 _CPU_FEATURES = {
     "AVX2": ("avx2",),
@@ -68,7 +79,10 @@ def examine(folder: Path = Path()) -> list[Check]:
         *(_installed(name, f"pip install {name}", is_required=True) for name in _TEXT),
         *_torch(),
         *(_installed(name, _INSTALL_TRAIN) for name in (*_TRAIN, *_SOURCES)),
+        _faiss(),
         *(_installed(name, _INSTALL_EVAL) for name in _EVAL),
+        _installed("gradio", _INSTALL_DEMO),
+        *(_optional(name, use, mend) for name, (use, mend) in _BENCH.items()),
         *_tensorrt(),
         *_cpu(),
         _memory(),
@@ -88,6 +102,19 @@ def _installed(name: str, mend: str, *, is_required: bool = False) -> Check:
     if found is None:
         return Check(name, "missing", "not installed", mend, is_required)
     return Check(name, "ok", found, is_required=is_required)
+
+
+def _optional(name: str, use: str, mend: str) -> Check:
+    found = _version(name)
+    if found is None:
+        return Check(name, "note", f"not installed; {use}", mend)
+    return Check(name, "ok", found)
+
+
+def _faiss() -> Check:
+    """For corpus, hard negatives and the demo."""
+    found = next((name for name in _FAISS if _version(name) is not None), _FAISS[0])
+    return _installed(found, _INSTALL_TRAIN)
 
 
 def _version(name: str) -> str | None:

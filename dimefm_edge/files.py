@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from dimefm_edge.errors import InputError
+
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
@@ -25,6 +27,21 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def make_out_folder(out: Path) -> None:
+    """Make the folder of a command's files, before the work that fills it.
+
+    Raises:
+        InputError: If it cannot be made or written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        why = None if os.access(out, os.W_OK | os.X_OK) else "it cannot be written to"
+    except OSError as error:
+        why = "it is a file" if out.exists() else error.strerror
+    if why is not None:
+        raise InputError(f"{out} cannot be the output folder: {why}", hint="another --out")
 
 
 def user_cache_dir(*names: str) -> Path:

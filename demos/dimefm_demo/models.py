@@ -70,6 +70,7 @@ class _Slot:
     done: threading.Event = field(default_factory=threading.Event)
     model: Model | None = None
     error: str = ""
+    cause: Exception | None = None
     doing: str = "waiting"
 
 
@@ -111,11 +112,12 @@ class Models:
                 slot.doing = "made ready" if slot.spec.kind == SAMPLE else "loading"
                 slot.model = load_model(slot.spec, threads=self._threads)
             except DimeFMError as error:  # said on the page, and to who started it
-                logger.warning("%s: %s", slot.spec.name, error)
-                slot.error = str(error)
+                if len(self._slots) > 1:  # of one, `require_one` says it
+                    logger.warning("%s: %s", slot.spec.name, error)
+                slot.error, slot.cause = str(error), error
             except Exception as error:  # the page lives on without this model
                 logger.exception("%s cannot be loaded", slot.spec.name)
-                slot.error = f"{type(error).__name__}: {error}"
+                slot.error, slot.cause = f"{type(error).__name__}: {error}", error
             slot.done.set()
 
     def states(self) -> list[tuple[str, str]]:
@@ -131,6 +133,22 @@ class Models:
         while not self.is_settled and not self.loaded():
             time.sleep(0.05)
         return next(iter(self.loaded()), None)
+
+    def require_one(self) -> None:
+        """Wait until a model is ready.
+
+        Raises:
+            CheckpointError: If none can be loaded; of one model alone, its own error of ours.
+        """
+        if self.first_ready() is not None:
+            return
+        slots = list(self._slots.values())
+        if len(slots) == 1 and isinstance(slots[0].cause, DimeFMError):
+            raise slots[0].cause
+        why = "; ".join(f"{slot.spec.name}: {slot.error}" for slot in slots)
+        raise CheckpointError(
+            f"no model can be loaded: {why}", hint="name a run, a bundle or a teacher"
+        ) from slots[0].cause
 
     def wait_for(self, name: str) -> Model:
         """One model, once it is loaded.

@@ -124,6 +124,15 @@ class ServerIndexes:
         self._indexes: dict[str, ImageIndex] = {}
         self._lock = threading.Lock()
 
+    def check(self) -> None:
+        """Open the sources as the first search will.
+
+        Raises:
+            DataError: If one is missing, damaged or holds no picture.
+            MissingExtraError: If one needs a package that is not installed.
+        """
+        open_images(self.sources)
+
     def index_of(self, model: Model, advance: Advance) -> ImageIndex:
         """The index of one model.
 

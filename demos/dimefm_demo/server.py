@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dimefm_demo.limits import body_limit
-from dimefm_demo.model_specs import find_models
+from dimefm_demo.model_specs import SAMPLE, find_models
 from dimefm_demo.models import Models, check_samples
 from dimefm_demo.search import ServerIndexes
 from dimefm_edge.demo_config import DemoConfig
@@ -40,7 +40,7 @@ def serve(config: DemoConfig) -> None:
     """Show the page until Ctrl-C or SIGTERM; then nothing that a visitor sent is left.
 
     Raises:
-        DimeFMError: If nothing of that name can be shown, or the port is taken.
+        DimeFMError: If nothing of that name can be shown or searched, or the port is taken.
         MissingExtraError: If gradio is not installed.
     """
     with serving(config) as url:
@@ -67,17 +67,24 @@ def serving(config: DemoConfig) -> Iterator[str]:
     specs = find_models(config.models, engines=config.engine)
     check_samples(specs)
     auth = _credentials(config.auth)
+    indexes = ServerIndexes(config.search)
+    indexes.check()
     models = Models(specs, threads=config.threads)
+    # The sample can be made, so the page comes before it; of the others, one must be there.
+    is_page_first = any(spec.kind == SAMPLE for spec in specs)
     if auth is None and (config.share or config.host not in _LOOPBACK):
         logger.warning("whoever reaches %s can use this page: --auth USER:PASSWORD", config.host)
     with tempfile.TemporaryDirectory(prefix="dimefm_edge_demo_") as folder:
         os.environ |= {**_GRADIO, "GRADIO_TEMP_DIR": str(Path(folder) / "uploads")}
         from dimefm_demo.page import CSS, build_page, theme
 
-        page = build_page(models, ServerIndexes(config.search), Path(folder))
+        page = build_page(models, indexes, Path(folder))
         page.queue(
             max_size=config.max_queue, default_concurrency_limit=config.concurrency, api_open=False
         )
+        if not is_page_first:
+            models.load_behind()
+            models.require_one()
         try:
             _, local, public = page.launch(
                 server_name=config.host, server_port=config.port, share=config.share, auth=auth,
@@ -89,7 +96,8 @@ def serving(config: DemoConfig) -> Iterator[str]:
             )  # fmt: skip
         except OSError as error:
             raise InputError(f"the server cannot start: {error}", hint="another --port") from error
-        models.load_behind()  # the first page comes before the first model
+        if is_page_first:
+            models.load_behind()
         try:
             yield public or local
         finally:

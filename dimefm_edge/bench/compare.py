@@ -32,6 +32,14 @@ class Comparison:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A model that is not compared."""
+
+    label: str
+    reason: str
+
+
 def compare(old: BenchResult, new: BenchResult, *, threshold_pct: float = 5.0) -> list[Comparison]:
     """Compare the models that both benches measured.
 
@@ -65,6 +73,19 @@ def compare(old: BenchResult, new: BenchResult, *, threshold_pct: float = 5.0) -
             hint="name the models as the old bench did",
         )
     return [_compare(a, b, old=old, new=new, threshold=1 + threshold_pct / 100) for a, b in pairs]
+
+
+def left_out(old: BenchResult, new: BenchResult) -> list[LeftOut]:
+    """Models that `compare` cannot judge, as only one of the benches measured them."""
+    missing = []
+    for which, bench, other in (("old", old, new), ("new", new, old)):
+        named = {s.label for s in bench.subjects}
+        measured = {s.label for s in bench.subjects if s.rounds_ms}
+        for s in other.subjects:
+            if s.rounds_ms and s.label not in measured:
+                why = "did not measure it" if s.label in named else "has it not"
+                missing.append(LeftOut(s.label, f"the {which} bench {why}"))
+    return missing
 
 
 def _compare(

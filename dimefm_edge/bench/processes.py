@@ -69,9 +69,11 @@ class SubjectProcess:
             DimeFMError: What went wrong there, as the same kind of error.
             WorkerError: If the process dies, or takes longer than `limit_s`; then it is ended.
         """
+        assert self._process.stdin is not None
+        if self._process.stdin.closed:
+            raise WorkerError(f"{self.label} was ended before {what}")
         self._signal_on()
         try:
-            assert self._process.stdin is not None
             self._process.stdin.write(json.dumps({"do": what, **values}).encode() + b"\n")
             self._process.stdin.flush()
             line = self._answers.get(timeout=limit_s)

@@ -31,7 +31,7 @@ from dimefm_edge.bench.results import BenchResult, SubjectResult
 from dimefm_edge.bench.runnable import Load
 from dimefm_edge.bench.sensors import Recorder, Sensors, find_sensors
 from dimefm_edge.bench.specs import SubjectSpec, parse_subjects
-from dimefm_edge.bench.stages import image_files
+from dimefm_edge.bench.stages import image_files, name_some
 from dimefm_edge.bench.summary import summarise_calls, summarise_stages
 from dimefm_edge.bench_config import BenchConfig
 from dimefm_edge.errors import DimeFMError
@@ -130,6 +130,7 @@ class _Bench:
 
     def run(self, stack: ExitStack) -> None:
         """Every step, in order."""
+        files = self._open_images()
         self._prepare()
         if not self._alive():
             return
@@ -150,14 +151,15 @@ class _Bench:
         self._memory()
         if self.sensors.has_power:
             self._sustained()
-        if self.config.images:
-            self._stages()
+        timed = self._alive()  # accuracy needs none of what comes between
+        if files:
+            self._stages(files)
         for scenario in self.config.scenario:
             self._scenario(scenario)
         if self.config.operators or self.config.out is not None:
             self._operators()
         if self.config.data:
-            self._accuracy()
+            self._accuracy(timed)
         for subject in self._alive():
             subject.result.state = "measured"
 
@@ -175,6 +177,16 @@ class _Bench:
             self.result.peak_gflop_per_s = GEMM_FLOP / best / 1e6
 
     # -------------------------------------------------------------------------- steps
+
+    def _open_images(self) -> list[str]:
+        """Files for the stages, before anything takes its time; bad ones are left out and told."""
+        if not self.config.images:
+            return []
+        files, bad = image_files(self.config.images, self.folder / "images")
+        if bad:
+            found = f"{len(bad)} of {len(files) + len(bad)} images cannot be read"
+            self.result.notes.append(f"{found}, and are left out: {name_some(bad)}")
+        return [str(path) for path in files]
 
     def _prepare(self) -> None:
         with counting("making ready", len(self.subjects), is_transient=True) as advance:
@@ -282,9 +294,8 @@ class _Bench:
                     subject.result.power_w = power
                     subject.result.energy_mj_per_image = power * float(np.mean(times)) / images
 
-    def _stages(self) -> None:
+    def _stages(self, files: list[str]) -> None:
         """Files to labels, in rounds like the calls alone."""
-        files = [str(path) for path in image_files(self.config.images, self.folder / "images")]
         willing = [s for s in self._alive() if s.takes_images]
         for subject in self._alive():
             if not subject.takes_images:
@@ -333,8 +344,8 @@ class _Bench:
                 subject.result.moved_mib = answer.pop("moved_mib")
                 subject.result.operators = answer
 
-    def _accuracy(self) -> None:
-        for subject in self._alive():
+    def _accuracy(self, subjects: list[_Subject]) -> None:
+        for subject in subjects:
             with self._note_errors(subject):
                 subject.result.top1_pct = zero_shot_top1(
                     subject.spec, self.config.data, limit_s=self.config.time_limit_s

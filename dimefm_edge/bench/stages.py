@@ -5,7 +5,6 @@ Images are prepared as the runtime does it (`model_input`); for what runs in tor
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
 from collections.abc import Sequence
@@ -18,15 +17,17 @@ import numpy.typing as npt
 from dimefm_edge.bench.prepare import Prepared
 from dimefm_edge.bench.runnable import Feed, Runnable
 from dimefm_edge.errors import InputError
-from dimefm_edge.image_files import Picture, read_picture
+from dimefm_edge.image_files import BadImageError, Picture, read_picture
 from dimefm_edge.manifest import INPUT_NAME
 from dimefm_edge.model_input import HEADROOM, load_inputs, load_pixels
 from dimefm_edge.preprocess import PreprocessSpec
+from dimefm_edge.progress import counting
 
 STAGES = ("read", "decode", "prepare", "infer", "rank")
 """Prepare: resize, crop and normalise."""
 _RANDOM_LABELS = 1000
 _TOP = 5
+_MAX_NAMED = 3
 _LOGIT_SCALE = 100.0
 
 
@@ -104,34 +105,79 @@ def _label_embeds(runnable: Runnable, spec: PreprocessSpec) -> npt.NDArray[np.fl
     return np.asarray(values, np.float32)
 
 
-def image_files(sources: Sequence[str], folder: Path, *, most: int = 256) -> list[Path]:
+def image_files(
+    sources: Sequence[str], folder: Path, *, most: int = 256
+) -> tuple[list[Path], list[str]]:
     """Image files as they are; images from shards and `scenes` are written as JPEG files first.
+
+    Args:
+        sources: Images, folders, shards, `scenes[:COUNT]`.
+        folder: Where those are written that are no files of their own.
+        most: Images of each source, and of all shards together.
+
+    Returns:
+        The files, each decoded once to see that it can be; and the names of those that cannot.
 
     Raises:
         DataError: If a source holds no image.
         InputError: If none can be read.
     """
-    from dimefm_edge.data.image_pools import IMAGE_SUFFIXES, open_images
+    from dimefm_edge.data.image_pools import IMAGE_SUFFIXES
     from dimefm_edge.data.sources import walk_files
-    from dimefm_edge.image_files import BadImageError
 
     files: list[Path] = []
+    bad: list[str] = []
     others = []
     for source in sources:
         path = Path(source).expanduser()
         inside = [path / name for name, _ in walk_files(path)] if path.is_dir() else []
         found = [path] if path.is_file() else inside
         images = [p for p in found if p.suffix.lower() in IMAGE_SUFFIXES]
-        files += images[:most]
+        _keep_readable(images, files, bad, most=most)
         if not images:
             others.append(source)
     if others:
-        folder.mkdir(parents=True, exist_ok=True)
-        pool = open_images(others)
-        for row in range(min(len(pool), most)):
-            with contextlib.suppress(BadImageError):
-                pool.load(row).save(folder / f"{row:05}.jpg", quality=90)
-                files.append(folder / f"{row:05}.jpg")
+        _write_files(others, folder, files, bad, most=most)
     if not files:
-        raise InputError("none of the images can be read", hint="--images FOLDER")
-    return files
+        raise InputError(
+            f"none of the images of --images can be read: {name_some(bad)}", hint="--images FOLDER"
+        )
+    return files, bad
+
+
+def name_some(names: Sequence[str]) -> str:
+    """The first few, and how many more there are."""
+    more = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _keep_readable(images: list[Path], files: list[Path], bad: list[str], *, most: int) -> None:
+    """Sort images into `files`, up to `most` of them, and `bad`."""
+    full = len(files) + most
+    total = min(len(images), most)
+    with counting("looking at images", total, is_transient=True) as advance:
+        for path in images:
+            if len(files) == full:
+                break
+            try:
+                read_picture(path, least_side=1)  # a JPEG at 1/8: its end is read all the same
+                files.append(path)
+            except BadImageError:
+                bad.append(path.name)
+            advance(1)
+
+
+def _write_files(
+    sources: Sequence[str], folder: Path, files: list[Path], bad: list[str], *, most: int
+) -> None:
+    """Images that are no files of their own, as JPEG files."""
+    from dimefm_edge.data.image_pools import open_images
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pool = open_images(sources)
+    for row in range(min(len(pool), most)):
+        try:
+            pool.load(row).save(folder / f"{row:05}.jpg", quality=90)
+            files.append(folder / f"{row:05}.jpg")
+        except BadImageError:
+            bad.append(pool.name(row))

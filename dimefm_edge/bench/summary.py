@@ -40,6 +40,8 @@ def summarise_stages(
     result.stages_ms = dict(zip(STAGES, map(float, np.median(rows, axis=0)), strict=True))
     result.end_to_end = percentiles(totals) | {"images_per_s": 1e3 / float(totals.mean())}
     both = min(len(rounds), len(base))
+    if not both:
+        return
     ratio = paired_ratio(
         [float(np.median(np.sum(turn, axis=1))) for turn in rounds[:both]],
         [float(np.median(np.sum(turn, axis=1))) for turn in base[:both]],

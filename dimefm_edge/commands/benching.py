@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dimefm_edge.commands.outcome import Outcome
 from dimefm_edge.errors import InputError, MissingExtraError
-from dimefm_edge.files import atomic_file
+from dimefm_edge.files import atomic_file, make_out_folder
 from dimefm_edge.tables import Cell, format_table
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def run_bench(options: BenchOptions) -> Outcome:
 
     out = options.out
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        make_out_folder(out)
     with tempfile.TemporaryDirectory(prefix="dimefm_edge_bench_") as folder:
         result = bench_models(
             options,
@@ -44,7 +45,7 @@ def run_bench(options: BenchOptions) -> Outcome:
 
 def run_compare(options: CompareOptions) -> Outcome:
     """Hold a new bench against an old one."""
-    from dimefm_edge.bench.compare import compare
+    from dimefm_edge.bench.compare import compare, left_out
     from dimefm_edge.bench.results import load_json
 
     if len(options.results) != 2:
@@ -67,8 +68,14 @@ def run_compare(options: CompareOptions) -> Outcome:
         "divided by the machine's own speed in it\nslower: more than "
         f"{options.threshold_pct:g}% without drift, and the interval leaves out 1"
     )
+    missing = left_out(old, new)
+    text += "".join(f"\nnot compared: {m.label}, {m.reason}" for m in missing)
     is_slower = any(c.is_slower for c in found)
-    values = {"is_slower": is_slower, "models": [c.to_dict() for c in found]}
+    values = {
+        "is_slower": is_slower,
+        "models": [c.to_dict() for c in found],
+        "left_out": [asdict(m) for m in missing],
+    }
     return Outcome(values, text, _OVER if is_slower else 0)
 
 
@@ -111,7 +118,7 @@ def _more_tables(result: BenchResult) -> list[str]:
     staged = [s for s in result.subjects if s.stages_ms]
     if staged:
         cells: list[list[Cell]] = [
-            [s.label, s.end_to_end["ratio"], s.end_to_end["images_per_s"], *s.stages_ms.values()]
+            [s.label, *map(s.end_to_end.get, ("ratio", "images_per_s")), *s.stages_ms.values()]
             for s in staged
         ]
         headers = ("file to labels", "ratio", "images/s", *staged[0].stages_ms)

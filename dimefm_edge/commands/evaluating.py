@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from dimefm_edge.commands.outcome import Outcome
 from dimefm_edge.errors import DataError, InputError
 
 if TYPE_CHECKING:
-    from dimefm_edge.data.images import LabelledSet
+    from dimefm_edge.data.images import ImagePool, LabelledSet
     from dimefm_edge.options import EvalOptions
     from dimefm_edge.scorecard import EvalPlan
     from dimefm_edge.subjects import EncodeTexts, Subject
@@ -23,12 +24,17 @@ def run_eval(options: EvalOptions) -> Outcome:
     names = options.subjects or ("",)
     if len(set(names)) < len(names):
         raise InputError("a model is named twice", hint="name each model once")
-    from dimefm_edge.commands.score_tables import tell_scores
+    _check_counts(options)
+    from dimefm_edge.commands.score_tables import out_folder, tell_scores
+    from dimefm_edge.files import make_out_folder
     from dimefm_edge.scorecard import score_subject
     from dimefm_edge.subjects import load_subject
 
     _check_libraries(options)
     plan, missing = _make_plan(options)
+    out = out_folder(options)
+    if out is not None:
+        make_out_folder(out)
     # All are loaded and timed before any is scored: what is wrong shows in seconds, not hours.
     subjects = [load_subject(name, engine=options.engine) for name in names]
     texts = [
@@ -49,6 +55,20 @@ def run_eval(options: EvalOptions) -> Outcome:
 
 
 # ---------------------------------------------------------------------- what is measured
+
+
+def _check_counts(options: EvalOptions) -> None:
+    """Numbers that cannot be are refused in the words of their flags.
+
+    Raises:
+        InputError: If there is one.
+    """
+    if options.batch_size <= 0:
+        raise InputError(f"--batch-size must be positive, got {options.batch_size}")
+    for name in ("workers", "corruption_images", "seed"):
+        value = getattr(options, name)
+        if value < 0:
+            raise InputError(f"--{name.replace('_', '-')} must not be negative, got {value}")
 
 
 def _check_libraries(options: EvalOptions) -> None:
@@ -133,6 +153,8 @@ def _open_sets(options: EvalOptions) -> tuple[list[EvalSet], str | None, list[Mi
             ]
         sets += found
         reference = suite.reference
+    if shared is not None:
+        _refuse_fit_on_test(shared, probe, sets)
     if probe is not None and all(s.train is None for s in sets):
         what = f"'{probe}' has" if shared is not None else "the sets' own training splits have"
         raise DataError(
@@ -140,6 +162,27 @@ def _open_sets(options: EvalOptions) -> tuple[list[EvalSet], str | None, list[Mi
             hint="--linear-probe with a training set of the same class names",
         )
     return sets, reference, missing
+
+
+def _refuse_fit_on_test(train: LabelledSet, probe: str | None, sets: Sequence[EvalSet]) -> None:
+    """A probe that is fitted on the images that it is tested on tells nothing.
+
+    Raises:
+        InputError: If a test set is the training set.
+    """
+    for test in (s.test for s in sets):
+        if _place(test.pool) == _place(train.pool):
+            raise InputError(
+                f"--linear-probe {probe} is the test set '{test.name}' itself: a probe must be "
+                "fitted on other images than it is tested on",
+                hint=f"--linear-probe {_OWN}: the training split beside each test set; or a "
+                "training set of the same classes",
+            )
+
+
+def _place(pool: ImagePool) -> tuple[int, Path]:
+    """Equal for the same images on this disk, however the user wrote where they are."""
+    return len(pool), Path(pool.name(0)).resolve()
 
 
 def _own_train(source: str) -> LabelledSet | None:

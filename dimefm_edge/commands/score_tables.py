@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dimefm_edge.commands.outcome import Outcome
 from dimefm_edge.errors import DataError
+from dimefm_edge.files import make_out_folder
 from dimefm_edge.tables import format_table
 
 if TYPE_CHECKING:
@@ -164,6 +165,11 @@ def _letter(number: int) -> str:
 # ------------------------------------------------------------------------------- files
 
 
+def out_folder(options: EvalOptions) -> Path | None:
+    """Where `eval` writes its files, if it does."""
+    return options.out or (Path(_SCORES) if options.plot else None)
+
+
 def _write_files(
     options: EvalOptions,
     scores: Sequence[SubjectScore],
@@ -171,12 +177,12 @@ def _write_files(
     values: dict[str, Any],
 ) -> list[Path]:
     """scores.json, scores.csv and, with --plot, the plots."""
-    out = options.out or (Path(_SCORES) if options.plot else None)
+    out = out_folder(options)
     if out is None:
         return []
     from dimefm_edge.files import atomic_file
 
-    out.mkdir(parents=True, exist_ok=True)
+    make_out_folder(out)
     entries = values.get("subjects", [values])
     written = [out / f"{_SCORES}.json", out / f"{_SCORES}.csv"]
     texts = (json.dumps(values, indent=2, default=str), _csv(scores, figures, entries))

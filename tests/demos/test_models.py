@@ -10,7 +10,13 @@ import pytest
 
 from dimefm_demo.model_specs import ModelSpec, find_models
 from dimefm_demo.models import Models, cache_dir, check_samples, sample_bundle
-from dimefm_edge.errors import CheckpointError, ExportError, InputError, MissingExtraError
+from dimefm_edge.errors import (
+    CheckpointError,
+    ExportError,
+    InputError,
+    MissingExtraError,
+    UnknownNameError,
+)
 
 PLAIN = ("{c}",)
 
@@ -104,11 +110,29 @@ def test_the_sample_is_exported_once(monkeypatch, tmp_path, sample_dir):
         sample_bundle("fp2")
 
 
-def test_a_model_that_cannot_be_loaded_is_told_to_who_started_it(tmp_path, caplog):
-    models = Models(find_models(["sampel"], engines=["onnxruntime"]))
+def test_a_model_that_cannot_be_loaded_is_told_to_who_started_it(sample_dir, caplog):
+    models = Models(find_models(["sampel", str(sample_dir)], engines=["onnxruntime"]))
     models.load_behind()
-    assert models.first_ready() is None
+    models.require_one()
+    with pytest.raises(CheckpointError, match="sampel could not be loaded"):
+        models.wait_for("sampel")
     assert "Did you mean 'sample'" in caplog.text
-    ((name, state),) = models.states()
+    (name, state), _ = models.states()
     assert name == "sampel"
     assert "unknown teacher" in state
+
+
+def test_without_any_model_the_reason_is_raised(tmp_path, caplog):
+    alone = Models(find_models(["sampel"], engines=["onnxruntime"]))
+    alone.load_behind()
+    with pytest.raises(UnknownNameError, match="unknown teacher 'sampel'"):
+        alone.require_one()
+    assert caplog.text == ""  # it is said once
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "manifest.json").write_text("{}")
+    both = Models(find_models(["sampel", str(broken)], engines=["onnxruntime"]))
+    both.load_behind()
+    why = r"no model can be loaded: sampel: unknown teacher.*; broken: .*bad manifest"
+    with pytest.raises(CheckpointError, match=f"(?s){why}"):
+        both.require_one()

@@ -184,6 +184,8 @@ def test_visitors_give_their_name(baked_dir, tmp_path):
         ({"auth": "ann"}, "--auth needs a name and a password\n  try: --auth USER:PASSWORD"),
         ({"auth": "@/nowhere"}, "/nowhere cannot be read"),
         ({"models": ("./nowhere",)}, r"there is nothing at \./nowhere"),
+        ({"models": ("sampel",)}, "unknown teacher 'sampel'"),
+        ({"search": ("data/nope",)}, "data/nope does not exist"),
     ],
 )
 def test_wrong_settings_say_so(options, why):

@@ -36,6 +36,22 @@ def test_what_is_not_installed_says_how_to_install_it(monkeypatch):
     assert "CUDA" not in checks
 
 
+def test_what_the_commands_need_beside_is_looked_at(monkeypatch):
+    versions = {"faiss-gpu": "1.9"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    checks = _by_name()
+    assert (checks["tensorboard"].status, checks["gradio"].status) == ("missing", "missing")
+    assert checks["tensorboard"].mend == "pip install 'dimefm_edge[train]'"
+    assert checks["gradio"].mend == "pip install 'dimefm_edge[demo]'"
+    assert (checks["faiss-gpu"].status, "faiss-cpu" in checks) == ("ok", False)
+    assert checks["openvino"].status == checks["mlcommons-loadgen"].status == "note"
+    assert checks["openvino"].mend == "pip install openvino"
+    versions.clear()
+    faiss = _by_name()["faiss-cpu"]
+    assert (faiss.status, faiss.mend) == ("missing", "pip install 'dimefm_edge[train]'")
+    assert not any(checks[name].is_required for name in ("gradio", "tensorboard", "openvino"))
+
+
 def test_a_broken_runtime_is_found(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     check = _by_name()["ONNX Runtime"]

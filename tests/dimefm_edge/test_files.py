@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from dimefm_edge.files import atomic_file, user_cache_dir, user_config_dir
+from dimefm_edge.errors import InputError
+from dimefm_edge.files import atomic_file, make_out_folder, user_cache_dir, user_config_dir
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,3 +100,12 @@ def test_folders_are_the_users_or_where_the_environment_says(monkeypatch, tmp_pa
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     assert user_cache_dir("a") == tmp_path / "cache/dimefm_edge/a"
     assert user_config_dir("a") == tmp_path / "config/dimefm_edge/a"
+
+
+def test_a_folder_for_files_is_made_or_refused(tmp_path):
+    make_out_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").touch()
+    for path, why in ((tmp_path / "file", "it is a file"), (tmp_path / "file" / "x", "Not a dir")):
+        with pytest.raises(InputError, match=why):
+            make_out_folder(path)

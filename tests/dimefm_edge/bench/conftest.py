@@ -6,7 +6,9 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from dimefm_edge.bench.prepare import Prepared, prepare
 from dimefm_edge.bench.specs import parse_subjects
@@ -31,7 +33,6 @@ def prepared_run(
 @pytest.fixture(scope="session")
 def foreign_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ONNX file that is not ours: a product and a ReLU of images of any size."""
-    import numpy as np
     from onnx import TensorProto, helper, numpy_helper, save
 
     shape = ["n", 3, "h", 32]
@@ -46,3 +47,17 @@ def foreign_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("foreign") / "foreign.onnx"
     save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
     return path
+
+
+@pytest.fixture
+def photos_with_bad(tmp_path: Path) -> Path:
+    """A folder of two photos, one that was cut off, and an empty file."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (2, 96, 128, 3), np.uint8)
+    for place, pixels in enumerate(noise):
+        Image.fromarray(pixels).save(folder / f"{place}.jpg")
+    whole = (folder / "0.jpg").read_bytes()
+    (folder / "trunc.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty.jpg").touch()
+    return folder

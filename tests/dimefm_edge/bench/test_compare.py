@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dimefm_edge.bench.compare import compare
+from dimefm_edge.bench.compare import compare, left_out
 from dimefm_edge.bench.results import BenchResult, SubjectResult
 from dimefm_edge.errors import InputError
 
@@ -43,6 +43,18 @@ def test_without_a_yardstick_times_are_taken_as_they_are():
     old, new = (replace(result(f), yardstick_ms=[]) for f in (1, 1.2))
     (found,) = compare(old, new)
     assert found.ratio == found.raw
+
+
+def test_models_that_one_bench_lacks_are_named():
+    both, gone, added, failed = (result(1, label=name).subjects[0] for name in "abcd")
+    old = replace(result(1), subjects=[gone, both, failed])
+    new = replace(result(1), subjects=[both, added, replace(failed, rounds_ms=[])])
+    assert [c.label for c in compare(old, new)] == ["a"]
+    assert {m.label: m.reason for m in left_out(old, new)} == {
+        "b": "the new bench has it not", "c": "the old bench has it not",
+        "d": "the new bench did not measure it",
+    }  # fmt: skip
+    assert left_out(old, old) == []
 
 
 @pytest.mark.parametrize(

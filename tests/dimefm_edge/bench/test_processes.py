@@ -80,6 +80,8 @@ def test_one_that_hangs_is_ended(tmp_path):
             process.ask("load", limit_s=3, **message("hangs", tmp_path))
         with pytest.raises(ProcessLookupError):
             os.kill(process.pid, 0)
+        with pytest.raises(WorkerError, match="hangs was ended before run"):
+            process.ask("run", limit_s=3)
 
 
 def test_one_that_crashes_says_how(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 
 from dimefm_edge.bench.results import BenchResult
 from dimefm_edge.bench.side_by_side import bench_models
+from dimefm_edge.bench.stages import STAGES
 from dimefm_edge.bench_config import BenchConfig
 from dimefm_edge.errors import CheckpointError, InputError
 from tests.dimefm_edge.bench.conftest import SUBJECTS
@@ -94,6 +95,42 @@ def test_one_that_dies_halfway_keeps_what_it_had(tmp_path):
     assert "died with exit code 7" in dies.error
     assert 0 < len(dies.rounds_ms) < len(quick.rounds_ms)
     assert dies.ratio > 0
+
+
+def test_unreadable_images_are_told_once_and_cost_nothing(
+    tiny_bundle_dir, photos_with_bad, labelled_dir, tmp_path
+):
+    result = bench(
+        tmp_path, tiny_bundle_dir, images=(str(photos_with_bad),), data=(str(labelled_dir),)
+    )
+    (bundle,) = result.subjects
+    assert (bundle.state, bundle.error) == ("measured", None)
+    assert bundle.stages_ms.keys() == set(STAGES)
+    assert list(bundle.top1_pct) == [labelled_dir.name]
+    (told,) = [note for note in result.notes if "cannot be read" in note]
+    assert told.startswith("2 of 4 images cannot be read, and are left out: ")
+    assert "trunc.jpg" in told
+    assert "empty.jpg" in told
+
+
+def test_stages_that_fail_leave_the_accuracy(tiny_bundle_dir, labelled_dir, tmp_path, monkeypatch):
+    def gone(sources, folder):
+        return [tmp_path / "gone.jpg"], []  # as if it went after it was looked at
+
+    monkeypatch.setattr("dimefm_edge.bench.side_by_side.image_files", gone)
+    result = bench(tmp_path, tiny_bundle_dir, images=("x",), data=(str(labelled_dir),))
+    (bundle,) = result.subjects
+    assert bundle.state == "partial"
+    assert "gone.jpg" in bundle.error
+    assert list(bundle.top1_pct) == [labelled_dir.name]
+
+
+def test_images_that_are_not_there_end_the_bench_before_it_begins(tmp_path):
+    def never(partial):
+        raise AssertionError("timed before the check")
+
+    with pytest.raises(InputError, match="does not exist"):
+        bench(tmp_path, subject("quick"), images=(str(tmp_path / "gone"),), save=never)
 
 
 def test_ctrl_c_keeps_what_there_is(tmp_path):

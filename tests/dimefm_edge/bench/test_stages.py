@@ -9,7 +9,7 @@ from PIL import Image
 from dimefm_edge.bench.prepare import prepare
 from dimefm_edge.bench.runnable import Load, load_runnable
 from dimefm_edge.bench.specs import parse_subjects
-from dimefm_edge.bench.stages import STAGES, image_files, time_stages
+from dimefm_edge.bench.stages import STAGES, image_files, name_some, time_stages
 from dimefm_edge.data.decode import BadImageError
 from dimefm_edge.errors import DataError, InputError
 
@@ -47,12 +47,28 @@ def test_a_file_that_is_no_image(tiny_bundle_dir, tmp_path):
 
 
 def test_files_as_they_are_and_others_written_as_files(labelled_dir, tmp_path):
-    files = image_files([str(labelled_dir), "scenes:3"], tmp_path / "made")
-    assert len(files) == 12 + 3
+    files, bad = image_files([str(labelled_dir), "scenes:3"], tmp_path / "made")
+    assert (len(files), bad) == (12 + 3, [])
     assert all(path.is_file() for path in files)
     assert [path.suffix for path in files[-3:]] == [".jpg"] * 3
-    one = image_files([str(files[0])], tmp_path / "none")
-    assert one == [files[0]]
+    assert image_files([str(files[0])], tmp_path / "none") == ([files[0]], [])
+    some, _ = image_files([str(labelled_dir)], tmp_path / "none", most=5)
+    assert some == files[:5]
+
+
+def test_files_that_cannot_be_read_are_left_out_and_named(photos_with_bad, tmp_path):
+    files, bad = image_files([str(photos_with_bad)], tmp_path / "made")
+    assert sorted(path.name for path in files) == ["0.jpg", "1.jpg"]
+    assert sorted(bad) == ["empty.jpg", "trunc.jpg"]
+    for path in files:
+        path.unlink()
+    with pytest.raises(InputError, match=r"none of the images .*(empty|trunc)\.jpg, "):
+        image_files([str(photos_with_bad)], tmp_path / "made")
+
+
+def test_some_names_stand_for_all():
+    assert name_some(["a", "b"]) == "a, b"
+    assert name_some(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
 
 
 def test_nothing_to_read(tmp_path):

@@ -62,6 +62,19 @@ def test_a_model_that_cannot_be_loaded_leaves_no_empty_bar(capsys):
     assert "timing" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("below", [(), ("deeper",)], ids=["file", "below a file"])
+def test_an_output_folder_that_cannot_be_is_told_before_the_bench(
+    below, tmp_path, capsys, monkeypatch
+):
+    file = tmp_path / "file"
+    file.write_text("words that stay")
+    monkeypatch.setattr("dimefm_edge.bench.bench_models", None)
+    out = file.joinpath(*below)
+    assert cli.main(["bench", QUICK, "--out", str(out)]) == 2
+    assert f"{out} cannot be the output folder: " in capsys.readouterr().err
+    assert file.read_text() == "words that stay"
+
+
 def benched(capsys, out, model):
     """Bench a model as `quick`; a busy machine slows the yardstick, but not those that sleep."""
     words = ("bench", model, "--seconds", "1.5", "--threads", "1", "--out", out)
@@ -87,6 +100,14 @@ def test_compare(tmp_path, capsys):
     assert values["models"][0]["ratio"]["value"] == pytest.approx(1.5, abs=0.3)
     assert cli.main(["bench", "compare", str(first), str(slower)]) == 3
     assert "slower" in capsys.readouterr().out
+    values = json.loads(slower.read_text())
+    values["subjects"].append(values["subjects"][0] | {"label": "added"})
+    slower.write_text(json.dumps(values))
+    code, values = _json(capsys, "bench", "compare", first, slower)
+    assert (code, [m["label"] for m in values["models"]]) == (3, [QUICK])
+    assert values["left_out"] == [{"label": "added", "reason": "the old bench has it not"}]
+    assert cli.main(["bench", "compare", str(first), str(slower)]) == 3
+    assert "\nnot compared: added, the old bench has it not" in capsys.readouterr().out
     assert cli.main(["bench", "compare", str(first)]) == 2
     assert "compare takes two results, got 1" in capsys.readouterr().err
 

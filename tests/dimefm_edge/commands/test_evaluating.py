@@ -70,7 +70,9 @@ def test_several_models_with_every_measure(
     tiny_teacher_dir, tiny_run_dir, tiny_bundle_dir, labelled_dir, tmp_path, capsys
 ):
     other = tmp_path / "other"
-    shutil.copytree(labelled_dir, other)
+    train = tmp_path / "train"
+    for copy in (other, train):
+        shutil.copytree(labelled_dir, copy)
     shutil.copytree(tiny_run_dir, tmp_path / "run")
     shutil.copytree(tiny_bundle_dir, tmp_path / "run" / "bundle")
     times = {"here_p50_ms": 2.5, "target_ms": 0.5}
@@ -80,7 +82,7 @@ def test_several_models_with_every_measure(
     names = [str(tmp_path / "run" / "bundle"), str(tmp_path / "run")]
     out = tmp_path / "scores"
     code, values = _json(
-        capsys, "eval", *names, "--data", labelled_dir, other, "--linear-probe", labelled_dir,
+        capsys, "eval", *names, "--data", labelled_dir, other, "--linear-probe", train,
         "--retrieval", "scenes:8", "--ece", "--shift", "--plot", "--out", out,
         "--teacher", tiny_teacher_dir,
     )  # fmt: skip
@@ -205,6 +207,51 @@ def test_a_linear_probe_on_a_folders_own_training_split(tiny_run_dir, tmp_path, 
     assert code == 0
     probe = values["sets"][0]["linear_probe"]
     assert (probe["num_train"], probe["num_images"], probe["train_name"]) == (12, 6, "pets")
+
+
+def test_a_probe_is_not_fitted_on_what_it_is_tested_on(
+    tiny_run_dir, labelled_dir, tmp_path, capsys, monkeypatch
+):
+    link = tmp_path / "link"
+    link.symlink_to(labelled_dir)
+    monkeypatch.chdir(labelled_dir.parent)
+    for data, probe in (
+        (labelled_dir, labelled_dir), (labelled_dir, labelled_dir.name), (labelled_dir, link),
+        ("scenes", "scenes"),
+    ):  # fmt: skip
+        words = ["eval", str(tiny_run_dir), "--data", str(data), "--linear-probe", str(probe)]
+        assert cli.main(words) == 2
+        said = capsys.readouterr().err
+        assert f"--linear-probe {probe} is the test set '" in said
+        assert "try: --linear-probe own" in said
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "complaint"),
+    [
+        ("--batch-size", "0", "--batch-size must be positive, got 0"),
+        ("--batch-size", "-1", "--batch-size must be positive, got -1"),
+        ("--workers", "-1", "--workers must not be negative, got -1"),
+        ("--corruption-images", "-3", "--corruption-images must not be negative, got -3"),
+        ("--seed", "-1", "--seed must not be negative, got -1"),
+    ],
+)
+def test_numbers_that_cannot_be(flag, value, complaint, capsys):
+    assert cli.main(["eval", "/gone", "--data", "scenes", flag, value]) == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("below", [(), ("deeper",)], ids=["file", "below a file"])
+def test_an_output_folder_that_cannot_be_is_told_before_anything_is_loaded(
+    below, tiny_run_dir, tmp_path, capsys, monkeypatch
+):
+    file = tmp_path / "file"
+    file.write_text("words that stay")
+    monkeypatch.setattr("dimefm_edge.subjects.load_subject", _never)
+    out = file.joinpath(*below)
+    assert cli.main(["eval", str(tiny_run_dir), "--data", "scenes", "--out", str(out)]) == 2
+    assert f"{out} cannot be the output folder: " in capsys.readouterr().err
+    assert file.read_text() == "words that stay"
 
 
 @pytest.mark.parametrize(
