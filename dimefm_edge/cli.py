@@ -145,8 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(words)
     except BrokenPipeError:  # `| head`: the reader has what it wanted
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _to_nowhere()
         return 0
 
 
@@ -176,8 +175,21 @@ def _main(words: list[str]) -> int:
         return _fail(str(known.args[0]), known.hint, known.exit_code, is_json)
     if outcome is None:  # a rank of torchrun other than 0
         return 0
-    _print_outcome(outcome, is_json)
+    try:
+        _print_outcome(outcome, is_json)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, say: what was asked is done all the same
+        print(f"error: stdout cannot be written to: {error.strerror}", file=sys.stderr)
+        _to_nowhere()
+        return outcome.exit_code or 1
     return outcome.exit_code
+
+
+def _to_nowhere() -> None:
+    """Whatever is left for stdout: the interpreter would complain of it at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _split(words: list[str]) -> tuple[str, list[str]]:
@@ -307,7 +319,7 @@ def _usage() -> str:
 @contextlib.contextmanager
 def _stdout_on_stderr() -> Iterator[None]:
     """Send file descriptor 1 and `sys.stdout` to stderr: C libraries print there too."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # None: it is closed
         sys.stdout.flush()
     try:
         saved = os.dup(1)
@@ -355,7 +367,7 @@ def _fail(
 ) -> int:
     if not is_shown:
         print(f"error: {message}" + (f"\n  try: {hint}" if hint else ""), file=sys.stderr)
-    if is_json:
+    if is_json and os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
         _print(json.dumps({"error": message, "hint": hint, "exit_code": exit_code}, indent=2))
     return exit_code
 

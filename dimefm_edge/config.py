@@ -8,6 +8,7 @@ No torch here: `dimefm-edge --help` reads this file.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import types
 import typing
@@ -61,8 +62,7 @@ class DataConfig:
             raise ConfigError("images: name at least one source of images")
         if not self.texts:
             raise ConfigError("texts: name at least one source of sentences")
-        if self.max_bad < 0:
-            raise ConfigError(f"max_bad must not be negative, got {self.max_bad}")
+        _require_not_negative(self, "max_bad", "workers")
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,10 @@ class TextStudentConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "text_steps", "text_images", "text_lr")
-        weights = (self.text_vl_weight, self.text_pvl_weight, self.text_feature_weight)
-        if min(weights) < 0 or max(weights) == 0:
-            raise ConfigError("text weights must not be negative, and one must be positive")
+        weights = ("text_vl_weight", "text_pvl_weight", "text_feature_weight")
+        _require_not_negative(self, *weights)
+        if not any(getattr(self, name) for name in weights):
+            raise ConfigError("one of the text weights must be positive")
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,12 @@ class LossConfig:
     udist_temperature: float = 7.0
 
     def __post_init__(self) -> None:
-        weights = (
-            self.vl_weight, self.pvl_weight, self.udist_weight, self.feature_weight,
-            self.contrastive_weight,
-        )  # fmt: skip
-        if min(weights) < 0 or max(weights) == 0:
-            raise ConfigError("loss weights must not be negative, and one must be positive")
-        if min(self.vl_temperature, self.pvl_temperature, self.udist_temperature) <= 0:
-            raise ConfigError("loss temperatures must be positive")
+        names = [f.name for f in dataclasses.fields(self)]
+        weights = [name for name in names if name.endswith("_weight")]
+        _require_not_negative(self, *weights)
+        if not any(getattr(self, name) for name in weights):
+            raise ConfigError("one of the loss weights must be positive")
+        _require_positive(self, *(name for name in names if name.endswith("_temperature")))
 
 
 @dataclass(frozen=True)
@@ -219,10 +218,13 @@ class TrainConfig:
             raise ConfigError(
                 f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})"
             )
-        if not 0 <= self.hard_negatives <= 1:
-            raise ConfigError(f"hard_negatives must be in [0, 1], got {self.hard_negatives}")
-        if self.pseudo_texts < 0 or self.views < 0:
-            raise ConfigError("pseudo_texts and views must not be negative")
+        _require_not_negative(
+            self, "pseudo_texts", "views", "weight_decay", "clip_norm", "eval_every", "save_every",
+            "threads",
+        )  # fmt: skip
+        for name in ("hard_negatives", "min_lr_ratio", "warmup_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.min_crop is not None and not 0 < self.min_crop <= 1:
             raise ConfigError(f"min_crop must be in (0, 1], got {self.min_crop}")
         if not 0 <= self.ema_decay < 1:
@@ -248,8 +250,7 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "qat_steps_ratio", "qat_lr_ratio")
-        if self.max_drop is not None and self.max_drop < 0:
-            raise ConfigError(f"max_drop must not be negative, got {self.max_drop}")
+        _require_not_negative(self, "max_drop")
         for name, unset in (("max_drop", None), ("calibration", "auto")):
             if getattr(self, name) != unset and not self.is_int8:
                 raise ConfigError(f"{name} needs int8", hint="--qat int8, or --ptq int8")
@@ -295,8 +296,15 @@ class RunConfig:
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:  # NaN is neither
             raise ConfigError(f"{name} must be positive, got {value}")
+
+
+def _require_not_negative(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"{name} must not be negative, got {value}")
 
 
 def load(path: Path, kind: type[C]) -> C:

@@ -115,6 +115,22 @@ def distill(
     return loop.run()
 
 
+def require_split(train: TrainConfig, ranks: Ranks) -> None:
+    """Refuse a batch that the ranks' micro-batches do not divide.
+
+    Raises:
+        ConfigError: With the nearest that they do.
+    """
+    parts = ranks.world_size * train.accumulate
+    if train.batch_size % parts:
+        nearest = max(1, round(train.batch_size / parts)) * parts
+        raise ConfigError(
+            f"batch_size {train.batch_size} cannot be split over {ranks.world_size} ranks x "
+            f"{train.accumulate} micro-batches",
+            hint=f"--batch-size {nearest}",
+        )
+
+
 def default_device() -> torch.device:
     """A GPU where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -135,11 +151,7 @@ class _Loop:
         device: torch.device,
     ) -> None:
         self.ranks, self.device = ranks, device
-        if train.batch_size % (self.ranks.world_size * train.accumulate):
-            raise ConfigError(
-                f"batch_size {train.batch_size} cannot be split over {self.ranks.world_size} "
-                f"ranks x {train.accumulate} micro-batches"
-            )
+        require_split(train, ranks)
         if train.threads:
             torch.set_num_threads(train.threads)
         if self.device.type == "cpu":

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from dimefm_edge.errors import InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: nobody is kept out
+    fcntl = None  # type: ignore[assignment]
 
 
 @contextmanager
@@ -42,6 +47,39 @@ def make_out_folder(out: Path) -> None:
         why = "it is a file" if out.exists() else error.strerror
     if why is not None:
         raise InputError(f"{out} cannot be the output folder: {why}", hint="another --out")
+
+
+@contextmanager
+def held_folder(path: Path) -> Iterator[None]:
+    """A folder, made if need be, that one process at a time works in; if it stays empty, it goes.
+
+    Raises:
+        InputError: If it is a file, or another process holds it.
+    """
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file", hint="another --out")
+    path.mkdir(parents=True, exist_ok=True)
+    descriptor = None if fcntl is None else os.open(path, os.O_RDONLY)
+    try:
+        if descriptor is not None:
+            _lock(descriptor, path)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+        with suppress(OSError):
+            path.rmdir()
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"another process is at work in {path}", hint="wait for it, or another --out"
+        ) from None
+    except OSError:  # a file system without locks
+        return
 
 
 def user_cache_dir(*names: str) -> Path:

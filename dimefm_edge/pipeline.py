@@ -41,11 +41,11 @@ from dimefm_edge.cuts import NUM_BATCHES, Cut, cut_rows, elastic_stage, keep_cut
 from dimefm_edge.data.images import ImagePool, open_images, open_labelled, sample_rows
 from dimefm_edge.data.sentences import open_sentences
 from dimefm_edge.data.sources import absolute_source
-from dimefm_edge.distill import default_device, distill
+from dimefm_edge.distill import default_device, distill, require_split
 from dimefm_edge.distributed import Ranks, join_ranks
 from dimefm_edge.errors import ConfigError, InputError
 from dimefm_edge.export import record_accuracy
-from dimefm_edge.files import atomic_file
+from dimefm_edge.files import atomic_file, held_folder
 from dimefm_edge.judge import Scorer, compare_accuracy, compare_latency, model_row
 from dimefm_edge.labels import build_label_bank
 from dimefm_edge.latency.estimate import estimate_onnx
@@ -106,14 +106,16 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
         DimeFMError: With the message and the mend, for anything a user can put right.
     """
     ranks = join_ranks()
+    require_split(config.train, ranks)
     saved = Path(config.out, config_file.RUN_FILE)
-    before = saved.read_bytes() if saved.is_file() else None
-    try:
-        return _run(resolve(config), resume=resume, ranks=ranks)
-    except InputError:
-        if before is not None and ranks.is_main:  # what is refused changes nothing
-            saved.write_bytes(before)
-        raise
+    with held_folder(saved.parent) if ranks.is_main else contextlib.nullcontext():
+        before = saved.read_bytes() if saved.is_file() else None
+        try:
+            return _run(resolve(config), resume=resume, ranks=ranks)
+        except InputError:
+            if before is not None and ranks.is_main:  # what is refused changes nothing
+                saved.write_bytes(before)
+            raise
 
 
 def _run(config: RunConfig, *, resume: bool, ranks: Ranks) -> RunReport | None:
@@ -131,7 +133,6 @@ def _run(config: RunConfig, *, resume: bool, ranks: Ranks) -> RunReport | None:
     with clock("fit"):
         fit = choose_student(config, target, teacher) if ranks.is_main else None
     if fit is not None:
-        run_dir.mkdir(parents=True, exist_ok=True)
         config_file.save(config, run_dir / config_file.RUN_FILE)
         keep_choice(fit, config)
     ranks.barrier()
@@ -309,8 +310,6 @@ def _open_run(config: RunConfig, *, resume: bool, ranks: Ranks) -> Path:
             raise ConfigError(
                 f"{run_dir} already holds a run", hint="--resume to go on with it, or another --out"
             )
-        if run_dir.exists() and not run_dir.is_dir():
-            raise ConfigError(f"{run_dir} is a file", hint="another --out")
         if resume and not (run_dir / config_file.RUN_FILE).is_file():
             logger.warning("%s holds no run yet: beginning one", run_dir)
         if not resume:

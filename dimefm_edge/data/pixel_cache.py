@@ -160,7 +160,11 @@ def _check(path: Path, owner: dict[str, object]) -> bool:
     wrong = [key for key in owner if meta.get(key) != owner[key]]
     if wrong:
         pairs = ", ".join(f"{key} {meta.get(key)}, not {owner[key]}" for key in wrong)
-        raise DataError(f"the pixel cache {path} belongs to other images ({pairs})", hint=_DELETE)
+        raise DataError(
+            f"the pixel cache {path} belongs to other images ({pairs}): these have changed, or "
+            "those are another run's",
+            hint="the images as they were, or another --store or --out",
+        )
     return done
 
 

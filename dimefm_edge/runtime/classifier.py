@@ -53,6 +53,8 @@ class ZeroShotClassifier:
         """
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         self.engine: Engine = load_engine(self.bundle, threads=threads, engine=engine)
+        if isinstance(templates, str):
+            raise ValueError("templates must be a list, of one template if need be")
         self._templates, self._threads, self._exact = tuple(templates), threads, exact
         self._labels: LabelBank | None = None
         self._labels = self._bank(labels) if labels is not None else None
@@ -86,7 +88,7 @@ class ZeroShotClassifier:
         """
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
-        if isinstance(images, str | bytes):
+        if not isinstance(images, Sequence) or isinstance(images, str | bytes):
             raise ValueError("images must be a list, of one image if need be")
         bank = self._bank(labels)
         answers: list[list[tuple[str, float]]] = []

@@ -292,3 +292,24 @@ def test_python_m_is_the_command():
     assert done.returncode == 2
     assert json.loads(done.stdout)["exit_code"] == 2
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("flags", ["", "--json"])
+@pytest.mark.parametrize(("where", "code"), [(">&-", 0), ("> /dev/full", 1)])
+def test_a_stdout_that_takes_nothing_is_no_bug(where, code, flags):
+    command = f"{sys.executable} -m dimefm_edge doctor {flags} {where}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("stdout cannot be written to: No space left" in done.stderr) == bool(code)
+
+
+def test_of_several_ranks_one_tells_the_error(capsys, monkeypatch):
+    for rank, told in (("0", '"exit_code": 2'), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["distill", "--json", "--epoch", "3"]) == 2
+        said = capsys.readouterr()
+        assert told in said.out
+        assert bool(said.out) == bool(told)
+        assert "--epochs" in said.err

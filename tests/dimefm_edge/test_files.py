@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dimefm_edge.errors import InputError
-from dimefm_edge.files import atomic_file, make_out_folder, user_cache_dir, user_config_dir
+from dimefm_edge.files import atomic_file, held_folder, make_out_folder, user_cache_dir, user_config_dir
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,3 +109,22 @@ def test_a_folder_for_files_is_made_or_refused(tmp_path):
     for path, why in ((tmp_path / "file", "it is a file"), (tmp_path / "file" / "x", "Not a dir")):
         with pytest.raises(InputError, match=why):
             make_out_folder(path)
+
+
+def test_one_process_at_a_time_works_in_a_held_folder(tmp_path):
+    hold = "import pathlib, sys, time\nfrom dimefm_edge.files import held_folder\n"
+    hold += "with held_folder(pathlib.Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
+    path = tmp_path / "run"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(path)], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline() == b"1\n"
+    with pytest.raises(InputError, match="another process is at work in"), held_folder(path):
+        pass
+    other.kill()
+    other.wait()
+    with held_folder(path):
+        (path / "left").touch()
+    assert (path / "left").is_file()
+    with held_folder(tmp_path / "empty"):
+        pass
+    assert not (tmp_path / "empty").exists()

@@ -75,7 +75,7 @@ def test_another_pools_cache_is_refused(path, open_cache, num_rows, spec, pool, 
     filled(path)
     with pytest.raises(DataError, match=f"belongs to other images .*{message}") as caught:
         open_cache(path, num_rows, spec, pool)
-    assert "delete the file" in str(caught.value)
+    assert "another --store or --out" in str(caught.value)
     assert np.array_equal(PixelCache.open(path, 20, SPEC, "pool").gather(np.arange(20)), PIXELS)
 
 

@@ -139,6 +139,11 @@ def test_bad_requests(exported_bundle: Path) -> None:
         classifier.classify([scene_image(0)], labels="pairs")
     with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
         classifier.classify([scene_image(0)], top_k=0)
+    with pytest.raises(ValueError, match="templates must be a list"):
+        ZeroShotClassifier(str(exported_bundle), templates="a {c}")
+    for one in (Path("x.jpg"), scene_image(0)):
+        with pytest.raises(ValueError, match="images must be a list"):
+            classifier.classify(one)
     with pytest.raises(ValueError, match="images must be a list"):
         classifier.classify("photo.jpg")
     with pytest.raises(BadImageError, match=r"image no\.jpg cannot be read: No such file"):
