@@ -11,7 +11,7 @@
 | `corpus` | sentences near to images, any, class prompts; hard negatives |
 | `scale` | shares of the images and of the sentences |
 | `image-only` | no sentence at all, against distillation with them |
-| `extras` | what is not the paper's: pseudo-texts, views that the teacher saw, hard negatives |
+| `extras` | what is not the paper's: views that the teacher saw, hard negatives |
 | `recipe` | all that helps together, and with each part left out; take `--probe` |
 | `retention` | that recipe for 6,000 steps at 64 px, several students: for a GPU |
 | `activations` | hybrids with GELU, as FastViT, and with ReLU, which int8 takes in |

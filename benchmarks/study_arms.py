@@ -102,7 +102,6 @@ STUDIES: dict[str, dict[str, Arm]] = {
     "extras": {
         "the paper's": Arm(),
         "hard negatives 0.25": Arm(train={"hard_negatives": 0.25}),
-        "pseudo-texts 128": Arm(train={"pseudo_texts": 128}),
         "views 4": Arm(train={"views": 4}),
         "views 16": Arm(train={"views": 16}),
     },
@@ -116,7 +115,6 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "feature regression, inherits": Arm(only(feature=1), inherits=True),
         "class prompts, inherits: ours": OURS,
         "ours, 8 views": dataclasses.replace(OURS, train={"views": 8}),
-        "ours, pseudo-texts": dataclasses.replace(OURS, train={"pseudo_texts": 128}),
     },
     "retention": {
         **{

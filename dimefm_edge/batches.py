@@ -17,7 +17,6 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,7 +37,7 @@ PixelSource = Callable[[Iterable[Rows]], Iterator[npt.NDArray[np.uint8]]]
 """Turns batches of rows into their (B, S, S, 3) uint8 pixels, in order."""
 
 # One stream of random numbers each; distill.py has 3, text_batches.py 7 and 8.
-_IMAGES, _TEXTS, _CROPS, _PAIRS, _VIEWS, _MIXES = 0, 1, 2, 4, 5, 6
+_IMAGES, _TEXTS, _CROPS, _PAIRS, _VIEWS = 0, 1, 2, 4, 5
 _PREFETCH_BATCHES = 3
 
 
@@ -83,7 +82,6 @@ class Batch:
     text_rows: Rows
     image_embeds: Tensor
     text_embeds: Tensor
-    """Of `text_rows`, then pseudo-texts where they were asked for."""
     paired_text_embeds: Tensor | None = None
     labels: Tensor | None = None
 
@@ -147,9 +145,6 @@ class BatchPlan:
         text_rows = self._text_rows(step, image_rows)
         image_embeds, crops = self._image_side(step, image_rows)
         text_embeds = torch.from_numpy(data.texts.gather(text_rows)).float()
-        if train.pseudo_texts:
-            rng = np.random.default_rng([train.seed, _MIXES, step])
-            text_embeds = torch.cat([text_embeds, mixed(image_embeds, train.pseudo_texts, rng)])
         paired, labels = None, None
         if data.pairs is not None:
             rng = np.random.default_rng([train.seed, _PAIRS, step])
@@ -203,16 +198,6 @@ class BatchPlan:
         pixels = self._data.pixels(self.local_rows(step) for step in range(start, stop))
         for step, batch_pixels in zip(range(start, stop), pixels, strict=True):
             yield self.batch(step, batch_pixels)
-
-
-def mixed(image_embeds: Tensor, count: int, rng: np.random.Generator) -> Tensor:
-    """Points between the embeddings of two images, which stand in for sentences about both
-    (mixup, arXiv 1710.09412): (B, E) L2-normalised -> (count, E) L2-normalised."""
-    first, second = (
-        image_embeds[torch.from_numpy(rng.integers(0, len(image_embeds), count))] for _ in range(2)
-    )
-    share = torch.from_numpy(rng.random((count, 1))).float()
-    return F.normalize(share * first + (1 - share) * second, dim=1)
 
 
 @dataclass(frozen=True)

@@ -172,8 +172,6 @@ class TrainConfig:
     """Sentences per step, over all ranks."""
     hard_negatives: float = 0.0
     """Share of a step's sentences that are near neighbours of its images, in [0, 1]."""
-    pseudo_texts: int = 0
-    """Points between the embeddings of two images of the batch that `vl` takes for sentences."""
     views: int = 0
     """Augmentations of each image that the teacher embeds once and the student then sees; 0: the
     teacher sees whole images, the student new crops in every epoch."""
@@ -219,7 +217,7 @@ class TrainConfig:
                 f"accumulate ({self.accumulate}) must divide batch_size ({self.batch_size})"
             )
         _require_not_negative(
-            self, "pseudo_texts", "views", "weight_decay", "clip_norm", "eval_every", "save_every",
+            self, "views", "weight_decay", "clip_norm", "eval_every", "save_every",
             "threads",
         )  # fmt: skip
         for name in ("hard_negatives", "min_lr_ratio", "warmup_ratio"):
@@ -341,12 +339,18 @@ def save(config: Any, path: Path) -> None:
     path.write_text(tomli_w.dumps(_without_none(dataclasses.asdict(config))), encoding="utf-8")
 
 
+_GONE = (("pseudo_texts", 0),)
+"""Settings that older runs keep and that are no more, with the value that did nothing."""
+
+
 def from_dict(values: dict[str, Any], kind: type[C], *, where: str = "config") -> C:
     """Build a dataclass from nested dictionaries; unknown keys and wrong types are errors."""
     hints = typing.get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
     built: dict[str, Any] = {}
     for key, value in values.items():
+        if (key, value) in _GONE:
+            continue
         if key not in names:
             near = nearest_names(key, names)
             guess = f" Did you mean '{near[0]}'?" if near else ""
@@ -380,5 +384,5 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return float(value)
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    name = getattr(hint, "__name__", str(hint))
+    name = "a list" if origin is tuple else getattr(hint, "__name__", str(hint))
     raise ConfigError(f"{where} must be {name}, got {value!r}")

@@ -187,7 +187,6 @@ def text_stage(train: TrainConfig, config: TextStudentConfig, steps: int) -> Tra
         lr=config.text_lr,
         accumulate=1,
         hard_negatives=0.0,
-        pseudo_texts=0,
         views=0,
         eval_every=0,
     )

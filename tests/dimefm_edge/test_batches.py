@@ -19,7 +19,6 @@ from dimefm_edge.batches import (
     CachedPixels,
     DecodedPixels,
     DistillData,
-    mixed,
     prefetch,
 )
 from dimefm_edge.config import TrainConfig
@@ -361,24 +360,3 @@ class TestHardNegatives:
     def test_without_a_table_it_is_an_error(self, data):
         with pytest.raises(ValueError, match="needs a table"):
             BatchPlan(data, dataclasses.replace(TRAIN, hard_negatives=0.1), Ranks())
-
-
-class TestPseudoTexts:
-    def test_they_follow_the_sentences_and_lie_between_images(self, data):
-        train = dataclasses.replace(TRAIN, pseudo_texts=7)
-        plain = BatchPlan(data, TRAIN, Ranks()).batch(2, np.zeros(0))
-        batch = BatchPlan(data, train, Ranks()).batch(2, np.zeros(0))
-        assert batch.text_embeds.shape == (5 + 7, EMBED_DIM)
-        assert torch.equal(batch.text_embeds[:5], plain.text_embeds)
-        assert torch.equal(batch.image_embeds, plain.image_embeds)
-
-    def test_each_is_between_two(self):
-        corners = torch.eye(6)
-        points = mixed(corners, 400, np.random.default_rng(0))
-        assert points.norm(dim=1) == pytest.approx(1.0, abs=1e-6)
-        parts = (points > 0).sum(1)
-        assert set(parts.tolist()) == {1, 2}  # the same image twice is one part
-        assert (points >= 0).all()
-        largest = points.max(1).values[parts == 2]
-        assert largest.min() < 0.75  # near the middle
-        assert largest.max() > 0.99

@@ -69,7 +69,8 @@ def test_defaults_are_a_whole_run(tmp_path):
         ("[train]\nepochs = 'many'", r"train: epochs must be float, got 'many'"),
         ("[train]\nsteps = 1.5", r"train: steps must be int, got 1\.5"),
         ("[train]\nsteps = true", r"train: steps must be int, got True"),
-        ("[data]\nimages = 'x'", r"data: images must be .*, got 'x'"),
+        ("[data]\nimages = 'x'", r"data: images must be a list, got 'x'"),
+        ("[train]\npseudo_texts = 64", r"train: unknown key 'pseudo_texts'"),
         ("[data]\nimages = [1]", r"data: images must be str, got 1"),
         ('precision = "int4"', r"precision must be one of fp32, fp16, got 'int4'"),
         ("train = 3", r"train must be TrainConfig, got 3"),
@@ -169,3 +170,9 @@ def test_a_student_that_is_trained_on_brings_its_own_shape(own, hint):
         StudentConfig(init_from="runs/cut", **own)
     assert caught.value.hint == hint
     assert StudentConfig(init_from="runs/cut", latency_ms=2.0).init_from == "runs/cut"
+
+
+def test_a_run_from_before_a_setting_went_is_read(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("[train]\npseudo_texts = 0\nsteps = 3\n")
+    assert load(path, RunConfig).train.steps == 3

@@ -155,7 +155,6 @@ EXTRAS = {
         {"hard_negatives": 0.5},
         LossConfig(),
     ),
-    "pseudo-texts": ({}, {"pseudo_texts": 6}, LossConfig()),
     "views": ({"views": lambda folder: case.make_views(folder / "views")}, {}, LossConfig()),
 }
 """What a run may be given: parts of its data, of TrainConfig, and its losses."""

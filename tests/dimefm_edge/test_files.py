@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 
 from dimefm_edge.errors import InputError
-from dimefm_edge.files import atomic_file, held_folder, make_out_folder, user_cache_dir, user_config_dir
+from dimefm_edge.files import (
+    atomic_file,
+    held_folder,
+    make_out_folder,
+    user_cache_dir,
+    user_config_dir,
+)
 
 ROOT = Path(__file__).parents[2]
 
