@@ -233,7 +233,7 @@ def test_wrong_names_and_settings(teacher_dir: Path) -> None:
         plan_text(AUTO, TrainConfig(text_batch_size=9), teacher, Ranks(0, 2))
     with pytest.raises(ConfigError, match="text_images must be positive, got 0"):
         TextStudentConfig(text_images=0)
-    with pytest.raises(ConfigError, match="one must be positive"):
+    with pytest.raises(ConfigError, match="one of the text weights must be positive"):
         TextStudentConfig(text_vl_weight=0, text_pvl_weight=0, text_feature_weight=0)
 
 

@@ -165,7 +165,7 @@ def test_int8_for_the_cpu_beside_an_npu_is_told(tiny_run_dir, tmp_path, capsys):
 
 def test_a_device_without_int8_is_refused(tiny_run_dir, tmp_path, capsys):
     words = ["export", str(tiny_run_dir), "--precision", "int8", "--target", "jetson-nano"]
-    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 1
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 2
     said = capsys.readouterr().err
     assert "jetson-nano has no int8: NVIDIA Jetson Nano 4 GB runs fp16, fp32" in said
     assert "try: --precision fp16, or another --target" in said
@@ -194,20 +194,20 @@ def test_fp8_for_a_gpu_that_has_it(tiny_run_dir, tmp_path, capsys):
 )
 def test_fp8_elsewhere_is_refused(words, message, tiny_run_dir, tmp_path, capsys):
     asked = ["export", str(tiny_run_dir), "--precision", "fp8", "--out", str(tmp_path / "b")]
-    assert cli.main([*asked, *words]) == 1
+    assert cli.main([*asked, *words]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
 def test_fp8_of_a_teacher_needs_a_target(tiny_teacher_dir, tmp_path, capsys):
     words = ["export", "--teacher", str(tiny_teacher_dir), "--precision", "fp8"]
-    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 1
+    assert cli.main([*words, "--out", str(tmp_path / "b")]) == 2
     said = capsys.readouterr().err
     assert "no target says so" in said
     assert "--target jetson-agx-thor" in said
 
 
 def test_calibration_of_a_float_graph_is_refused(tiny_run_dir, capsys):
-    assert cli.main(["export", str(tiny_run_dir), "--calibration", "mse"]) == 1
+    assert cli.main(["export", str(tiny_run_dir), "--calibration", "mse"]) == 2
     assert "how far int8 reaches, and the graph is fp32" in capsys.readouterr().err
 
 
