@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from dimefm_edge.errors import ExportError, ParityError
+from dimefm_edge.errors import ExportError, ParityError, UnsupportedExportError
 from dimefm_edge.export.graph_spec import GraphSpec
 from dimefm_edge.export.onnx import EXAMPLE_BATCH, OnnxGraph, export_onnx
 from dimefm_edge.export.parity import (
@@ -51,7 +51,7 @@ def export_onnx_and_pt2(student: nn.Module, path: Path, **arguments: Any) -> Onn
     """
     spec = arguments.get("spec") or GraphSpec()
     if spec.precision not in ("fp32", "fp16"):
-        raise ExportError(
+        raise UnsupportedExportError(
             f"a .pt2 is fp32 or fp16, not {spec.precision}",
             hint="--format onnx, or --precision fp16",
         )
