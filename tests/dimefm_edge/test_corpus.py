@@ -183,7 +183,7 @@ def test_rows_of_other_sentences_and_damaged_ones_are_refused(case, tmp_path):
             load_kept_rows(path, case.texts)
     for content in (b"", b"PK\x03\x04", b"rows"):
         path.write_bytes(content)
-        with pytest.raises(StoreError, match="is no kept_rows.npz"):
+        with pytest.raises(StoreError, match=r"is no kept_rows\.npz"):
             load_kept_rows(path, case.texts)
     with pytest.raises(StoreError, match="other sentences"):
         build_corpus(case.sentences, case.images, other, tmp_path / "x")

@@ -76,7 +76,7 @@ def test_rows_of_a_corpus(opened, tmp_path):
     assert np.isin(some.neighbours.rows, some.text_rows).all()
     report = json.loads((tmp_path / "corpus/report.json").read_text())
     assert len(some.text_rows) == report["num_kept"]
-    with pytest.raises(StoreError, match="is no kept_rows.npz"):
+    with pytest.raises(StoreError, match=r"is no kept_rows\.npz"):
         opened(RunConfig(data=DataConfig(text_rows=str(tmp_path / "gone.npz"))))
 
 
