@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 run: setup
-	$(BIN)/dimefm-edge distill --target jetson-orin --out runs/first --resume $(ARGS)
+	$(BIN)/dimefm-edge distill --target jetson-orin --out runs/first $(if $(wildcard runs/first/config.toml),--resume) $(ARGS)
 
 test: setup
 	$(BIN)/ruff check .
