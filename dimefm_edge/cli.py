@@ -368,7 +368,10 @@ def _fail(
     if not is_shown:
         print(f"error: {message}" + (f"\n  try: {hint}" if hint else ""), file=sys.stderr)
     if is_json and os.environ.get("RANK", "0") == "0":  # of torchrun's processes one tells
-        _print(json.dumps({"error": message, "hint": hint, "exit_code": exit_code}, indent=2))
+        try:
+            _print(json.dumps({"error": message, "hint": hint, "exit_code": exit_code}, indent=2))
+        except OSError:  # the error was told on stderr
+            _to_nowhere()
     return exit_code
 
 

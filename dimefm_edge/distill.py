@@ -176,7 +176,7 @@ class _Loop:
         self.total = count_steps(train, side.num_rows)
         self.eval_every = train.eval_every or max(1, math.ceil(self.total / 3))
         self.save_every = train.save_every or max(1, math.ceil(self.total / 10))
-        self.step = 0
+        self.step = self.timed_from = 0
         self.seconds = self.waited_seconds = 0.0
         self.best: dict[str, float] = {}
         self.last_loss = math.nan
@@ -295,12 +295,12 @@ class _Loop:
                     raise KeyboardInterrupt
             if stop.is_set:  # while the last step was saved
                 raise KeyboardInterrupt
-        num_inputs = self.total * self.train.batch_size
+        timed = (self.total - self.timed_from) * self.train.batch_size
         return DistillReport(
             steps=self.total,
-            epochs=num_inputs / side.num_rows,
+            epochs=self.total * self.train.batch_size / side.num_rows,
             seconds=self.seconds,
-            images_per_s=num_inputs / self.seconds if self.seconds else 0.0,
+            images_per_s=timed / self.seconds if self.seconds else 0.0,
             data_wait_pct=100 * self.waited_seconds / self.seconds if self.seconds else 0.0,
             final_loss=self.last_loss,
             best=self.best,
@@ -342,6 +342,7 @@ class _Loop:
                 "scaler": self.scaler.state_dict(),
                 "best": self.best,
                 "loss": self.last_loss,
+                "timed_from": self.timed_from,
                 "seconds": self.seconds,
                 "waited_seconds": self.waited_seconds,
             },
@@ -363,7 +364,8 @@ class _Loop:
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             self.step, self.best, self.last_loss = state["step"], state["best"], state["loss"]
-            self.seconds = state.get("seconds", 0.0)  # older states do not tell
+            self.timed_from = state.get("timed_from", self.step)  # older states have no times
+            self.seconds = state.get("seconds", 0.0)
             self.waited_seconds = state.get("waited_seconds", 0.0)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             path = self.run_dir / STATE_FILE

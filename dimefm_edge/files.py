@@ -63,12 +63,14 @@ def held_folder(path: Path) -> Iterator[None]:
     try:
         if descriptor is not None:
             _lock(descriptor, path)
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # there is something in it
+                path.rmdir()
     finally:
         if descriptor is not None:
             os.close(descriptor)
-        with suppress(OSError):
-            path.rmdir()
 
 
 def _lock(descriptor: int, path: Path) -> None:

@@ -40,7 +40,6 @@ from dimefm_edge.config import RunConfig
 from dimefm_edge.cuts import NUM_BATCHES, Cut, cut_rows, elastic_stage, keep_cuts
 from dimefm_edge.data.images import ImagePool, open_images, open_labelled, sample_rows
 from dimefm_edge.data.sentences import open_sentences
-from dimefm_edge.data.sources import absolute_source
 from dimefm_edge.distill import default_device, distill, require_split
 from dimefm_edge.distributed import Ranks, join_ranks
 from dimefm_edge.errors import ConfigError, InputError
@@ -109,12 +108,15 @@ def run(config: RunConfig, *, resume: bool = False) -> RunReport | None:
     require_split(config.train, ranks)
     saved = Path(config.out, config_file.RUN_FILE)
     with held_folder(saved.parent) if ranks.is_main else contextlib.nullcontext():
-        before = saved.read_bytes() if saved.is_file() else None
+        before = saved.read_bytes() if resume and saved.is_file() else None
+        trained = _changed_at(saved.with_name(STATE_FILE))
         try:
             return _run(resolve(config), resume=resume, ranks=ranks)
         except InputError:
-            if before is not None and ranks.is_main:  # what is refused changes nothing
-                saved.write_bytes(before)
+            is_refused = trained == _changed_at(saved.with_name(STATE_FILE))
+            if before is not None and is_refused and ranks.is_main:  # that changes nothing
+                with atomic_file(saved) as stream:
+                    stream.write(before)
             raise
 
 
@@ -279,6 +281,10 @@ def _run(config: RunConfig, *, resume: bool, ranks: Ranks) -> RunReport | None:
     return report
 
 
+def _changed_at(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
 def resolve(config: RunConfig) -> RunConfig:
     """Fill in the defaults that depend on the data, so that the saved config says them."""
     sources = (config.data.labelled,) if config.data.labelled else config.data.images
@@ -290,7 +296,7 @@ def resolve(config: RunConfig) -> RunConfig:
         require_int8(config.quant, eval_sets, load_target(config.target))
     return dataclasses.replace(
         config,
-        store=config.store and absolute_source(config.store),
+        store=config.store and str(Path(config.store).expanduser().absolute()),
         data=from_anywhere(dataclasses.replace(config.data, eval_sets=eval_sets)),
         train=dataclasses.replace(config.train, **unset),
         student=begins_from(config.student, Path(config.out)),

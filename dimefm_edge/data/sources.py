@@ -106,7 +106,9 @@ def absolute_source(source: str) -> str:
     if path.is_absolute():
         return str(path)
     plain = list(itertools.takewhile(lambda part: not set(part) & set("*?[{"), path.parts))
-    is_pattern = len(plain) < len(path.parts)
+    is_pattern = len(plain) < len(path.parts) and not path.exists()
+    if is_pattern and (source.startswith("{") or set(str(Path.cwd())) & set("*?[{")):
+        return source  # alternatives may be whole paths; a folder's own name would be a pattern
     is_there = path.exists() or (is_pattern and Path(*plain).exists())
     return str(Path.cwd() / path) if is_there else source
 

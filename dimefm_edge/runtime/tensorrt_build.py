@@ -143,7 +143,9 @@ def build_engine(
     if not rebuild and path.is_file():
         try:
             artifact = load_artifact(path, bundle=bundle, machine=machine)
-            return BuiltEngine(artifact, machine, was_cached=True)
+            if artifact.facts["options"].get("precision") == options.precision:
+                return BuiltEngine(artifact, machine, was_cached=True)
+            logger.warning("%s is in another precision; it is built again", path)
         except DimeFMError as error:
             logger.warning("%s; it is built again", error.args[0])
     cuda.activate()

@@ -126,6 +126,7 @@ def test_one_process_at_a_time_works_in_a_held_folder(tmp_path):
     assert other.stdout.readline() == b"1\n"
     with pytest.raises(InputError, match="another process is at work in"), held_folder(path):
         pass
+    assert path.is_dir()  # still the other's
     other.kill()
     other.wait()
     with held_folder(path):

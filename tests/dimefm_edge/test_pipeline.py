@@ -158,6 +158,12 @@ def test_what_is_refused_leaves_the_run_as_it_was(run_dir, tmp_path, capsys):
         assert (run_dir / "config.toml").read_bytes() == before
 
 
+def test_a_store_that_is_not_there_yet_is_known_by_its_whole_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve(RunConfig(store="scenes")).store == str(tmp_path / "scenes")
+    assert resolve(RunConfig()).store is None
+
+
 def test_a_start_that_never_trained_is_begun_anew(words, tmp_path, capsys, caplog):
     student = _replaced(words, "--student", "vit-p16-w32-d1")
     for again, name in ((words, "none.npz"), (student, "other.npz")):

@@ -120,4 +120,12 @@ def test_a_source_by_its_whole_path_names_the_same_files(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
     for source in ("", "scenes", "scenes:30", "scenes-train", "none", "none/*.tar", "s3://x/y"):
         assert absolute_source(source) == source
+    odd = tmp_path / "set[1]"
+    odd.mkdir()
+    (odd / "2.tar").touch()
+    both = f"{{{tmp_path}/a b,{odd}}}/*.tar"
+    assert absolute_source(both) == both
+    monkeypatch.chdir(odd)
+    assert absolute_source("*.tar") == "*.tar"
+    assert expand_source(absolute_source("2.tar")) == [odd / "2.tar"]
     assert absolute_source("~/x") == str(Path.home() / "x")
