@@ -59,29 +59,40 @@ def held_folder(path: Path) -> Iterator[None]:
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file", hint="another --out")
     path.mkdir(parents=True, exist_ok=True)
-    descriptor = None if fcntl is None else os.open(path, os.O_RDONLY)
     try:
-        if descriptor is not None:
-            _lock(descriptor, path)
-        try:
-            yield
-        finally:
-            with suppress(OSError):  # there is something in it
-                path.rmdir()
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = lock_folder(path)
     except BlockingIOError:
         raise InputError(
             f"another process is at work in {path}", hint="wait for it, or another --out"
         ) from None
-    except OSError:  # a file system without locks
-        return
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # there is something in it
+            path.rmdir()
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def lock_folder(folder: Path) -> int | None:
+    """Hold a folder until the descriptor is closed or this process ends; None where that cannot be.
+
+    Raises:
+        BlockingIOError: If another holds it.
+    """
+    if fcntl is None:
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if descriptor is not None:
+            os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None  # a file system without locks
+    return descriptor
 
 
 def user_cache_dir(*names: str) -> Path:

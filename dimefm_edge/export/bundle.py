@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dimefm_edge.errors import CheckpointError, ExportError, InputError
+from dimefm_edge.files import lock_folder
 from dimefm_edge.labels import LabelBank, save_label_banks
 from dimefm_edge.manifest import (
     ARCHIVE_ERRORS,
@@ -255,19 +256,9 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _lock(folder: Path) -> int | None:
     """Hold a folder as long as this process lives; None if it is held, or cannot be."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    descriptor = None
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        if descriptor is not None:
-            os.close(descriptor)
-        return None
-    return descriptor
+    with contextlib.suppress(BlockingIOError):
+        return lock_folder(folder)
+    return None
 
 
 def _clear_leftovers(out: Path) -> None:
