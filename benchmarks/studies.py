@@ -11,9 +11,9 @@
 | `corpus` | sentences near to images, any, class prompts; hard negatives |
 | `scale` | shares of the images and of the sentences |
 | `image-only` | no sentence at all, against distillation with them |
-| `extras` | what is not the paper's: views that the teacher saw, hard negatives |
+| `extras` | views that the teacher saw too; with `--teacher A+B`, several teachers as one |
 | `recipe` | all that helps together, and with each part left out; take `--probe` |
-| `retention` | that recipe for 6,000 steps at 64 px, several students: for a GPU |
+| `retention` | that recipe and pairs for 4,000 steps at 64 px, more images, views: for a GPU |
 | `activations` | hybrids with GELU, as FastViT, and with ReLU, which int8 takes in |
 | `resolution` | the same students on smaller images |
 | `kernels` | hybrids and convnets with mixers of 3, 5 and 7 elements a side |
@@ -276,7 +276,7 @@ def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=[], help="default: all of the study's")
     parser.add_argument("--steps", type=int, help="default: 1500 on real images, 800 on scenes")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"))
-    parser.add_argument("--teacher", help="default: OUT/teacher; sample on scenes")
+    parser.add_argument("--teacher", help="or A+B; default: OUT/teacher; sample on scenes")
     parser.add_argument("--limit", type=int, help="scenes only: that many images and sentences")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--probe", action="store_true", help="linear probes too")

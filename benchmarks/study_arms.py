@@ -43,6 +43,7 @@ def contrastive(positives: str) -> LossConfig:
     return dataclasses.replace(only(contrastive=1), contrastive_positives=positives)
 
 
+PAIRS = Arm(contrastive("pair"), "labelled")
 FEATURES = dataclasses.replace(PAPER, feature_weight=10.0)
 NEAR_PROMPTS = {"hard_negatives": 0.5}
 """With texts `beside`: half of a batch's sentences are near to its images, most of them prompts."""
@@ -50,9 +51,14 @@ OURS = Arm(texts="prompts", inherits=True)
 
 
 def longer(arm: Arm, **changes: Any) -> Arm:
-    """Four times the default steps, twice the images a step, at 64 px as the teacher."""
-    train = {**arm.train, "steps": 6000, "batch_size": 256, "ema_decay": 0.999}
+    """4,000 steps of 256 images at 64 px, as large as the teacher's."""
+    train = {**arm.train, "steps": 4000, "batch_size": 256, "ema_decay": 0.999}
     return dataclasses.replace(arm, train=train, image_size=64, **changes)
+
+
+def with_views(arm: Arm, count: int) -> Arm:
+    """The teacher sees `count` augmentations of each image, and the student those alone."""
+    return dataclasses.replace(arm, train={**arm.train, "views": count})
 
 
 STUDIES: dict[str, dict[str, Arm]] = {
@@ -61,9 +67,9 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "distilled, the paired images": Arm(images="labelled"),
         "ours, unlabelled images": OURS,
         "ours, the paired images": dataclasses.replace(OURS, images="labelled"),
-        "contrastive, own sentence": Arm(contrastive("pair"), "labelled"),
+        "contrastive, own sentence": PAIRS,
         "contrastive, shared labels": Arm(contrastive("label"), "labelled"),
-        "contrastive, own sentence, inherits": Arm(contrastive("pair"), "labelled", inherits=True),
+        "contrastive, own sentence, inherits": dataclasses.replace(PAIRS, inherits=True),
     },
     "losses": {
         "0.7 vl + 0.3 pvl": Arm(),
@@ -100,10 +106,13 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "pvl + feature": Arm(only(pvl=1, feature=1)),
     },
     "extras": {
-        "the paper's": Arm(),
-        "hard negatives 0.25": Arm(train={"hard_negatives": 0.25}),
-        "views 4": Arm(train={"views": 4}),
-        "views 16": Arm(train={"views": 16}),
+        name: arm
+        for base, plain in {
+            "the paper's": Arm(),
+            "class prompts": Arm(texts="prompts"),
+            "ours": OURS,
+        }.items()
+        for name, arm in {base: plain, f"{base}, 8 views": with_views(plain, 8)}.items()
     },
     "recipe": {
         "the paper's": Arm(),
@@ -114,30 +123,19 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "near prompts + 10 feature": Arm(FEATURES, texts="beside", train=NEAR_PROMPTS),
         "feature regression, inherits": Arm(only(feature=1), inherits=True),
         "class prompts, inherits: ours": OURS,
-        "ours, 8 views": dataclasses.replace(OURS, train={"views": 8}),
     },
     "retention": {
-        **{
-            f"{name}, 1500 steps of 128": dataclasses.replace(
-                arm, image_size=64, train={"steps": 1500, "ema_decay": 0.998}
-            )
-            for name, arm in {
-                "ours": OURS,
-                "ours, the paired images": dataclasses.replace(OURS, images="labelled"),
-                "pairs, inherits": Arm(contrastive("pair"), "labelled", inherits=True),
-            }.items()
-        },
         "ours": longer(OURS),
+        "pairs, inherits": longer(PAIRS, inherits=True),
+        "ours, the paired images": longer(OURS, images="labelled"),
         "ours, both pools": longer(OURS, images="both"),
-        **{
-            f"class prompts, {student}": longer(Arm(texts="prompts"), student=student)
-            for student in (
-                "timm:repvit_m1_0",
-                "vit-p8-w256-d6",
-                "hybrid-w48-d2.2.4.2",
-                "timm:hgnetv2_b1",
-            )
-        },
+        "ours, 8 views": longer(with_views(OURS, 8)),
+        "ours, both pools, 4 views": longer(with_views(OURS, 4), images="both"),
+        "class prompts, timm:repvit_m1_0, both pools": longer(
+            Arm(texts="prompts"), student="timm:repvit_m1_0", images="both"
+        ),
+        "pairs": longer(PAIRS),
+        "class prompts": longer(Arm(texts="prompts")),
     },
     "activations": {
         name: Arm(student=name)

@@ -151,10 +151,11 @@ class StudyData:
     def _teacher(self) -> Teacher:
         if self.args.data == "scenes":
             return load_teacher(self.args.teacher or "sample")
-        folder = Path(self.args.teacher or self.args.out / "teacher")
-        with locked(folder.parent / f".{folder.name}.lock"):
-            real_teacher.studies_teacher(folder, self.args.data_dir)
-        return load_teacher(str(folder))
+        folders = str(self.args.teacher or self.args.out / "teacher")
+        for folder in map(Path, folders.split("+")):
+            with locked(folder.parent / f".{folder.name}.lock"):
+                real_teacher.studies_teacher(folder, self.args.data_dir)
+        return load_teacher(folders)
 
     @functools.cache  # noqa: B019
     def data(self, images: str, preprocess: PreprocessSpec) -> DistillData:
@@ -230,7 +231,9 @@ class StudyData:
                 cache = self._pixels(arm.images, pool, self.teacher.preprocess, data.images)
                 decoded = DecodedPool(pool, cache, dict(data.images.manifest.bad_rows))
                 stores = tuple(
-                    embed_images(self.teacher, decoded, folder / f"view-{s.digest()}", view=s)
+                    embed_images(
+                        self.teacher, decoded, folder / f"{arm.images}-view-{s.digest()}", view=s
+                    )
                     for s in specs
                 )
                 data = dataclasses.replace(data, views=Views(specs, stores))

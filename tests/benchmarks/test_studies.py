@@ -154,9 +154,7 @@ def test_every_arm_gets_the_data_that_it_names(script, tmp_path):
         "any 0.1": ["text_rows"],
         "all, hard negatives 0.5": ["neighbours"],
         "class prompts and all, hard negatives 0.5": ["neighbours"],
-        "hard negatives 0.25": ["neighbours"],
-        "views 4": ["views"],
-        "views 16": ["views"],
+        **{f"{name}, 8 views": ["views"] for name in ("the paper's", "class prompts", "ours")},
     }
     assert set(found["the most grounded 0.1"].text_rows) < set(
         found["the most grounded 0.5"].text_rows
