@@ -14,11 +14,17 @@ import json
 import re
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dimefm_kernels.tiles import SHARED_KIB, Tiles, backward_tiles, forward_tiles
+from dimefm_kernels.tiles import (
+    SHARED_KIB,
+    Tiles,
+    backward_tiles,
+    forward_tiles,
+    whole_key_tiles,
+)
 
 if TYPE_CHECKING:
     from triton.compiler import CompiledKernel
@@ -122,20 +128,17 @@ def build_kernels(spec: KernelSpec, capability: int) -> list[tuple[str, Tiles, C
     if spec.precision not in ITEMSIZE:
         raise ValueError(f"unknown precision {spec.precision!r}: {', '.join(ITEMSIZE)}")
     from dimefm_kernels._attention_backward_triton import attention_backward_kernel
-    from dimefm_kernels._attention_triton import packed_attention_kernel
 
     itemsize, shape = ITEMSIZE[spec.precision], (spec.num_tokens, spec.head_dim)
     fixed: dict[str, Any] = {"NUM_TOKENS": spec.num_tokens, "HEAD_DIM": spec.head_dim}
     width = spec.num_heads * spec.head_dim
     if not spec.is_backward:
         scale = spec.head_dim**-0.5 if spec.logit_scale is None else spec.logit_scale
-        is_int8 = spec.precision == "int8"
         fixed |= {"NUM_HEADS": spec.num_heads, "SCALE_LOG2": scale * _LOG2_E}
-        fixed |= {"OUT_SCALE": spec.value_scale / 127 if is_int8 else 1.0}
-        out = spec.out_precision or ("fp16" if is_int8 else spec.precision)
+        out = spec.out_precision or ("fp16" if spec.precision == "int8" else spec.precision)
         kinds = {"qkv_ptr": spec.precision, "out_ptr": out}
-        tiles = forward_tiles(*shape, itemsize=itemsize, capability=capability)
-        built = _compile(packed_attention_kernel, kinds, fixed, tiles, capability)
+        kernel, tiles, constants = _packed_kernel(spec, capability)
+        built = _compile(kernel, kinds, {**fixed, **constants}, tiles, capability)
         return [(spec.name, tiles, built)]
     fixed |= {"STRIDE_N": 3 * width, "STRIDE_ON": width}
     tiles = backward_tiles(*shape, itemsize=itemsize)
@@ -144,20 +147,35 @@ def build_kernels(spec: KernelSpec, capability: int) -> list[tuple[str, Tiles, C
         kinds = {"lse_ptr": "fp32", "delta_ptr": "fp32"}
         for name in ("q", "k", "v", "out", "grad", "grads"):
             kinds[f"{name}_ptr"] = spec.precision
-        values = {**fixed, "IS_KEYS": is_keys}
+        values = {**fixed, **tiles.constants(), "IS_KEYS": is_keys}
         built = _compile(attention_backward_kernel, kinds, values, tiles, capability)
         kernels.append((f"{spec.name}_{suffix}", tiles, built))
     return kernels
 
 
+def _packed_kernel(spec: KernelSpec, capability: int) -> tuple[Any, Tiles, dict[str, Any]]:
+    """The forward kernel that a spec is compiled of, its tiles and what these fix."""
+    from dimefm_kernels._attention_int8_triton import int8_constants, packed_attention_int8_kernel
+    from dimefm_kernels._attention_triton import packed_attention_kernel
+
+    is_int8, shape = spec.precision == "int8", (spec.num_tokens, spec.head_dim)
+    whole = whole_key_tiles(*shape, capability=capability) if is_int8 else None
+    if whole is not None:
+        whole = replace(whole, num_stages=1)  # a program does one head: no next one's loads
+        values = {"OUT_SCALE": spec.value_scale, **int8_constants(whole)}
+        return packed_attention_int8_kernel, whole, values
+    tiles = forward_tiles(*shape, itemsize=ITEMSIZE[spec.precision], capability=capability)
+    values = {"OUT_SCALE": spec.value_scale / 127 if is_int8 else 1.0, **tiles.constants()}
+    return packed_attention_kernel, tiles, values
+
+
 def _compile(
-    kernel: Any, kinds: dict[str, str], fixed: dict[str, Any], tiles: Tiles, capability: int
+    kernel: Any, kinds: dict[str, str], constants: dict[str, Any], tiles: Tiles, capability: int
 ) -> CompiledKernel:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {**fixed, **tiles.constants()}
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:

@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dimefm_kernels.tiles import is_supported
+from dimefm_kernels.tiles import is_supported, whole_key_tiles
 
 try:
     from dimefm_kernels._attention_backward_triton import launch_attention_backward
-    from dimefm_kernels._attention_triton import launch_attention
+    from dimefm_kernels._attention_int8_triton import launch_attention_int8
+    from dimefm_kernels._attention_triton import capability_of, launch_attention
 
     HAS_TRITON = True
 except ImportError:  # Triton is not made for every system that torch runs on
@@ -250,6 +251,13 @@ def _fused_attention_qkv_int8(
         values = values / probs.sum(dim=-1, keepdim=True)
         return _join_heads(values.round().clamp(-128, 127) if is_int8 else values).to(dtype)
     out = qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3), dtype=dtype)
+    tiles = whole_key_tiles(*q.shape[2:], capability=capability_of(q))
+    if tiles is not None:
+        launch_attention_int8(
+            q, k, v, out, tiles=tiles,
+            out_strides=_head_strides(q), logit_scale=logit_scale, out_scale=value_scale,
+        )  # fmt: skip
+        return out
     launch_attention(
         q, k, v, out, None,
         out_strides=_head_strides(q), logit_scale=logit_scale, out_scale=value_scale / 127,

@@ -14,16 +14,18 @@ import sys
 
 import torch
 
-from dimefm_kernels import _attention_triton
+from dimefm_kernels import _attention_int8_triton, _attention_triton
 from dimefm_kernels import tiles as tile_sizes
 from dimefm_kernels._attention_backward_triton import launch_attention_backward
+from dimefm_kernels._attention_int8_triton import launch_attention_int8
 from dimefm_kernels._attention_triton import launch_attention, packed_attention_kernel
 from dimefm_kernels.attention import split_qkv
 from dimefm_kernels.reference import attention_qkv_reference, int8_error_bound
-from dimefm_kernels.tiles import forward_tiles
+from dimefm_kernels.tiles import forward_tiles, whole_key_tiles
 
 LOG2_E = 1.4426950408889634
 STEPS = (0.02, 0.03, 0.01)
+_attention_int8_triton.MAX_GRID_Y = 2  # programs, which then go through several heads
 CAPABILITY = int(os.environ.get("CAPABILITY", "87"))
 _attention_triton.capability_of = lambda _: CAPABILITY
 tile_sizes.HOPPER_BUSY = int(os.environ.get("HOPPER_BUSY", tile_sizes.HOPPER_BUSY))
@@ -74,15 +76,15 @@ def int8_errors(batch: int, heads: int, tokens: int, dim: int) -> dict:
     q, k, v = split_qkv(qkv, heads)
     logit_scale, out_step = dim**-0.5 * STEPS[0] * STEPS[1], expected.abs().max().item() / 100
     half = torch.full(expected.shape, torch.nan, dtype=torch.float16)
-    launch_attention(
-        q, k, v, half, None,
-        out_strides=strides, logit_scale=logit_scale, out_scale=STEPS[2] / 127,
-    )  # fmt: skip
     whole = torch.full(expected.shape, -128, dtype=torch.int8)
-    launch_attention(
-        q, k, v, whole, None,
-        out_strides=strides, logit_scale=logit_scale, out_scale=STEPS[2] / 127 / out_step,
-    )  # fmt: skip
+    tiles = whole_key_tiles(tokens, dim, capability=CAPABILITY)
+    for out, step in ((half, STEPS[2]), (whole, STEPS[2] / out_step)):
+        settings = {"out_strides": strides, "logit_scale": logit_scale}
+        if tiles is None:
+            launch_attention(q, k, v, out, None, out_scale=step / 127, **settings)
+        else:  # one value is not rounded to 1/127
+            launch_attention_int8(q, k, v, out, tiles=tiles, out_scale=step, **settings)
+            bound = torch.full_like(bound, 2e-3 * STEPS[2] * 127)
     rounding = expected.abs() * 2**-10
     return {
         "half": worst((half - expected).abs() / (bound + rounding)),

@@ -62,6 +62,18 @@ def test_tiles_of_hopper(busy):
     _check("1,1,113,64,float16", "2,1,65,32,float16", CAPABILITY="90", HOPPER_BUSY=busy)
 
 
+def test_int8_of_hopper_has_all_keys_at_once():
+    """One, two and three tiles of keys; several heads a program; a head_dim with padding."""
+    _check("3,1,17,32,int8", "1,3,65,64,int8", "1,1,225,48,int8", CAPABILITY="90")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_int8_of_hopper_at_every_shape(head_dim):
+    shapes = (f"2,2,{tokens},{head_dim},int8" for tokens in (49, 50, 128, 197, 256, 257))
+    _check(*shapes, CAPABILITY="90")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])

@@ -6,10 +6,12 @@ import pytest
 
 from dimefm_kernels.tiles import (
     MAX_TOKENS,
+    MAX_WHOLE_KEYS,
     backward_tiles,
     forward_tiles,
     is_supported,
     waste,
+    whole_key_tiles,
 )
 
 # Padded over true multiplications, less 1: what is left of 16 x 16 steps is the tensor cores'.
@@ -75,6 +77,21 @@ def test_hopper_takes_larger_blocks_once_it_is_busy():
     for size, dim in ((1, 64), (4, 64), (2, 96)):
         plain = forward_tiles(197, dim, itemsize=size)
         assert forward_tiles(197, dim, itemsize=size, capability=90, num_items=768) == plain
+
+
+@pytest.mark.parametrize("head_dim", [8, 32, 48, 64])
+def test_int8_of_hopper_has_every_key_in_one_of_three_tiles(head_dim):
+    for num_tokens in range(1, MAX_WHOLE_KEYS + 1):
+        tiles = whole_key_tiles(num_tokens, head_dim, capability=90)
+        assert num_tokens <= tiles.padded_keys < num_tokens + 32
+        assert tiles.full_tiles + sum(size > 0 for size in tiles.tails) <= 3
+        assert num_tokens <= tiles.rows * tiles.blocks
+        assert head_dim <= tiles.dims[0]
+        assert not tiles.dims[1]
+    assert whole_key_tiles(MAX_WHOLE_KEYS + 1, head_dim, capability=90) is None
+    assert whole_key_tiles(50, 96, capability=90) is None
+    for others in (87, 100, 110):
+        assert whole_key_tiles(50, head_dim, capability=others) is None
 
 
 def test_what_the_kernels_take():
