@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +26,12 @@ import numpy.typing as npt
 
 from dimefm_edge.errors import CheckpointError, DataError
 
+logger = logging.getLogger(__name__)
+
 _INDEX_KEY = "banks"
 _FORMAT = "dimefm_edge.labels"
 _SENTENCES_PER_CALL = 4096
+_SHOWN_NAMES = 5
 
 Embeds = npt.NDArray[np.float32]
 
@@ -76,7 +81,7 @@ def build_label_bank(
 
     Args:
         name: Of the label set, such as `cifar10`.
-        classnames: C names; repeated names are kept, since labels are positions.
+        classnames: C names; repeated names are kept, since labels are positions, and told.
         templates: Sentences with `{c}` where the class name goes.
         encode_texts: Sentences to (len, E) embeddings; normalised again here.
 
@@ -94,6 +99,12 @@ def build_label_bank(
                 f"label set '{name}': the template {template!r} has no {{c}}",
                 hint="write the class name's place as {c}, as in 'a photo of a {c}.'",
             )
+    repeated = [name for name, count in Counter(classnames).items() if count > 1]
+    if repeated:
+        logger.warning(
+            "label set '%s': several classes are called %s; their images cannot be told apart",
+            name, ", ".join(map(repr, repeated[:_SHOWN_NAMES])),
+        )  # fmt: skip
     rows = []
     step = max(1, _SENTENCES_PER_CALL // len(templates))
     for start in range(0, len(classnames), step):

@@ -302,6 +302,8 @@ class ExportOptions(CommonOptions):
     """Column of images in Parquet files and Hugging Face data sets."""
     sentences: tuple[str, ...] = ("scenes",)
     """Real sentences that the text side's parity is checked on."""
+    text_column: str = "text"
+    """Column or key of sentences in .jsonl, .csv and .parquet files."""
 
 
 @dataclass(frozen=True)

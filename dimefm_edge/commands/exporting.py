@@ -358,4 +358,5 @@ def _some_images(pool: ImagePool, count: int) -> list[Any]:
 def _parity_sentences(options: ExportOptions) -> list[str]:
     from dimefm_edge.data.sentences import open_sentences
 
-    return list(itertools.islice(open_sentences(options.sentences), _NUM_PARITY_SENTENCES))
+    sentences = open_sentences(options.sentences, column=options.text_column)
+    return list(itertools.islice(sentences, _NUM_PARITY_SENTENCES))

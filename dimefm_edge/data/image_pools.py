@@ -158,7 +158,7 @@ class ParquetPool:
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{path} is truncated or not a Parquet file: {error}") from error
         if column not in schema.names:
-            raise no_column(path, column, list(schema.names))
+            raise no_column(path, column, list(schema.names), flag="--image-column")
         kind = schema.field(column).type
         self._is_struct = pa.types.is_struct(kind)
         has_bytes = self._is_struct and kind.get_field_index("bytes") >= 0
@@ -235,7 +235,7 @@ class HuggingFacePool:
             splits = [str(path / split) for split in dataset]
             raise DataError(f"{path} has several splits", hint=f"name one: {' or '.join(splits)}")
         if column not in dataset.column_names:
-            raise no_column(path, column, list(dataset.column_names))
+            raise no_column(path, column, list(dataset.column_names), flag="--image-column")
         feature = dataset.features[column]
         if isinstance(feature, datasets.Image):
             dataset = dataset.cast_column(column, datasets.Image(decode=False))
@@ -301,9 +301,12 @@ class JoinedPool:
         return self._pools[place], row - self._starts[place]
 
 
-def no_column(path: Path, column: str, known: list[str]) -> DataError:
-    """An error for a column that a table does not have."""
-    return DataError(f"{path} has no column '{column}'; its columns: {', '.join(known)}")
+def no_column(path: Path, column: str, known: list[str], *, flag: str) -> DataError:
+    """An error for a column that a table does not have; `flag` names another."""
+    return DataError(
+        f"{path} has no column '{column}'; its columns: {', '.join(known)}",
+        hint=f"{flag} with one of these",
+    )
 
 
 def import_pyarrow(path: Path) -> tuple[Any, Any]:

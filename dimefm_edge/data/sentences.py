@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _MAX_LINE_BYTES = 1 << 20
 _PARQUET_BATCH_ROWS = 4096
 _GZIP_SUFFIX = ".gz"
+_COLUMN_FLAG = "--text-column"
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,7 @@ def _read_jsonl(path: Path, stream: BinaryIO, column: str) -> Iterator[_Item]:
             yield _BAD
             continue
         if column not in record and not has_column:
-            raise no_column(path, column, [str(key) for key in record])
+            raise no_column(path, column, [str(key) for key in record], flag=_COLUMN_FLAG)
         has_column = True
         yield _sentence(record.get(column))
 
@@ -268,7 +269,7 @@ def _read_csv(path: Path, stream: BinaryIO, column: str) -> Iterator[_Item]:
     if header is None:
         return
     if column not in header:
-        raise no_column(path, column, [_shown(name) for name in header])
+        raise no_column(path, column, [_shown(name) for name in header], flag=_COLUMN_FLAG)
     place = header.index(column)
     while True:
         try:
@@ -294,14 +295,14 @@ def _read_parquet(path: Path, stream: BinaryIO, column: str) -> Iterator[_Item]:
         with parquet.ParquetFile(source) as file:
             schema = file.schema_arrow
             if column not in schema.names:
-                raise no_column(path, column, list(schema.names))
+                raise no_column(path, column, list(schema.names), flag=_COLUMN_FLAG)
             kind = schema.field(column).type
             if pa.types.is_dictionary(kind):
                 kind = kind.value_type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise DataError(
                     f"column '{column}' of {path} holds {kind}, not text",
-                    hint=f"--text-column with another of: {', '.join(schema.names)}",
+                    hint=f"{_COLUMN_FLAG} with another of: {', '.join(schema.names)}",
                 )
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[column]):
                 cells = batch.column(0)

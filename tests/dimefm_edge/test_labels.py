@@ -74,6 +74,15 @@ def test_bad_class_names_and_templates(
         build_label_bank("pets", classnames, templates, encode_by_letters)
 
 
+def test_classes_of_one_name_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    bank = build_label_bank("birds", ["crane", "owl", "crane"], ["{c}"], encode_by_letters)
+    assert bank.classnames == ("crane", "owl", "crane")
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "label set 'birds': several classes are called 'crane'; their images cannot be told apart"
+    )
+
+
 @pytest.mark.parametrize(
     ("embeds", "message"),
     [

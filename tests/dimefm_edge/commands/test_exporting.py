@@ -267,6 +267,15 @@ def test_a_teacher_without_its_text_side(tiny_teacher_dir, labelled_dir, tmp_pat
         (["RUN", "--labels", "gone.txt", "--out", "b"], "no class names at gone.txt"),
         (["RUN", "--labels", "ONE", "--out", "b"], "cannot be used: it needs two classes or more"),
         (["RUN", "--text", "--sentences", "gone.txt", "--out", "b"], "gone.txt"),
+        (
+            ["RUN", "--text", "--sentences", "TABLE", "--out", "b"],
+            "table.csv has no column 'text'; its columns: id, caption\n"
+            "  try: --text-column with one of these",
+        ),
+        (
+            ["RUN", "--text", "--sentences", "TABLE", "--text-column", "id", "--out", "b"],
+            "table.csv holds no sentence",
+        ),
     ],
 )
 def test_what_cannot_be_exported_is_named(
@@ -276,8 +285,9 @@ def test_what_cannot_be_exported_is_named(
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"jpeg")
     (tmp_path / "one.txt").write_text("cat\n")
+    (tmp_path / "table.csv").write_text("id,caption\n,a cat\n")
     before = sorted(tmp_path.rglob("*"))
-    names = {"RUN": tiny_run_dir, "PHOTOS": "photos", "ONE": "one.txt"}
+    names = {"RUN": tiny_run_dir, "PHOTOS": "photos", "ONE": "one.txt", "TABLE": "table.csv"}
     assert cli.main(["export", *(str(names.get(word, word)) for word in words)]) == 2
     said = capsys.readouterr().err
     assert message in said
