@@ -43,6 +43,8 @@ CHECKED_DIMS = (32, 64, 96, 128)
 # Of the output; its gradients, relative to the largest, may be off by three times that.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 INT8_STEPS = (0.02, 0.03, 0.01)
+LARGE_BATCHES = (256, 1024)
+"""Beyond an H200's 60 MB of L2 cache from 256 on: where int8's fewer bytes should count."""
 
 
 def checked_shapes() -> list[Shape]:
@@ -222,6 +224,11 @@ def table(values: dict[str, Any]) -> str:
         floor = 1000 * row["floor_ms"]
         numbers = f"{fused:9.1f}{ratio * fused:10.1f}{ratio:7.2f}{floor:9.1f}{int8:8.2f}"
         lines.append(f"{name:<16}{numbers}")
+    for name, row in values["int8"].items():
+        if name not in values["forward"]:
+            us, floor = 1000 * row["ms"]["int8"], 1000 * row["floor_ms"]
+            lines.append(f"int8 {name:<16} {us:.1f} us, floor {floor:.1f}, "
+                         f"{row['int8_over_fp16']:.2f} x fp16")  # fmt: skip
     for name, row in values["backward"].items():
         lines.append(f"training {name:<16} {row['speed_over_sdpa']:.2f} x sdpa")
     for name, row in values["encoders"].items():
@@ -256,6 +263,7 @@ def main() -> None:
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
     timed = [s for s in vit_shapes() if not args.quick or s.model.startswith("ViT-B")]
     few = [shape for shape in timed if shape.model in ("ViT-S/16", "ViT-B/16")]
+    large = [shape for shape in vit_shapes(LARGE_BATCHES) if shape.model.startswith("ViT-B")]
     values: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "versions": f"python {platform.python_version()}, torch {torch.__version__}, "
@@ -265,7 +273,7 @@ def main() -> None:
     }  # fmt: skip
     if not args.check_only:
         values["forward"] = bench(timed, "cuda", torch.float16, rounds=30, compiled=compiled)
-        values["int8"] = time_int8(timed, "cuda")
+        values["int8"] = time_int8([*timed, *large], "cuda")
         values["backward"] = time_backward(few, "cuda")
         values["encoders"] = time_encoders(few, "cuda", compiled=compiled)
     args.out.write_text(json.dumps(values, indent=1) + "\n")
