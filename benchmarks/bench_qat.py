@@ -191,7 +191,7 @@ def step_time(student: str, *, rounds: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--students", nargs="+", default=["vit-p8-w192-d3", "hybrid-nano"])
+    parser.add_argument("--students", nargs="+", default=["vit-p8-w96-d8", "hybrid-nano"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=400, help="of the float stage")
     parser.add_argument("--qat-steps-ratio", type=float, default=0.3)

@@ -47,7 +47,8 @@ PAIRS = Arm(contrastive("pair"), "labelled")
 FEATURES = dataclasses.replace(PAPER, feature_weight=10.0)
 NEAR_PROMPTS = {"hard_negatives": 0.5}
 """With texts `beside`: half of a batch's sentences are near to its images, most of them prompts."""
-OURS = Arm(texts="prompts", inherits=True)
+PROMPTED = Arm(texts="prompts")
+OURS = dataclasses.replace(PROMPTED, inherits=True)
 
 
 def longer(arm: Arm, **changes: Any) -> Arm:
@@ -65,6 +66,8 @@ STUDIES: dict[str, dict[str, Arm]] = {
     "unpaired": {
         "distilled, unlabelled images": Arm(),
         "distilled, the paired images": Arm(images="labelled"),
+        "class prompts, unlabelled images": PROMPTED,
+        "class prompts, unlabelled images, 4 views": with_views(PROMPTED, 4),
         "ours, unlabelled images": OURS,
         "ours, the paired images": dataclasses.replace(OURS, images="labelled"),
         "contrastive, own sentence": PAIRS,
@@ -89,7 +92,7 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "the most grounded 0.5": Arm(texts="grounded", text_share=0.5),
         "the most grounded 0.1": Arm(texts="grounded", text_share=0.1),
         "any 0.1": Arm(text_share=0.1),
-        "class prompts": Arm(texts="prompts"),
+        "class prompts": PROMPTED,
         "class prompts and all": Arm(texts="beside"),
         "all, hard negatives 0.5": Arm(train={"hard_negatives": 0.5}),
         "class prompts and all, hard negatives 0.5": Arm(texts="beside", train=NEAR_PROMPTS),
@@ -109,7 +112,7 @@ STUDIES: dict[str, dict[str, Arm]] = {
         name: arm
         for base, plain in {
             "the paper's": Arm(),
-            "class prompts": Arm(texts="prompts"),
+            "class prompts": PROMPTED,
             "ours": OURS,
         }.items()
         for name, arm in {base: plain, f"{base}, 8 views": with_views(plain, 8)}.items()
@@ -117,7 +120,7 @@ STUDIES: dict[str, dict[str, Arm]] = {
     "recipe": {
         "the paper's": Arm(),
         "feature regression": Arm(only(feature=1)),
-        "class prompts": Arm(texts="prompts"),
+        "class prompts": PROMPTED,
         "class prompts, vl only": Arm(only(vl=1), texts="prompts"),
         "class prompts + 10 feature": Arm(FEATURES, texts="prompts"),
         "near prompts + 10 feature": Arm(FEATURES, texts="beside", train=NEAR_PROMPTS),
@@ -132,10 +135,10 @@ STUDIES: dict[str, dict[str, Arm]] = {
         "ours, 8 views": longer(with_views(OURS, 8)),
         "ours, both pools, 4 views": longer(with_views(OURS, 4), images="both"),
         "class prompts, timm:repvit_m1_0, both pools": longer(
-            Arm(texts="prompts"), student="timm:repvit_m1_0", images="both"
+            PROMPTED, student="timm:repvit_m1_0", images="both"
         ),
         "pairs": longer(PAIRS),
-        "class prompts": longer(Arm(texts="prompts")),
+        "class prompts": longer(PROMPTED),
     },
     "activations": {
         name: Arm(student=name)
