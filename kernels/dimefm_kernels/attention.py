@@ -116,9 +116,9 @@ def fused_attention_qkv_int8(
     if qkv.dtype != torch.int8:
         raise ValueError(f"qkv must be int8, got {qkv.dtype}")
     steps = (*qkv_scales, 1.0 if out_scale is None else out_scale)
-    if min(steps) <= 0:
-        raise ValueError(f"scales must be positive, got {steps}")
     scale = head_dim**-0.5 if scale is None else scale
+    if min(*steps, scale) <= 0:  # the largest logit is looked for before they are scaled
+        raise ValueError(f"scales must be positive, got {steps} and {scale}")
     q_step, k_step, v_step, out_step = steps
     is_int8 = out_scale is not None
     out: Tensor = _fused_attention_qkv_int8(

@@ -211,6 +211,9 @@ def test_wrong_inputs_are_refused(change, message):
         (lambda: fused_attention_qkv_int8(
             torch.ones(2, 5, 48, dtype=torch.int8), 2, qkv_scales=(1, 0, 1)),
          "scales must be positive"),
+        (lambda: fused_attention_qkv_int8(
+            torch.ones(2, 5, 48, dtype=torch.int8), 2, qkv_scales=(1, 1, 1), scale=-0.5),
+         "scales must be positive, .* and -0.5"),
     ],
 )  # fmt: skip
 def test_wrong_packed_inputs_are_refused(call, message):
