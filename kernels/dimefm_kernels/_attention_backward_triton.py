@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
 from dimefm_kernels._attention_triton import (
     LOG2_E,
+    launchable,
     load_tile,
     product,
     program_count,
@@ -209,8 +209,7 @@ def launch_attention_backward(
     tiles = backward_tiles(num_tokens, head_dim, itemsize=q.element_size())
     grid = (tiles.blocks, program_count(q, batch * num_heads, tiles.blocks))
     delta = torch.empty_like(lse)
-    is_compiled = isinstance(attention_backward_kernel, triton.JITFunction)
-    kernel = wrap_triton(attention_backward_kernel) if is_compiled else attention_backward_kernel
+    kernel = launchable(attention_backward_kernel)
     for is_keys in (False, True):
         kernel[grid](
             q, k, v, out, grad, lse, delta, grads,

@@ -10,17 +10,38 @@ float16. Programs go through several heads; the next one's loads are under way m
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import wrap_triton
 
-from dimefm_kernels._attention_triton import LOG2_E, load_tile, store_tile
-from dimefm_kernels.tiles import MAX_GRID_Y, Tiles
+from dimefm_kernels._attention_triton import (
+    LOG2_E,
+    launchable,
+    load_tile,
+    program_count,
+    store_tile,
+)
+from dimefm_kernels.tiles import Tiles
 
 _PROGRAMS_PER_SM = {64: 4, 288: 2}
 """Up to so many keys: what registers leave room for; the fastest of 2 to 6 on an H200."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _load_keys(  # type: ignore[no-untyped-def]
+    ptr, STRIDE_N: tl.constexpr, NUM_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    KEYS_A: tl.constexpr, KEYS_B: tl.constexpr, KEYS_C: tl.constexpr, DIMS: tl.constexpr,
+):  # fmt: skip
+    """All keys, or values, of one head; for a tile that it does not have, the first."""
+    END_B: tl.constexpr = KEYS_A + KEYS_B
+    a = load_tile(ptr, 0, STRIDE_N, NUM_TOKENS, HEAD_DIM, KEYS_A, 0, DIMS, KEYS_B == 0)
+    b = a
+    c = a
+    if KEYS_B > 0:
+        b = load_tile(ptr, KEYS_A, STRIDE_N, NUM_TOKENS, HEAD_DIM, KEYS_B, 0, DIMS, KEYS_C == 0)
+    if KEYS_C > 0:
+        c = load_tile(ptr, END_B, STRIDE_N, NUM_TOKENS, HEAD_DIM, KEYS_C, 0, DIMS, True)
+    return a, b, c
 
 
 @triton.jit
@@ -76,23 +97,13 @@ def attention_int8_kernel(  # type: ignore[no-untyped-def]
         batch_idx = tl.cast(item // num_heads, tl.int64)
         head_idx = tl.cast(item % num_heads, tl.int64)
         at = batch_idx * stride_b + head_idx * stride_h
-        k_at = k_ptr + at
-        v_at = v_ptr + at
         q = load_tile(q_ptr + at, start, STRIDE_N, NUM_TOKENS, HEAD_DIM, ROWS, 0, DIMS, True)
-        k_a = load_tile(k_at, 0, STRIDE_N, NUM_TOKENS, HEAD_DIM, KEYS_A, 0, DIMS, KEYS_B == 0)
-        if KEYS_B > 0:
-            k_b = load_tile(
-                k_at, KEYS_A, STRIDE_N, NUM_TOKENS, HEAD_DIM, KEYS_B, 0, DIMS, KEYS_C == 0
-            )
-        if KEYS_C > 0:
-            k_c = load_tile(k_at, END_B, STRIDE_N, NUM_TOKENS, HEAD_DIM, KEYS_C, 0, DIMS, True)
-        v_a = load_tile(v_at, 0, STRIDE_N, NUM_TOKENS, HEAD_DIM, KEYS_A, 0, DIMS, KEYS_B == 0)
-        if KEYS_B > 0:
-            v_b = load_tile(
-                v_at, KEYS_A, STRIDE_N, NUM_TOKENS, HEAD_DIM, KEYS_B, 0, DIMS, KEYS_C == 0
-            )
-        if KEYS_C > 0:
-            v_c = load_tile(v_at, END_B, STRIDE_N, NUM_TOKENS, HEAD_DIM, KEYS_C, 0, DIMS, True)
+        k_a, k_b, k_c = _load_keys(
+            k_ptr + at, STRIDE_N, NUM_TOKENS, HEAD_DIM, KEYS_A, KEYS_B, KEYS_C, DIMS
+        )
+        v_a, v_b, v_c = _load_keys(
+            v_ptr + at, STRIDE_N, NUM_TOKENS, HEAD_DIM, KEYS_A, KEYS_B, KEYS_C, DIMS
+        )
         logits_a = _biased_logits(q, k_a)
         if KEYS_B == 0:
             logits_a = _mask(logits_a, 0, NUM_TOKENS)
@@ -165,14 +176,9 @@ def launch_attention_int8(
     """
     batch, num_heads, num_tokens, head_dim = q.shape
     items = batch * num_heads
-    limit = MAX_GRID_Y
-    if q.is_cuda:
-        device = torch.cuda.get_device_properties(q.device)
-        per_sm = next(n for keys, n in _PROGRAMS_PER_SM.items() if tiles.padded_keys <= keys)
-        limit = max(1, per_sm * device.multi_processor_count // tiles.blocks)
-    is_compiled = isinstance(attention_int8_kernel, triton.JITFunction)
-    kernel = wrap_triton(attention_int8_kernel) if is_compiled else attention_int8_kernel
-    kernel[(tiles.blocks, torch.sym_min(items, limit))](
+    per_sm = next(n for keys, n in _PROGRAMS_PER_SM.items() if tiles.padded_keys <= keys)
+    grid = (tiles.blocks, program_count(q, items, tiles.blocks, per_sm=per_sm))
+    launchable(attention_int8_kernel)[grid](
         q, k, v, out,
         q.stride(0), q.stride(1), out_strides[0], out_strides[1],
         num_heads, items, logit_scale * LOG2_E, out_scale,

@@ -12,6 +12,8 @@ exponentials is at least 1, that is never coarser than TensorRT's rule of 1/127 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -245,10 +247,7 @@ def launch_attention(
         num_items=batch * num_heads if isinstance(batch, int) else 0,  # a guess fixes no batch
     )  # fmt: skip
     grid = (tiles.blocks, program_count(q, batch * num_heads, tiles.blocks))
-    # The interpreter's functions are not to be wrapped.
-    is_compiled = isinstance(attention_kernel, triton.JITFunction)
-    kernel = wrap_triton(attention_kernel) if is_compiled else attention_kernel
-    kernel[grid](
+    launchable(attention_kernel)[grid](
         q, k, v, out, out if lse is None else lse,
         q.stride(0), q.stride(1), out_strides[0], out_strides[1],
         num_heads, batch * num_heads, logit_scale * LOG2_E, out_scale,
@@ -267,10 +266,27 @@ def capability_of(q: Tensor) -> int:
     return int(target.arch) if target.backend == "cuda" else 87  # ROCm's are names
 
 
-def program_count(q: Tensor, num_items: int, blocks: int) -> int | torch.SymInt:
-    """Programs along the heads: one each, or fewer that loop where one block is a whole head."""
+def launchable(kernel: Any) -> Any:
+    """A kernel as an op launches it; the interpreter's functions are not to be wrapped."""
+    return wrap_triton(kernel) if isinstance(kernel, triton.JITFunction) else kernel
+
+
+def program_count(
+    q: Tensor, num_items: int, blocks: int, *, per_sm: int | None = None
+) -> int | torch.SymInt:
+    """Programs along the heads: one each, or fewer that loop.
+
+    Args:
+        q: Whose GPU they run on.
+        num_items: B * H.
+        blocks: Programs that share one head.
+        per_sm: Programs that a multiprocessor has at most; default: as many as there are heads,
+            but 4 where one block is a whole head.
+    """
+    if per_sm is None and blocks == 1:
+        per_sm = _PROGRAMS_PER_SM
     limit = MAX_GRID_Y
-    if blocks == 1 and q.is_cuda:
+    if per_sm is not None and q.is_cuda:
         device = torch.cuda.get_device_properties(q.device)
-        limit = _PROGRAMS_PER_SM * device.multi_processor_count
+        limit = max(1, per_sm * device.multi_processor_count // blocks)
     return torch.sym_min(num_items, limit)

@@ -14,7 +14,7 @@ import sys
 
 import torch
 
-from dimefm_kernels import _attention_int8_triton, _attention_triton
+from dimefm_kernels import _attention_triton
 from dimefm_kernels import tiles as tile_sizes
 from dimefm_kernels._attention_backward_triton import launch_attention_backward
 from dimefm_kernels._attention_int8_triton import launch_attention_int8
@@ -25,7 +25,7 @@ from dimefm_kernels.tiles import forward_tiles, whole_key_tiles
 
 LOG2_E = 1.4426950408889634
 STEPS = (0.02, 0.03, 0.01)
-_attention_int8_triton.MAX_GRID_Y = 2  # programs, which then go through several heads
+_attention_triton.MAX_GRID_Y = 2  # programs, which then go through several heads
 CAPABILITY = int(os.environ.get("CAPABILITY", "87"))
 _attention_triton.capability_of = lambda _: CAPABILITY
 tile_sizes.HOPPER_BUSY = int(os.environ.get("HOPPER_BUSY", tile_sizes.HOPPER_BUSY))
