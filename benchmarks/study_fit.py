@@ -37,14 +37,14 @@ def fit_figures(
     return {"gmacs": counts.gmacs, "params_m": counts.params_m, "score": score}
 
 
-def measured_ms(specs: Mapping[str, StudentSpec], *, rounds: int = 15) -> dict[str, float]:
-    """Median milliseconds at batch 1 on one thread, fp32, all in turn; random weights do."""
+def measured_ms(specs: Mapping[str, StudentSpec]) -> dict[str, float]:
+    """Milliseconds at batch 1 on one thread, fp32, all in turn; random weights do."""
     with tempfile.TemporaryDirectory(prefix="dimefm-study-") as folder:
         graphs: dict[tuple[str, str], tuple[Path, StudentSpec]] = {}
         for i, (name, spec) in enumerate(specs.items()):
             path = export_graphs(spec, Path(folder) / f"{i}", ["fp32"])["fp32"]
             graphs[name, "fp32"] = (path, spec)
-        times = measure_graphs(graphs, threads=1, rounds=rounds)
+        times = measure_graphs(graphs, threads=1)
     return {name: times[name, "fp32"] for name in specs}
 
 

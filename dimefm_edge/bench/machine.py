@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dimefm_edge.bench.prepare import Prepared
+from dimefm_edge.latency.settle import products
 
 GEMM_SIDE = 512
 GEMM_FLOP = 2 * GEMM_SIDE**3
@@ -29,32 +28,12 @@ def gemm(threads: int) -> Callable[[], object]:
     numpy's OpenBLAS reached half of ONNX Runtime's rate on a CPU with AVX-512, so it is taken
     only where the onnx package, which the one-node graph is made with, is not installed.
     """
-    rng = np.random.default_rng(0)
-    a, b = (rng.normal(size=(GEMM_SIDE, GEMM_SIDE)).astype(np.float32) for _ in range(2))
     try:
-        session = _product_session(b, threads)
+        return products(GEMM_SIDE, 1, threads)
     except ImportError:
+        a, b = np.random.default_rng(0).normal(size=(2, GEMM_SIDE, GEMM_SIDE)).astype(np.float32)
         out = np.empty_like(a)
         return lambda: np.matmul(a, b, out=out)
-    return lambda: session.run(None, {"a": a})
-
-
-def _product_session(b: npt.NDArray[np.float32], threads: int) -> Any:
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    shape = list(b.shape)
-    graph = helper.make_graph(
-        [helper.make_node("MatMul", ["a", "b"], ["c"])],
-        "product",
-        [helper.make_tensor_value_info("a", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info("c", TensorProto.FLOAT, shape)],
-        [numpy_helper.from_array(b, "b")],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(model.SerializeToString(), options)
 
 
 def copy(threads: int) -> Callable[[], object]:

@@ -13,13 +13,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dimefm_edge.errors import ConfigError, DimeFMError, lookup
+from dimefm_edge.latency.measure import machine_info
 from dimefm_edge.latency.operators import COSTS, RATES, Vector, cost_vector
 from dimefm_edge.latency.profile import Profile, save_profile
+from dimefm_edge.latency.settle import fastest, products, settled_ms
+from dimefm_edge.runtime.onnxruntime import count_physical_cores
 
 if TYPE_CHECKING:
     from dimefm_edge.students import StudentSpec
@@ -60,7 +63,8 @@ _SPEED, _RATE, _COST = 1.0, 0.7, 0.5  # standard deviations in log ms: of all, a
 _NOISE, _DEGREES = 0.05, 4.0
 _STEPS = 40
 _CALIBRATION_IMAGES = 4
-_SESSIONS, _ROUNDS = 3, 8  # of one student
+_SESSIONS, _MAX_SESSIONS, _MIN_ROUNDS = 3, 9, 12  # of one student
+_BESIDE, _BLOCK_S = (192, 16), 0.05  # side and number of products in turn with one student
 
 
 @dataclass(frozen=True)
@@ -141,8 +145,6 @@ def calibrate(
         for name, truth, guess in zip(names, milliseconds, left_out, strict=True):
             model, _, size = name.rpartition("@")
             measured.append(Measured(model, int(size), precision, float(truth), float(guess)))
-    from dimefm_edge.latency.measure import machine_info
-
     path = save_profile(profiles, machine_info())
     return CalibrationReport(path, tuple(profiles), tuple(measured), tuple(skipped))
 
@@ -224,52 +226,51 @@ def export_graphs(spec: StudentSpec, stem: Path, precisions: Sequence[str]) -> d
 
 
 def measure_student(spec: StudentSpec, precision: str) -> float:
-    """Milliseconds of a student with random weights on this machine: median, batch 1.
+    """Milliseconds of a student with random weights on this machine, batch 1: see `settle`.
 
-    Of several sessions: one's memory may lie better than another's for as long as it lives.
+    Of several sessions that agree: one's memory may lie better than another's for as long as it
+    lives. Each takes turns with a chain of small products, lest it stay at one speed.
     """
+    beside = {"products": products(*_BESIDE, count_physical_cores())}
     with tempfile.TemporaryDirectory(prefix="dimefm-measure-") as folder:
         path = export_graphs(spec, Path(folder) / "student", [precision])[precision]
-        times = [
-            measure_graphs({(spec.name, precision): (path, spec)}, rounds=_ROUNDS)
-            for _ in range(_SESSIONS)
-        ]
-    return float(np.median([time[spec.name, precision] for time in times]))
+        times: list[float] = []
+        while len(fastest(times)) < _SESSIONS and len(times) < _MAX_SESSIONS:
+            found = settled_ms(
+                {spec.name: _encode(path, spec, precision)} | beside,
+                min_rounds=_MIN_ROUNDS, block_seconds=_BLOCK_S,
+            )  # fmt: skip
+            times.append(found[spec.name])
+    return float(np.median(fastest(times)))
 
 
 def measure_graphs(
     graphs: dict[tuple[str, str], tuple[Path, StudentSpec]],
     *,
     threads: int = 0,
-    rounds: int = 5,
     progress: Progress = lambda what: None,
 ) -> dict[tuple[str, str], float]:
-    """Time graphs in turn at batch 1, that many blocks each: median milliseconds of each."""
-    from dimefm_edge.latency.measure import sample_blocks
+    """Time graphs in turn at batch 1, until the fastest blocks of each agree: milliseconds."""
+    calls: dict[str, Callable[[], object]] = {}
+    for (name, precision), (path, spec) in graphs.items():
+        calls[f"{precision} {name}"] = _encode(path, spec, precision, threads=threads)
+        progress(f"load {name} {precision}")
+    times = settled_ms(calls)
+    return {(name, precision): times[f"{precision} {name}"] for name, precision in graphs}
+
+
+def _encode(
+    path: Path, spec: StudentSpec, precision: str, *, threads: int = 0
+) -> Callable[[], object]:
     from dimefm_edge.preprocess import PreprocessSpec
     from dimefm_edge.runtime.onnxruntime import OnnxRuntimeEngine
 
-    calls: dict[str, Callable[[], object]] = {}
-    for (name, precision), (path, spec) in graphs.items():
-        side = spec.image_size
-        engine = OnnxRuntimeEngine(
-            path,
-            preprocess=PreprocessSpec(side),
-            embed_dim=spec.embed_dim,
-            threads=threads,
-            precision=precision,
-        )
-        image = np.random.default_rng(0).normal(size=(1, 3, side, side)).astype(np.float32)
-        progress(f"load {name} {precision}")
-        calls[f"{precision} {name}"] = _encode(engine, image)
-    samples = sample_blocks(calls, rounds=rounds)
-    return {
-        (name, precision): float(np.median(samples[f"{precision} {name}"]))
-        for name, precision in graphs
-    }
-
-
-def _encode(engine: Any, image: Any) -> Callable[[], object]:
+    side = spec.image_size
+    engine = OnnxRuntimeEngine(
+        path, preprocess=PreprocessSpec(side), embed_dim=spec.embed_dim, threads=threads,
+        precision=precision,
+    )  # fmt: skip
+    image = np.random.default_rng(0).normal(size=(1, 3, side, side)).astype(np.float32)
     return lambda: engine.encode_image(image)
 
 

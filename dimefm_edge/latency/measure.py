@@ -209,14 +209,29 @@ def sample_blocks(
             if round_idx and time.perf_counter() >= end:
                 break
             for name, call in subjects.items():
-                call()
-                call()
-                deadline = time.perf_counter() + block_seconds
-                block = [_time_ms(call) for _ in range(3)]
-                while time.perf_counter() < deadline:
-                    block.append(_time_ms(call))
-                times[name] += block
+                times[name] += _timed_block(call, block_seconds)
     return {name: np.asarray(values) for name, values in times.items()}
+
+
+def time_block(call: Callable[[], object], seconds: float) -> Samples:
+    """Milliseconds of one subject's calls, one after another, after two that are not counted.
+
+    Args:
+        call: Returns when its work is done.
+        seconds: Of all calls; at least three are made.
+    """
+    with _no_garbage_collection():
+        return np.asarray(_timed_block(call, seconds))
+
+
+def _timed_block(call: Callable[[], object], seconds: float) -> list[float]:
+    call()
+    call()
+    deadline = time.perf_counter() + seconds
+    block = [_time_ms(call) for _ in range(3)]
+    while time.perf_counter() < deadline:
+        block.append(_time_ms(call))
+    return block
 
 
 def peak_rss_mib() -> float:

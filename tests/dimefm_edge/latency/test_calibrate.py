@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dimefm_edge.errors import ConfigError, UnknownNameError
+from dimefm_edge.latency import calibrate as module
 from dimefm_edge.latency.calibrate import (
     EMBED_DIM,
     MODELS,
@@ -16,6 +17,7 @@ from dimefm_edge.latency.calibrate import (
 )
 from dimefm_edge.latency.operators import PRIORS, cost_vector
 from dimefm_edge.latency.profile import load_profile
+from dimefm_edge.latency.settle import MIN_ROUNDS
 from dimefm_edge.latency.trace import trace_student
 from dimefm_edge.students import student_spec, vit_spec
 from dimefm_edge.targets import load_target
@@ -63,6 +65,23 @@ def test_nothing_measured_leaves_the_prior():
 def test_a_student_is_measured_here():
     tiny = vit_spec(image_size=32, embed_dim=16, patch_size=8, width=32, depth=1, num_heads=1)
     assert 0 < measure_student(tiny, "fp32") < 1000
+
+
+def test_a_student_is_measured_until_sessions_agree(monkeypatch):
+    sessions = iter([2.0, 1.0, 1.02, 2.1, 1.01])
+    tiny = vit_spec(image_size=32, embed_dim=16, patch_size=8, width=32, depth=1, num_heads=1)
+    beside = []
+
+    def settled_ms(subjects, *, min_rounds, block_seconds):
+        student, other = subjects
+        assert student == tiny.name
+        assert min_rounds > MIN_ROUNDS
+        beside.append(other)
+        return {student: next(sessions), other: 0.5}
+
+    monkeypatch.setattr(module, "settled_ms", settled_ms)
+    assert measure_student(tiny, "fp32") == 1.01
+    assert beside == ["products"] * 5
 
 
 def test_wrong_requests_are_refused():
