@@ -63,8 +63,9 @@ class Views:
 
     @property
     def fingerprint(self) -> str:
-        """Tells these views from others."""
-        return " ".join(spec.digest() for spec in self.specs)
+        """Their number, for people, and a hash that tells these views from others."""
+        digests = " ".join(spec.digest() for spec in self.specs)
+        return f"{len(self.specs)} ({hashlib.sha256(digests.encode()).hexdigest()[:8]})"
 
     def gather(
         self, rows: Rows, rng: np.random.Generator

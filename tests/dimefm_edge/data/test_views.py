@@ -79,3 +79,12 @@ def test_a_store_of_another_view_is_refused(tmp_path):
     for view in (None, ViewSpec(2, 0.4, True)):
         with pytest.raises(StoreError, match="holds other images"):
             embed_images(teacher, pool, tmp_path / "v", view=view)
+
+
+def test_a_fingerprint_says_how_many_views_there_are_and_tells_them_apart():
+    two, other, three = (
+        Views(tuple(ViewSpec(v, crop, True) for v in range(count)), ()).fingerprint
+        for count, crop in ((2, 0.4), (2, 0.5), (3, 0.4))
+    )
+    assert [mark.partition(" ")[0] for mark in (two, other, three)] == ["2", "2", "3"]
+    assert len({two, other, three}) == 3
