@@ -17,6 +17,7 @@
 | `activations` | hybrids with GELU, as FastViT, and with ReLU, which int8 takes in |
 | `resolution` | the same students on smaller images |
 | `kernels` | hybrids and convnets with mixers of 3, 5 and 7 elements a side |
+| `hand-picked` | real images at 64 px: ours and those of timm's that one would pick by hand |
 | `students` | many: does what `fit` goes by rank them as training does, and beat timm's (scenes)? |
 
 `--data scenes`: the sample teacher, procedural images; each image's pair is its own sentence.
@@ -249,7 +250,7 @@ def run_study(args: argparse.Namespace) -> dict[str, Any]:
         "elsewhere": waiting,
         "devices": sorted({run["device"] for runs in results.values() for run in runs}),
     }  # fmt: skip
-    if args.study == "students":
+    if args.study in ("students", "hand-picked"):
         specs = {name: study.spec(arm) for name, arm in arms.items()}
         times = {} if args.prepare else measured_ms(specs)
         for name, row in summary.items():

@@ -186,6 +186,19 @@ STUDIES: dict[str, dict[str, Arm]] = {
             )
         },
     },
+    "hand-picked": {
+        f"{name}{', inherits' * inherits}": dataclasses.replace(
+            PROMPTED, student=name, image_size=64, inherits=inherits
+        )
+        for name, inherits in (
+            ("timm:resnet10t", False),
+            ("convnet-w32-d2.2.4.2", False),
+            ("timm:mobilenetv4_conv_small", False),
+            ("convnet-w16-d1.1.1.1", False),
+            ("convnet-w12-d1.1.1.1", False),
+            ("timm:resnet10t", True),
+        )
+    },
     "resolution": {
         f"{name} at {side} px": Arm(student=name, image_size=side, inherits=inherits)
         for name, inherits, sides in (

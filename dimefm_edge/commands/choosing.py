@@ -147,9 +147,10 @@ def _estimate_rows(options: EstimateOptions) -> Outcome:
 def run_calibrate(options: CalibrateOptions) -> Outcome:
     """Measure this machine and keep what its costs are."""
     from dimefm_edge.latency.calibrate import MODELS, calibrate
+    from dimefm_edge.latency.settle import MAX_ROUNDS
     from dimefm_edge.progress import counting
 
-    total = len(MODELS) * (1 + len(options.precision))
+    total = len(MODELS) * (1 + len(options.precision)) + MAX_ROUNDS
     with counting("calibrate", total) as advance:
         report = calibrate(
             precisions=options.precision,

@@ -112,8 +112,8 @@ def calibrate(
         precisions: Of `PRECISIONS`.
         models: As `MODELS` has them; at least `MIN_MODELS`.
         threads: Of ONNX Runtime; 0: one a physical core.
-        progress: Called with each model's name as it is built, and loaded in each precision:
-            models x (1 + precisions) calls.
+        progress: Called with each model's name as it is built, and loaded in each precision, and
+            with each round of timing: models x (1 + precisions) + MAX_ROUNDS calls.
 
     Raises:
         ConfigError: If there are too few models.
@@ -255,7 +255,7 @@ def measure_graphs(
     for (name, precision), (path, spec) in graphs.items():
         calls[f"{precision} {name}"] = _encode(path, spec, precision, threads=threads)
         progress(f"load {name} {precision}")
-    times = settled_ms(calls)
+    times = settled_ms(calls, progress=progress)
     return {(name, precision): times[f"{precision} {name}"] for name, precision in graphs}
 
 

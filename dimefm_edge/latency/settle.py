@@ -33,6 +33,7 @@ def settled_ms(
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
     block_seconds: float = 0.1,
+    progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, float]:
     """Time subjects in turn, a block at a time, until the fastest blocks of each agree.
 
@@ -41,6 +42,7 @@ def settled_ms(
         min_rounds: Blocks of each, at least; more where one subject alone could be slow in all.
         max_rounds: At most.
         block_seconds: Of one block's timed calls; see `measure.time_block`.
+        progress: Called `max_rounds` times: after each, and at once for those that were not needed.
 
     Returns:
         Milliseconds by name: the median of the medians of the blocks within 10% of the fastest.
@@ -49,7 +51,10 @@ def settled_ms(
     for turn in range(1, max_rounds + 1):
         for name, call in subjects.items():
             blocks[name].append(float(np.median(time_block(call, block_seconds))))
+        progress(f"round {turn}")
         if turn >= min_rounds and all(len(fastest(b)) >= AGREEING for b in blocks.values()):
+            for _ in range(turn, max_rounds):
+                progress("settled")
             break
     moved = {name: max(times) / min(times) for name, times in blocks.items()}
     if moved and (ratio := max(moved.values())) > _MOVED:

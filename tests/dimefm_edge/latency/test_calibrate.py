@@ -17,7 +17,7 @@ from dimefm_edge.latency.calibrate import (
 )
 from dimefm_edge.latency.operators import PRIORS, cost_vector
 from dimefm_edge.latency.profile import load_profile
-from dimefm_edge.latency.settle import MIN_ROUNDS
+from dimefm_edge.latency.settle import MAX_ROUNDS, MIN_ROUNDS
 from dimefm_edge.latency.trace import trace_student
 from dimefm_edge.students import student_spec, vit_spec
 from dimefm_edge.targets import load_target
@@ -102,4 +102,4 @@ def test_this_machine_is_calibrated(tmp_path, monkeypatch):
     assert all(m.latency_ms > 0 and m.predicted_ms > 0 for m in report.measured)
     assert report.path.is_relative_to(tmp_path)
     assert load_profile(load_target("local"), "int8").models == 8
-    assert len(said) == 9 + 16
+    assert len(said) == 9 + 16 + MAX_ROUNDS

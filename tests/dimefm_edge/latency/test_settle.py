@@ -40,7 +40,10 @@ def test_on_a_steady_machine_few_blocks_do_and_subjects_take_turns(machine, capl
     subject, turns = machine
     caplog.set_level(logging.INFO)
     subjects = {"a": subject("a", lambda i: 2.0 + 0.01 * i), "b": subject("b", lambda i: 7.0)}
-    assert settled_ms(subjects) == pytest.approx({"a": 2.02, "b": 7.0})
+    said = []
+    assert settled_ms(subjects, progress=said.append) == pytest.approx({"a": 2.02, "b": 7.0})
+    assert len(said) == MAX_ROUNDS
+    assert said.count("settled") == MAX_ROUNDS - MIN_ROUNDS
     assert "".join(turns) == "ab" * MIN_ROUNDS
     assert not caplog.records
 
