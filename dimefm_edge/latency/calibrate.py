@@ -63,7 +63,7 @@ _SPEED, _RATE, _COST = 1.0, 0.7, 0.5  # standard deviations in log ms: of all, a
 _NOISE, _DEGREES = 0.05, 4.0
 _STEPS = 40
 _CALIBRATION_IMAGES = 4
-_SESSIONS, _MAX_SESSIONS, _MIN_ROUNDS = 3, 9, 12  # of one student
+_SESSIONS, _MIN_ROUNDS = 3, 12  # of one student
 _BESIDE, _BLOCK_S = (192, 16), 0.05  # side and number of products in turn with one student
 
 
@@ -228,14 +228,14 @@ def export_graphs(spec: StudentSpec, stem: Path, precisions: Sequence[str]) -> d
 def measure_student(spec: StudentSpec, precision: str) -> float:
     """Milliseconds of a student with random weights on this machine, batch 1: see `settle`.
 
-    Of several sessions that agree: one's memory may lie better than another's for as long as it
+    Of the fastest of several sessions: one's memory may lie better than another's for as long as it
     lives. Each takes turns with a chain of small products, lest it stay at one speed.
     """
     beside = {"products": products(*_BESIDE, count_physical_cores())}
     with tempfile.TemporaryDirectory(prefix="dimefm-measure-") as folder:
         path = export_graphs(spec, Path(folder) / "student", [precision])[precision]
         times: list[float] = []
-        while len(fastest(times)) < _SESSIONS and len(times) < _MAX_SESSIONS:
+        for _ in range(_SESSIONS):
             found = settled_ms(
                 {spec.name: _encode(path, spec, precision)} | beside,
                 min_rounds=_MIN_ROUNDS, block_seconds=_BLOCK_S,

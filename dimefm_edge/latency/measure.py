@@ -171,7 +171,7 @@ def sample_interleaved(
     warmups = {name: warm_up(call, max_seconds) for name, call in subjects.items()}
     times: dict[str, list[float]] = {name: [] for name in subjects}
     deadline = time.perf_counter() + max_seconds * len(subjects)
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for round_idx in range(10 * min_runs):
             # A late start of any round is the end; at least three make a median.
             if round_idx >= min(3, min_runs) and time.perf_counter() >= deadline:
@@ -204,27 +204,22 @@ def sample_blocks(
     """
     times: dict[str, list[float]] = {name: [] for name in subjects}
     end = time.perf_counter() + max_seconds
-    with _no_garbage_collection():
+    with no_garbage_collection():
         for round_idx in range(rounds):
             if round_idx and time.perf_counter() >= end:
                 break
             for name, call in subjects.items():
-                times[name] += _timed_block(call, block_seconds)
+                times[name] += time_block(call, block_seconds)
     return {name: np.asarray(values) for name, values in times.items()}
 
 
-def time_block(call: Callable[[], object], seconds: float) -> Samples:
+def time_block(call: Callable[[], object], seconds: float) -> list[float]:
     """Milliseconds of one subject's calls, one after another, after two that are not counted.
 
     Args:
         call: Returns when its work is done.
         seconds: Of all calls; at least three are made.
     """
-    with _no_garbage_collection():
-        return np.asarray(_timed_block(call, seconds))
-
-
-def _timed_block(call: Callable[[], object], seconds: float) -> list[float]:
     call()
     call()
     deadline = time.perf_counter() + seconds
@@ -325,7 +320,8 @@ def _time_ms(call: Callable[[], object]) -> float:
 
 
 @contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
+    """Collect once, which may take a second, and then not while something is timed."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dimefm_edge.latency.measure import time_block
+from dimefm_edge.latency.measure import no_garbage_collection, time_block
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +48,15 @@ def settled_ms(
         Milliseconds by name: the median of the medians of the blocks within 10% of the fastest.
     """
     blocks: dict[str, list[float]] = {name: [] for name in subjects}
-    for turn in range(1, max_rounds + 1):
-        for name, call in subjects.items():
-            blocks[name].append(float(np.median(time_block(call, block_seconds))))
-        progress(f"round {turn}")
-        if turn >= min_rounds and all(len(fastest(b)) >= AGREEING for b in blocks.values()):
-            for _ in range(turn, max_rounds):
-                progress("settled")
-            break
+    with no_garbage_collection():
+        for turn in range(1, max_rounds + 1):
+            for name, call in subjects.items():
+                blocks[name].append(float(np.median(time_block(call, block_seconds))))
+            progress(f"round {turn}")
+            if turn >= min_rounds and all(len(fastest(b)) >= AGREEING for b in blocks.values()):
+                for _ in range(turn, max_rounds):
+                    progress("settled")
+                break
     moved = {name: max(times) / min(times) for name, times in blocks.items()}
     if moved and (ratio := max(moved.values())) > _MOVED:
         name = max(moved, key=lambda name: moved[name])
@@ -82,8 +83,7 @@ def products(side: int, count: int, threads: int) -> Callable[[], object]:
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    rng = np.random.default_rng(0)
-    factors = rng.normal(scale=side**-0.5, size=(count + 1, side, side)).astype(np.float32)
+    factors = product_factors(side, count)
     nodes = [
         helper.make_node("MatMul", [f"x{i}", f"w{i}"], [f"x{i + 1}"], f"n{i}") for i in range(count)
     ]
@@ -99,3 +99,9 @@ def products(side: int, count: int, threads: int) -> Callable[[], object]:
     session: Any = onnxruntime.InferenceSession(model.SerializeToString(), options)
     start = factors[count]
     return lambda: session.run(None, {"x0": start})
+
+
+def product_factors(side: int, count: int) -> npt.NDArray[np.float32]:
+    """(count + 1, side, side): what is multiplied, in turn, and the start, last."""
+    rng = np.random.default_rng(0)
+    return rng.normal(scale=side**-0.5, size=(count + 1, side, side)).astype(np.float32)

@@ -51,7 +51,7 @@ def test_real_graphs():
     specs = {
         name: student_spec(name, **SIZES) for name in ("vit-p16-w32-d2", "convnet-w32-d2.2.4.2")
     }
-    small, large = measured_ms(specs, rounds=3).values()
+    small, large = measured_ms(specs).values()
     assert 0 < small < large
     alone, helped = (
         fit_figures(specs["vit-p16-w32-d2"], inherits=inherits) for inherits in (False, True)

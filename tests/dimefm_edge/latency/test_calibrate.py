@@ -67,8 +67,8 @@ def test_a_student_is_measured_here():
     assert 0 < measure_student(tiny, "fp32") < 1000
 
 
-def test_a_student_is_measured_until_sessions_agree(monkeypatch):
-    sessions = iter([2.0, 1.0, 1.02, 2.1, 1.01])
+def test_a_student_is_as_fast_as_its_fastest_sessions(monkeypatch):
+    sessions = iter([2.0, 1.0, 1.02])
     tiny = vit_spec(image_size=32, embed_dim=16, patch_size=8, width=32, depth=1, num_heads=1)
     beside = []
 
@@ -81,7 +81,7 @@ def test_a_student_is_measured_until_sessions_agree(monkeypatch):
 
     monkeypatch.setattr(module, "settled_ms", settled_ms)
     assert measure_student(tiny, "fp32") == 1.01
-    assert beside == ["products"] * 5
+    assert beside == ["products"] * 3
 
 
 def test_wrong_requests_are_refused():
