@@ -10,6 +10,7 @@ median of that is of neither. What the machine can do is the faster, which enoug
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ def settled_ms(
     min_rounds: int = MIN_ROUNDS,
     max_rounds: int = MAX_ROUNDS,
     block_seconds: float = 0.1,
+    pause_seconds: float = 0.0,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, float]:
     """Time subjects in turn, a block at a time, until the fastest blocks of each agree.
@@ -42,6 +44,7 @@ def settled_ms(
         min_rounds: Blocks of each, at least; more where one subject alone could be slow in all.
         max_rounds: At most.
         block_seconds: Of one block's timed calls; see `measure.time_block`.
+        pause_seconds: Before each block: threads fall asleep, and where they wake is drawn anew.
         progress: Called `max_rounds` times: after each, and at once for those that were not needed.
 
     Returns:
@@ -51,6 +54,7 @@ def settled_ms(
     with no_garbage_collection():
         for turn in range(1, max_rounds + 1):
             for name, call in subjects.items():
+                time.sleep(pause_seconds)
                 blocks[name].append(float(np.median(time_block(call, block_seconds))))
             progress(f"round {turn}")
             if turn >= min_rounds and all(len(fastest(b)) >= AGREEING for b in blocks.values()):
