@@ -72,7 +72,7 @@ def test_a_student_is_as_fast_as_its_fastest_sessions(monkeypatch):
     tiny = vit_spec(image_size=32, embed_dim=16, patch_size=8, width=32, depth=1, num_heads=1)
     beside = []
 
-    def settled_ms(subjects, *, min_rounds, block_seconds, pause_seconds):
+    def settled_ms(subjects, *, min_rounds):
         student, other = subjects
         assert student == tiny.name
         assert min_rounds > MIN_ROUNDS

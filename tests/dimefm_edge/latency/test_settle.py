@@ -33,6 +33,7 @@ def machine(monkeypatch):
             return np.full(5, self.speed(self.blocks - 1))
 
     monkeypatch.setattr(settle, "time_block", lambda subject, seconds: subject.block())
+    monkeypatch.setattr(settle, "_PAUSE_S", 0.0)
     return Subject, turns
 
 
