@@ -4,7 +4,7 @@
     python benchmarks/real_data.py --teacher /tmp/teacher --data ../shared/data
 
 Runs the product's own pipeline on Tiny-ImageNet and CIFAR-10 images and on captions and
-glosses that belong to no image, prints the report and records its table in results.csv.
+glosses that belong to no image, prints the report and records its table in results/.
 Resumable: run it again with the same flags.
 """
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--student", default="auto")
     parser.add_argument("--latency-ms", type=float, default=None)
     parser.add_argument("--epochs", type=float, default=15)
-    parser.add_argument("--name", default="real_data", help="name in results.csv")
+    parser.add_argument("--name", default="real_data", help="name in results/")
     args = parser.parse_args()
     data = DataConfig(
         images=(str(args.data / "images/*.tar"),),

@@ -1,4 +1,4 @@
-"""Put a benchmark's JSON into results.csv: a row a figure; runs.csv says where and with what.
+"""Put a benchmark's JSON into results/NAME.csv, a row a figure; runs.csv says where and with what.
 
     python benchmarks/bench_store.py --json | python benchmarks/record.py store
     python benchmarks/record.py attention_gpu --machine "NVIDIA H200" --versions "torch=2.11.0" \
@@ -23,8 +23,8 @@ from typing import Any
 
 from dimefm_edge.latency.measure import machine_info
 
-RESULTS = Path(__file__).with_name("results.csv")
-FIELDS = ("benchmark", "figure", "value", "run")
+RESULTS = Path(__file__).with_name("results")
+FIELDS = ("figure", "value", "run")
 RUN_FIELDS = ("run", "machine", "versions", "commit", "date")
 _VERSIONS = ("python", "torch", "onnxruntime", "timm", "open_clip_torch", "numpy")
 
@@ -73,24 +73,17 @@ def figures(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def record(
-    benchmark: str, values: dict[str, Any], path: Path = RESULTS, run: Run | None = None
+    benchmark: str, values: dict[str, Any], folder: Path = RESULTS, run: Run | None = None
 ) -> int:
     """Write the figures of one benchmark run; returns how many."""
     run = run or Run.here()
-    runs_path = path.with_name("runs.csv")
+    path, runs_path = folder / f"{benchmark}.csv", folder.with_name("runs.csv")
     runs = {row["run"]: row for row in _read(runs_path)}
     runs[run.key] = {"run": run.key, **asdict(run)}
-    rows = [
-        row
-        for row in _read(path)
-        if (row["benchmark"], runs[row["run"]]["machine"]) != (benchmark, run.machine)
-    ]
-    new = [
-        {"benchmark": benchmark, "figure": name, "value": value, "run": run.key}
-        for name, value in figures(values)
-    ]
-    used = {row["run"] for row in rows + new}
+    rows = [row for row in _read(path) if runs[row["run"]]["machine"] != run.machine]
+    new = [{"figure": name, "value": value, "run": run.key} for name, value in figures(values)]
     _write(path, FIELDS, rows + new)
+    used = {row["run"] for file in folder.glob("*.csv") for row in _read(file)}
     _write(runs_path, RUN_FIELDS, [row for key, row in runs.items() if key in used])
     return len(new)
 
@@ -103,6 +96,7 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _write(path: Path, fields: tuple[str, ...], rows: list[dict[str, str]]) -> None:
+    path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, fields, lineterminator="\n")
         writer.writeheader()
@@ -117,7 +111,7 @@ def main() -> None:
     given = vars(parser.parse_args())
     benchmark = given.pop("benchmark")
     count = record(benchmark, json.load(sys.stdin), run=Run(**given))
-    print(f"{count} figures of {benchmark} in {RESULTS}", file=sys.stderr)
+    print(f"{count} figures in {RESULTS / benchmark}.csv", file=sys.stderr)
 
 
 if __name__ == "__main__":
