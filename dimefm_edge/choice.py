@@ -25,7 +25,7 @@ from dimefm_edge.students import CHECKPOINT_FILE, StudentSpec, build_student, lo
 from dimefm_edge.students.inherit import can_inherit, inherit_from_teacher
 from dimefm_edge.students.vit import vit_geometry
 from dimefm_edge.targets import LOCAL, Target
-from dimefm_edge.teacher import Teacher
+from dimefm_edge.teacher import Teacher, absolute_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +174,7 @@ def _chosen_before(path: Path, asked: dict[str, Any]) -> FitReport:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         before = {"init_from": None, "elastic": False} | values["asked"]  # older files lack them
+        before["teacher"] = absolute_teacher(before["teacher"])  # or have it as it was given
         report = FitReport.from_dict(values)
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise CheckpointError(

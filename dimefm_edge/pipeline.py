@@ -287,6 +287,7 @@ def _changed_at(path: Path) -> int | None:
 
 def resolve(config: RunConfig) -> RunConfig:
     """Fill in the defaults that depend on the data, so that the saved config says them."""
+    config = from_anywhere(config)
     sources = (config.data.labelled,) if config.data.labelled else config.data.images
     is_scenes = all(source.partition(":")[0] == _SCENES for source in sources)
     defaults: dict[str, Any] = _SCENES_TRAIN if is_scenes else _TRAIN
@@ -296,8 +297,7 @@ def resolve(config: RunConfig) -> RunConfig:
         require_int8(config.quant, eval_sets, load_target(config.target))
     return dataclasses.replace(
         config,
-        store=config.store and str(Path(config.store).expanduser().absolute()),
-        data=from_anywhere(dataclasses.replace(config.data, eval_sets=eval_sets)),
+        data=dataclasses.replace(config.data, eval_sets=eval_sets),
         train=dataclasses.replace(config.train, **unset),
         student=begins_from(config.student, Path(config.out)),
     )
@@ -325,10 +325,8 @@ def _open_run(config: RunConfig, *, resume: bool, ranks: Ranks) -> Path:
 
 
 def _metadata(config: RunConfig, teacher: Teacher) -> dict[str, str]:
-    path = Path(config.teacher).expanduser()
     return {
-        # A path is kept absolute: the run may be opened from elsewhere.
-        TEXT_TEACHER_KEY: str(path.resolve()) if path.is_dir() else config.teacher,
+        TEXT_TEACHER_KEY: config.teacher,
         "teacher_weights_hash": teacher.weights_hash,
         "logit_scale": repr(teacher.logit_scale),
         "target": config.target,

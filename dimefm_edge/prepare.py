@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from dimefm_edge.batches import CachedPixels, DecodedPixels, DistillData, PixelSource
-from dimefm_edge.config import DEFAULT_MIN_CROP, DataConfig, RunConfig, TrainConfig
+from dimefm_edge.config import DEFAULT_MIN_CROP, RunConfig, TrainConfig
 from dimefm_edge.corpus import load_kept_rows
 from dimefm_edge.data.images import ImagePool, LabelledSet, PixelCache
 from dimefm_edge.data.neighbours import NeighbourTable, open_neighbours
@@ -22,7 +22,7 @@ from dimefm_edge.data.views import Views, ViewSpec
 from dimefm_edge.embed import embed_images, embed_texts, fill_cache
 from dimefm_edge.errors import DataError
 from dimefm_edge.preprocess import PreprocessSpec
-from dimefm_edge.teacher import Teacher
+from dimefm_edge.teacher import Teacher, absolute_teacher
 
 _PIXEL_CACHE_BYTES = 4 * 2**30
 
@@ -146,13 +146,19 @@ def _cache_bytes(pool: ImagePool, preprocess: PreprocessSpec) -> int:
     return len(pool) * preprocess.image_size**2 * 3
 
 
-def from_anywhere(data: DataConfig) -> DataConfig:
+def from_anywhere(config: RunConfig) -> RunConfig:
     """With whole paths: a run may be opened from another working directory."""
+    data = config.data
     return dataclasses.replace(
-        data,
-        images=tuple(map(absolute_source, data.images)),
-        texts=tuple(map(absolute_source, data.texts)),
-        eval_sets=tuple(map(absolute_source, data.eval_sets)),
-        labelled=data.labelled and absolute_source(data.labelled),
-        text_rows=data.text_rows and absolute_source(data.text_rows),
+        config,
+        teacher=absolute_teacher(config.teacher),
+        store=config.store and str(Path(config.store).expanduser().absolute()),
+        data=dataclasses.replace(
+            data,
+            images=tuple(map(absolute_source, data.images)),
+            texts=tuple(map(absolute_source, data.texts)),
+            eval_sets=tuple(map(absolute_source, data.eval_sets)),
+            labelled=data.labelled and absolute_source(data.labelled),
+            text_rows=data.text_rows and absolute_source(data.text_rows),
+        ),
     )

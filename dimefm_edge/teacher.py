@@ -158,6 +158,20 @@ def load_teacher(name: str, *, device: str | None = None) -> Teacher:
     return _load_named(architecture, weights, name=name, device=where)
 
 
+def absolute_teacher(name: str) -> str:
+    """What `load_teacher` takes, with whole paths: for a config that is read from elsewhere."""
+    path = Path(name).expanduser()
+    if name == "sample" or name.startswith("hf-hub:"):
+        return name
+    if path.exists():
+        return str(path.absolute())
+    if "+" in name:
+        return "+".join(map(absolute_teacher, name.split("+")))
+    architecture, _, weights = name.partition(":")
+    file = Path(weights).expanduser()
+    return f"{architecture}:{file.absolute()}" if weights and file.is_file() else name
+
+
 def _join(members: Sequence[Teacher], name: str, device: torch.device) -> Teacher:
     """An ensemble as one teacher, whose logits are the mean of its members'.
 

@@ -97,14 +97,17 @@ def test_what_was_inherited_is_told_as_it_was(tmp_path):
     assert not (old / "inherited.json").exists()
 
 
-def test_a_choice_from_before_there_were_elastic_students_is_read(config, tmp_path):
+def test_older_choices_are_read(config, tmp_path, monkeypatch):
     target, teacher = load_target("jetson-orin"), load_teacher(config.teacher)
     first = choice.choose_student(config, target, teacher)
     choice.keep_choice(first, config)
     path = tmp_path / "fit.json"
     values = json.loads(path.read_text())
     del values["asked"]["init_from"], values["asked"]["elastic"]
+    folder = Path(config.teacher)
+    values["asked"]["teacher"] = folder.name  # as it was given
     path.write_text(json.dumps(values))
+    monkeypatch.chdir(folder.parent)
     assert choice.choose_student(config, target, teacher) == first
 
 

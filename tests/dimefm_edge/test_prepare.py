@@ -95,18 +95,30 @@ def test_views_are_embedded_once_and_given_to_the_student(opened):
     assert begun == [path.stat().st_mtime_ns for path in folders]
 
 
-def test_a_run_knows_its_data_from_any_working_directory(tmp_path, monkeypatch):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "kept.npz").touch()
+def test_a_run_knows_its_files_from_any_working_directory(tmp_path, monkeypatch):
+    for folder in ("pictures", "teacher", "sample"):
+        (tmp_path / folder).mkdir()
+    for file in ("kept.npz", "clip.pt"):
+        (tmp_path / file).touch()
     data = DataConfig(
         images=("pictures", "scenes:5"), texts=("prompts:pictures", "none.txt"),
         eval_sets=("scenes-relations",), text_rows="kept.npz",
     )  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    known = from_anywhere(data)
+    config = from_anywhere(RunConfig(data=data, store="own", teacher="teacher"))
+    known = config.data
     assert known.images == (str(tmp_path / "pictures"), "scenes:5")
     assert known.texts == (f"prompts:{tmp_path / 'pictures'}", "none.txt")
     assert known.eval_sets == ("scenes-relations",)
     assert (known.labelled, known.text_rows) == (None, str(tmp_path / "kept.npz"))
+    assert (config.teacher, config.store) == (str(tmp_path / "teacher"), str(tmp_path / "own"))
+    for teacher, whole in (
+        ("sample", "sample"),
+        ("hf-hub:teacher", "hf-hub:teacher"),
+        ("ViT-B-32:laion2b", "ViT-B-32:laion2b"),
+        ("ViT-B-32:clip.pt", f"ViT-B-32:{tmp_path / 'clip.pt'}"),
+        ("teacher+ViT-B-32:clip.pt", f"{tmp_path / 'teacher'}+ViT-B-32:{tmp_path / 'clip.pt'}"),
+    ):
+        assert from_anywhere(RunConfig(teacher=teacher)).teacher == whole
     monkeypatch.chdir("/")
-    assert from_anywhere(known) == known
+    assert from_anywhere(config) == config
