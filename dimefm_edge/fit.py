@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dimefm_edge.errors import BudgetError, ConfigError
+from dimefm_edge.errors import ConfigError
+from dimefm_edge.fit_limits import budget_error, first_met, limits_to_try
 from dimefm_edge.latency.estimate import Place, estimate_at, place_on
 from dimefm_edge.latency.operators import Operator, total_gmacs
 from dimefm_edge.student_grid import FAMILIES, GRIDS, CanInherit, find_student, student_grid
@@ -25,11 +26,6 @@ from dimefm_edge.students.heirs import layers_share
 from dimefm_edge.targets import Target, load_target
 
 logger = logging.getLogger(__name__)
-
-TEACHER_LATENCY_SHARE = 0.5
-"""Of the teacher's estimated latency, what a student may take by default."""
-TEACHER_GMACS_SHARE = 0.4
-"""Of the teacher's multiply-adds, likewise."""
 
 _MAX_MEASURED = 10
 _MAX_OVER, _OVER = 3, 1.15
@@ -182,8 +178,8 @@ def fit_student(
         target: Where it will run.
         image_size: Side of the input, in pixels.
         embed_dim: Size of the teacher's embeddings.
-        latency_ms: Budget for one image. Default: the target's own, or TEACHER_LATENCY_SHARE
-            of the teacher's estimate where that is less; multiply-adds are limited alike then.
+        latency_ms: Budget for one image. Default: the target's own, or a share of the teacher's
+            estimate where that is less; multiply-adds are limited alike (`TEACHER_SHARES`).
         precision: What it will run in; default: the target's.
         families: Keys of `GRIDS`, or `timm:NAME`.
         student: `auto`; a family, which is then the only one; or one student, by the name of its
@@ -209,7 +205,10 @@ def fit_student(
     precision = precision or target.precision
     place = place_on(target, precision)
     teacher_ms = None if teacher_ops is None else estimate_at(teacher_ops, place).latency_ms
-    limits = _limits(target, latency_ms, max_memory_mib, teacher_ms, teacher_ops)
+    tried = limits_to_try(
+        target, latency_ms=latency_ms, max_memory_mib=max_memory_mib, teacher_ms=teacher_ms,
+        teacher_gmacs=None if teacher_ops is None else total_gmacs(teacher_ops),
+    )  # fmt: skip
     sizes: dict[str, Any] = {"image_size": image_size, "embed_dim": embed_dim}
     knows: dict[str, Any] = {"teacher": teacher_geometry, "can_inherit": can_inherit}
     is_one = len(given) == 1 or (student != "auto" and student not in GRIDS)
@@ -223,7 +222,7 @@ def fit_student(
         specs = student_grid(families, **sizes, **knows, can_shrink=can_shrink)
     candidates = [
         replace(
-            _candidate(spec, place, precision, limits, inherits=inherits), top1_pct=top1.get(spec),
+            _candidate(spec, place, precision, inherits=inherits), top1_pct=top1.get(spec),
             layers=layers_share(spec.args, teacher_geometry) if inherits else None,
             resolution=spec.image_size / image_size,
         )
@@ -234,11 +233,13 @@ def fit_student(
             f"no student of {', '.join(families)} takes images of {image_size} px",
             hint="--image-size with a multiple of 16",
         )
-    candidates.sort(key=lambda c: (c.latency_ms, -c.score))
     is_free = is_one and latency_ms is None and max_memory_mib is None
+    limits = tried[0] if is_free else first_met(tried, candidates)
+    candidates = [replace(c, fits=limits.meets(c)) for c in candidates]
+    candidates.sort(key=lambda c: (c.latency_ms, -c.score))
     fitting = [c for c in candidates if c.fits or is_free]
     if not fitting and (measure is None or is_free):
-        raise _budget_error(candidates, target, precision, limits)
+        raise budget_error(candidates, target, precision, limits)
     if measure is not None and not is_free:
         allowed = [c for c in candidates if limits.allow(c)]
         measured = _measure_best(allowed, lambda spec: measure(spec, precision), limits.budget_ms)
@@ -247,7 +248,7 @@ def fit_student(
         safe = _MARGIN * limits.budget_ms
         fitting = [c for c in fitting if (c.measured_ms or 0.0) <= safe] or fitting
         if not fitting:
-            raise _budget_error(list(measured.values()) or candidates, target, precision, limits)
+            raise budget_error(list(measured.values()) or candidates, target, precision, limits)
     chosen = max(fitting, key=lambda c: (c.score, -c.latency_ms))
     logger.info("fit: %s, %.3g of %.3g ms", chosen.name, chosen.latency_ms, limits.budget_ms)
     return FitReport(
@@ -313,60 +314,16 @@ def _measure_best(
     return measured
 
 
-@dataclass(frozen=True)
-class _Limits:
-    """What a student may take."""
-
-    budget_ms: float
-    max_gmacs: float | None
-    max_memory_mib: float | None
-
-    def allow(self, candidate: FitCandidate) -> bool:
-        """Whether all but the latency is within."""
-        return (self.max_gmacs is None or candidate.gmacs <= self.max_gmacs) and (
-            self.max_memory_mib is None or candidate.memory_mib <= self.max_memory_mib
-        )
-
-    def __str__(self) -> str:
-        text = f"{self.budget_ms:.3g} ms"
-        if self.max_gmacs is not None:
-            text += f" and {self.max_gmacs:.3g} GMACs ({TEACHER_GMACS_SHARE} of the teacher's)"
-        if self.max_memory_mib is not None:
-            text += f" and {self.max_memory_mib:.3g} MiB"
-        return text
-
-
-def _limits(
-    target: Target,
-    latency_ms: float | None,
-    max_memory_mib: float | None,
-    teacher_ms: float | None,
-    teacher_ops: Sequence[Operator] | None,
-) -> _Limits:
-    for name, value in (("latency_ms", latency_ms), ("max_memory_mib", max_memory_mib)):
-        if value is not None and not value > 0:
-            raise ConfigError(f"{name} must be positive, got {value}")
-    if latency_ms is not None:
-        return _Limits(latency_ms, None, max_memory_mib)
-    if teacher_ops is None or teacher_ms is None:
-        return _Limits(target.latency_ms, None, max_memory_mib)
-    budget_ms = min(target.latency_ms, TEACHER_LATENCY_SHARE * teacher_ms)
-    return _Limits(budget_ms, TEACHER_GMACS_SHARE * total_gmacs(teacher_ops), max_memory_mib)
-
-
-def _candidate(
-    spec: StudentSpec, place: Place, precision: str, limits: _Limits, *, inherits: bool
-) -> FitCandidate:
+def _candidate(spec: StudentSpec, place: Place, precision: str, *, inherits: bool) -> FitCandidate:
     from dimefm_edge.latency.student_counts import count_student
 
     counts = count_student(spec)
     latency, low, high = place.estimate(counts.costs)
-    one = FitCandidate(
+    return FitCandidate(
         spec, latency, low, high, gmacs=counts.gmacs, params_m=counts.params_m,
         memory_mib=counts.memory_elements * _BYTES.get(precision, 1) / 2**20,
         inherits=inherits, is_convolutional=is_convolutional(counts.costs), fits=False,
     )  # fmt: skip
-    return replace(one, fits=limits.allow(one) and one.latency_ms <= limits.budget_ms)
 
 
 def _pareto(candidates: Sequence[FitCandidate]) -> tuple[FitCandidate, ...]:
@@ -375,26 +332,3 @@ def _pareto(candidates: Sequence[FitCandidate]) -> tuple[FitCandidate, ...]:
         if not front or candidate.score > front[-1].score:
             front.append(candidate)
     return tuple(front)
-
-
-def _budget_error(
-    candidates: Sequence[FitCandidate], target: Target, precision: str, limits: _Limits
-) -> BudgetError:
-    """What the nearest would need: the fastest, or the smallest where all are too large."""
-    asked = f"no student meets {limits} on {target.full_name} ({precision})"
-    command = f"dimefm-edge fit --target {target.full_name}"
-    if not any(limits.allow(c) for c in candidates) and limits.max_memory_mib is not None:
-        smallest = min(candidates, key=lambda c: c.memory_mib)
-        return BudgetError(
-            f"{asked}; the smallest, {smallest.name}, needs {smallest.memory_mib:.3g} MiB",
-            hint=f"{command} --max-memory-mib {math.ceil(smallest.memory_mib * 100) / 100:g}",
-        )
-    fastest = min(candidates, key=lambda c: c.measured_ms or c.latency_ms)
-    took = fastest.measured_ms or fastest.latency_ms
-    enough = math.ceil(took * 1000) / 1000
-    how = "measured" if fastest.measured_ms else "estimated"
-    return BudgetError(
-        f"{asked}; the fastest, {fastest.name}, is {how} at {took:.3g} ms and "
-        f"{fastest.gmacs:.3g} GMACs",
-        hint=f"{command} --latency-ms {enough:g}",
-    )
