@@ -34,6 +34,8 @@ _MAX_LINE_BYTES = 1 << 20
 _PARQUET_BATCH_ROWS = 4096
 _GZIP_SUFFIX = ".gz"
 _COLUMN_FLAG = "--text-column"
+_NO_UTF8 = "not UTF-8"
+_TOO_LONG = "longer than 1 MiB"
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ class SentenceStats:
 
     num_sentences: int = 0
     num_empty: int = 0
-    """Lines or cells without text."""
-    num_bad_lines: int = 0
-    """Lines or cells that are not UTF-8, not a record, or longer than 1 MiB."""
+    """Lines or cells that are blank."""
+    num_left_out: int = 0
+    """Lines or cells that are not UTF-8, no record, without the key, no text, or over 1 MiB."""
+    first_left_out: str = ""
+    """FILE:LINE (why); of Parquet the row."""
 
 
 class SentencePool:
@@ -76,7 +80,8 @@ class SentencePool:
     @functools.cached_property
     def _scanned(self) -> tuple[SentenceStats, str]:
         """Counts and fingerprint, by reading everything once."""
-        total, empty, bad, state = 0, 0, 0, hashlib.blake2b(digest_size=8)
+        total, empty, left_out, first = 0, 0, 0, ""
+        state = hashlib.blake2b(digest_size=8)
         for source in self._sources:
             if source.count is not None:
                 total += source.count
@@ -86,19 +91,23 @@ class SentencePool:
                 if isinstance(item, str):
                     total += 1
                     state.update(item.encode() + b"\n")
-                elif item is _EMPTY:
+                elif not item.why:
                     empty += 1
                 else:
-                    bad += 1
-        if bad:
-            logger.warning("%d lines left out: not UTF-8, not a record, or over 1 MiB", bad)
-        return SentenceStats(total, empty, bad), state.hexdigest()
+                    left_out += 1
+                    first = first or f"{source.name}:{item.line} ({item.why})"
+        if left_out:
+            logger.warning(
+                "%d of %d sentences left out; the first is %s", left_out, total + left_out, first
+            )
+        return SentenceStats(total, empty, left_out, first), state.hexdigest()
 
 
 def open_sentences(sources: Sequence[str], *, column: str = "text") -> SentencePool:
     """Open sources of sentences as one pool, one after the other.
 
-    Empty lines and lines that are not UTF-8 are left out and counted.
+    Blank lines, and what is no sentence (not UTF-8, no text, no such key), are counted apart
+    and left out: see `SentencePool.stats`.
 
     Args:
         sources: `.txt` (a sentence a line), `.jsonl`, `.csv` or `.parquet` files, each also
@@ -127,8 +136,8 @@ def open_sentences(sources: Sequence[str], *, column: str = "text") -> SentenceP
         if not any(has_text):
             stats = SentencePool(found).stats
             raise DataError(
-                f"{text} holds no sentence ({stats.num_empty} empty and {stats.num_bad_lines} "
-                "unreadable lines)",
+                f"{text} holds no sentence ({stats.num_empty} empty and {stats.num_left_out} "
+                f"unreadable lines{stats.first_left_out and f': {stats.first_left_out}'})",
                 hint="sentences are UTF-8, in .txt, .jsonl, .csv or .parquet",
             )
         opened.extend(found)
@@ -142,11 +151,15 @@ def class_prompts(classnames: Sequence[str], templates: Sequence[str]) -> list[s
     return [template.replace("{c}", name) for name in classnames for template in templates]
 
 
+@dataclass(frozen=True)
 class _Skipped:
-    """A line that is no sentence."""
+    """A line that is no sentence: blank, or left out for a reason."""
+
+    why: str = ""
+    line: int = 0
 
 
-_EMPTY, _BAD = _Skipped(), _Skipped()
+_EMPTY = _Skipped()
 _Item = str | _Skipped
 
 
@@ -155,6 +168,7 @@ class _Source:
     read: Callable[[], Iterator[_Item]]
     count: int | None = None  # known without reading
     digest: Callable[[], str] = lambda: ""
+    name: str = ""
 
 
 def _scenes(count: int) -> _Source:
@@ -200,23 +214,22 @@ def _open_file(path: Path, column: str) -> _Source:
                 f"{path} cannot be read to its end: {error}", hint="download or pack it again"
             ) from error
 
-    return _Source(read)
+    return _Source(read, name=str(path))
 
 
-def _sentence(text: object) -> _Item:
+def _sentence(text: object, line: int) -> _Item:
     if text is None:
-        return _EMPTY
-    if isinstance(text, bytes):
-        try:
-            text = text.decode()
-        except UnicodeDecodeError:
-            return _BAD
-    if not isinstance(text, str) or "\0" in text:  # UTF-16 read as UTF-8 is full of NULs
-        return _BAD
+        return _Skipped("null", line)
     try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        if not isinstance(text, str):
+            return _Skipped(f"{type(text).__name__}, not text", line)
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair: JSON can write one
-        return _BAD
+    except UnicodeError:  # encoding: half of a surrogate pair, which JSON can write
+        return _Skipped(_NO_UTF8, line)
+    if "\0" in text:  # UTF-16 read as UTF-8 is full of them
+        return _Skipped("NUL characters", line)
     # One line, whatever the file: a sentence with line ends in it is still one sentence.
     return " ".join(text.split()) or _EMPTY
 
@@ -235,27 +248,39 @@ def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
 
 
 def _read_text(path: Path, stream: BinaryIO, column: str) -> Iterator[_Item]:
-    for line in _lines(stream):
-        yield _BAD if line is None else _sentence(line)
+    for number, line in enumerate(_lines(stream), 1):
+        yield _Skipped(_TOO_LONG, number) if line is None else _sentence(line, number)
 
 
 def _read_jsonl(path: Path, stream: BinaryIO, column: str) -> Iterator[_Item]:
     has_column = False
-    for line in _lines(stream):
-        if line is not None and not line.strip():
+    for number, line in enumerate(_lines(stream), 1):
+        if line is None:
+            yield _Skipped(_TOO_LONG, number)
+            continue
+        if not line.strip():
             yield _EMPTY
             continue
+        record, why = None, "no JSON record"
         try:
-            record = json.loads(line) if line is not None else None
+            record = json.loads(line)
+        except UnicodeDecodeError:
+            why = _NO_UTF8
         except (ValueError, RecursionError):
-            record = None
+            pass
         if not isinstance(record, dict):
-            yield _BAD
+            yield _Skipped(why, number)
             continue
         if column not in record and not has_column:
             raise no_column(path, column, [str(key) for key in record], flag=_COLUMN_FLAG)
         has_column = True
-        yield _sentence(record.get(column))
+        yield _cell(record, column, number)
+
+
+def _cell(record: dict[str, object], column: str, line: int) -> _Item:
+    if column not in record:
+        return _Skipped(f"no '{column}'", line)
+    return _sentence(record[column], line)
 
 
 def _read_csv(path: Path, stream: BinaryIO, column: str) -> Iterator[_Item]:
@@ -272,14 +297,19 @@ def _read_csv(path: Path, stream: BinaryIO, column: str) -> Iterator[_Item]:
         raise no_column(path, column, [_shown(name) for name in header], flag=_COLUMN_FLAG)
     place = header.index(column)
     while True:
+        number = rows.line_num + 1  # a row may be of several lines
         try:
             row = next(rows)
         except StopIteration:
             return
-        except csv.Error:
-            yield _BAD
+        except csv.Error as error:
+            yield _Skipped(f"no CSV row: {error}", number)
             continue
-        yield _sentence(row[place]) if place < len(row) else _EMPTY
+        if place < len(row):
+            yield _sentence(row[place], number)
+        else:
+            is_blank = not "".join(row).strip()
+            yield _EMPTY if is_blank else _Skipped(f"no '{column}'", number)
 
 
 def _shown(name: str) -> str:
@@ -304,13 +334,15 @@ def _read_parquet(path: Path, stream: BinaryIO, column: str) -> Iterator[_Item]:
                     f"column '{column}' of {path} holds {kind}, not text",
                     hint=f"{_COLUMN_FLAG} with another of: {', '.join(schema.names)}",
                 )
+            number = 0
             for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS, columns=[column]):
                 cells = batch.column(0)
                 if pa.types.is_dictionary(cells.type):
                     cells = cells.dictionary_decode()
                 # As bytes: one cell that is not UTF-8 must not spoil the others.
                 for cell in cells.cast(pa.large_binary()).to_pylist():
-                    yield _sentence(cell)
+                    number += 1
+                    yield _sentence(cell, number)
     except pa.ArrowException as error:
         raise DataError(f"{path} is truncated or not a Parquet file: {error}") from error
 

@@ -64,7 +64,7 @@ def test_any_text_comes_back_on_one_line(texts, kind):
         pool = open_sentences([str(path)])
         assert list(pool) == wanted
         assert len(pool) == len(wanted)
-        assert pool.stats.num_bad_lines == 0
+        assert pool.stats.num_left_out == 0
 
 
 @settings(max_examples=100, deadline=None)
@@ -97,8 +97,8 @@ def test_lines_that_are_empty_or_no_text_are_counted(tmp_path, caplog):
     path.write_bytes(b"\xef\xbb\xbfone\r\n\n  \t\ncaf\xe9\ntwo\n" + b"x" * (1 << 20) + b"yz\nthree")
     pool = open_sentences([str(path)])
     assert list(pool) == ["one", "two", "three"]
-    assert pool.stats == SentenceStats(num_sentences=3, num_empty=2, num_bad_lines=2)
-    assert "2 lines left out" in caplog.text
+    assert pool.stats == SentenceStats(3, 2, 2, f"{path}:4 (not UTF-8)")
+    assert f"2 of 5 sentences left out; the first is {path}:4 (not UTF-8)" in caplog.text
 
 
 def test_bad_records_are_counted(tmp_path):
@@ -110,15 +110,44 @@ def test_bad_records_are_counted(tmp_path):
     )
     pool = open_sentences([str(path)])
     assert list(pool) == ["one", "two"]
-    assert pool.stats == SentenceStats(num_sentences=2, num_empty=3, num_bad_lines=5)
+    assert pool.stats == SentenceStats(2, 1, 7, f"{path}:2 (no JSON record)")
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        (b'{"cap": "x"}', "no 'text'"),
+        (b'{"text": null}', "null"),
+        (b'{"text": 5}', "int, not text"),
+        (b'{"text": "\\ud800"}', "not UTF-8"),
+        (b'{"text": "caf\xe9"}', "not UTF-8"),
+        (b'{"text": "a\\u0000b"}', "NUL characters"),
+        (b'{"text": "' + b"x" * (1 << 20) + b'"}', "longer than 1 MiB"),
+        (b"[1]", "no JSON record"),
+    ],
+)
+def test_records_left_out_say_where_and_why(tmp_path, record, why, caplog):
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b'{"text": "a b"}\n\n{"text": " "}\n' + record + b'\n{"txt": "z"}\n')
+    pool = open_sentences([str(path)])
+    assert list(pool) == ["a b"]
+    assert pool.stats == SentenceStats(1, 2, 2, f"{path}:4 ({why})")
+    assert f"2 of 3 sentences left out; the first is {path}:4 ({why})" in caplog.text
+
+
+def test_records_that_all_lack_the_key_are_refused(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text('{"cap": "x"}\n{"cap": "y"}\n')
+    with pytest.raises(DataError, match="no column 'text'; its columns: cap"):
+        open_sentences([str(path)])
 
 
 def test_csv_with_short_rows_line_ends_and_bad_bytes(tmp_path):
     path = tmp_path / "s.csv"
-    path.write_bytes(b'\xef\xbb\xbfid,text\n1,"two\nlines"\n2\n3,caf\xe9\n4,""\n5,last\n')
+    path.write_bytes(b'\xef\xbb\xbfid,text\n1,"two\nlines"\n2\n\n  \n3,caf\xe9\n4,""\n5,last\n')
     pool = open_sentences([str(path)])
     assert list(pool) == ["two lines", "last"]
-    assert pool.stats == SentenceStats(num_sentences=2, num_empty=2, num_bad_lines=1)
+    assert pool.stats == SentenceStats(2, 3, 2, f"{path}:4 (no 'text')")
 
 
 def test_parquet_cell_that_is_not_utf8(tmp_path):
@@ -126,7 +155,7 @@ def test_parquet_cell_that_is_not_utf8(tmp_path):
     pq.write_table(pa.table({"text": cells}), tmp_path / "s.parquet")
     pool = open_sentences([str(tmp_path / "s.parquet")])
     assert list(pool) == ["one", "two"]
-    assert pool.stats == SentenceStats(num_sentences=2, num_empty=1, num_bad_lines=1)
+    assert pool.stats == SentenceStats(2, 0, 2, f"{tmp_path / 's.parquet'}:2 (not UTF-8)")
 
 
 def test_parquet_dictionary_column(tmp_path):
@@ -182,7 +211,7 @@ def test_scenes():
     ("name", "data", "message"),
     [
         ("a.txt", b"", r"holds no sentence \(0 empty and 0 unreadable"),
-        ("a.txt", b"\xff\xfeh\x00\xe9\x00\n\x00", "0 empty and 2 unreadable"),
+        ("a.txt", b"\xff\xfeh\x00\xe9\x00\n\x00", r"2 unreadable lines: .*a\.txt:1 \(not UTF-8"),
         ("a.pdf", b"x", r"its name ends in '\.pdf'"),
         ("a.parquet", b"PAR1 no", "truncated or not a Parquet file"),
         ("a.txt.gz", b"no gzip", "cannot be read to its end"),
