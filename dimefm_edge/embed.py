@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.data.images import ImagePool, PixelCache, decode_batches, row_batches
-from dimefm_edge.data.sentences import SentencePool
+from dimefm_edge.data.sentences import SentencePool, SentenceStats
 from dimefm_edge.data.store import (
     DEFAULT_SHARD_ROWS,
+    MANIFEST_FILE,
     EmbeddingStore,
     StoreManifest,
     StoreWriter,
@@ -157,17 +158,30 @@ def embed_texts(
     sentences: SentencePool,
     store_dir: Path,
     *,
+    max_bad: float = 0.1,
     batch_size: int = 512,
     shard_rows: int = DEFAULT_SHARD_ROWS,
 ) -> EmbeddingStore:
     """Embed a pool of sentences; shards that are there already are kept.
 
+    Args:
+        teacher: Encodes with its own tokenizer.
+        sentences: Read in order.
+        store_dir: The store's folder.
+        max_bad: Begin no store when the pool leaves out more sentences than this: a share
+            below 1, else a count.
+        batch_size: Sentences per call of the teacher.
+        shard_rows: Rows per shard.
+
     Raises:
-        DataError: If the pool is empty, or became shorter while it was read.
+        DataError: If too many sentences are left out, the pool is empty, or it became shorter
+            while it was read.
         StoreError: If the store is another teacher's or other sentences'.
     """
     if not len(sentences):
         raise DataError("there is no sentence to embed", hint="check --texts")
+    if not (store_dir / MANIFEST_FILE).is_file():  # one that is begun is gone on with
+        _check_left_out(sentences.stats, max_bad)
     source = sentences.fingerprint
     writer = _open_writer(teacher, "texts", sentences, store_dir, shard_rows, source)
     manifest = writer.manifest  # a store that is there keeps its own shard_rows
@@ -211,12 +225,27 @@ def _open_writer(
     return StoreWriter.create_or_resume(store_dir, wanted)
 
 
+def _limit(max_bad: float, total: int) -> float:
+    return max_bad if max_bad >= 1 else max_bad * total
+
+
+def _check_left_out(stats: SentenceStats, max_bad: float) -> None:
+    left_out, total = stats.num_left_out, stats.num_sentences + stats.num_left_out
+    limit = int(_limit(max_bad, total))
+    if left_out > limit:
+        raise DataError(
+            f"{left_out} of {total} sentences cannot be used, more than --max-bad allows "
+            f"({limit}); the first is {stats.first_left_out}",
+            hint=f"mend them, or go on without them: --max-bad {left_out}",
+        )
+
+
 class _BadImages:
     """Counts unreadable images and stops when there are too many."""
 
     def __init__(self, pool: ImagePool, max_bad: float, known: list[tuple[int, str]]) -> None:
         self._pool = pool
-        self._limit = max_bad if max_bad >= 1 else max_bad * len(pool)
+        self._limit = _limit(max_bad, len(pool))
         self._bad = list(known)
 
     def add(self, bad_rows: Sequence[tuple[int, str]]) -> None:

@@ -47,8 +47,9 @@ def run_embed(options: EmbedOptions) -> Outcome:
         )
     if texts is not None:
         stores["texts"] = embed_texts(
-            teacher, texts, Path(options.store, "texts"), batch_size=2 * options.batch_size
-        )
+            teacher, texts, Path(options.store, "texts"), max_bad=options.max_bad,
+            batch_size=2 * options.batch_size,
+        )  # fmt: skip
     if options.verify:
         for store in stores.values():
             store.verify()
@@ -62,8 +63,10 @@ def run_embed(options: EmbedOptions) -> Outcome:
         }
         for kind, store in stores.items()
     }
+    if texts is not None:  # no rows of the store, unlike images
+        values["texts"]["num_bad"] = texts.stats.num_left_out
     rows = [(k, v["num_rows"], v["num_bad"], v["embed_dim"], v["path"]) for k, v in values.items()]
-    table = format_table(("store", "rows", "unreadable", "E", "folder"), rows)
+    table = format_table(("store", "rows", "left out", "E", "folder"), rows)
     return Outcome({"teacher": teacher.name} | values, table)
 
 
@@ -91,7 +94,7 @@ def run_corpus(options: CorpusOptions) -> Outcome:
     images = embed_images(
         teacher, pool, store_dir / "images", max_bad=options.max_bad, workers=options.workers
     )
-    texts = embed_texts(teacher, sentences, store_dir / "texts")
+    texts = embed_texts(teacher, sentences, store_dir / "texts", max_bad=options.max_bad)
     report = build_corpus(
         sentences, images, texts, options.out,
         keep=options.keep, threshold=options.threshold, top_k=options.top_k,

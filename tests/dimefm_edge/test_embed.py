@@ -372,6 +372,27 @@ class TestSentences:
         store = self.embed(texts_path, tmp_path / "store", shard_rows=4096)
         assert np.array_equal(everything(store), self.expected(texts_path).astype(np.float16))
 
+    @pytest.mark.parametrize("max_bad", [0.1, 1, 2])
+    def test_too_many_left_out_are_refused_and_leave_no_store(self, tmp_path, max_bad):
+        path = tmp_path / "texts.txt"
+        path.write_bytes(b"a red star\n\n" + b"caf\xe9\n" * 3 + b"a blue ring\n\n")
+        with pytest.raises(DataError) as caught:
+            self.embed(path, tmp_path / "store", max_bad=max_bad)
+        assert str(caught.value).startswith(
+            "3 of 5 sentences cannot be used, more than --max-bad allows "
+            f"({int(max_bad)}); the first is {path}:3 (not UTF-8)"
+        )
+        assert caught.value.hint == "mend them, or go on without them: --max-bad 3"
+        assert not (tmp_path / "store").exists()
+
+    @pytest.mark.parametrize("max_bad", [3, 0.6])
+    def test_as_many_left_out_as_allowed_pass(self, tmp_path, max_bad):
+        path = tmp_path / "texts.txt"
+        path.write_bytes(b"a red star\n\n" + b"caf\xe9\n" * 3 + b"a blue ring\n\n")
+        assert len(self.embed(path, tmp_path / "store", max_bad=max_bad)) == 2
+        # The store is there: a run of former versions goes on.
+        assert len(self.embed(path, tmp_path / "store", max_bad=0)) == 2
+
     def test_a_file_cut_while_it_is_read_is_no_traceback(self, tmp_path):
         path = tmp_path / "texts.txt"
         path.write_text("one\ntwo\nthree\n")

@@ -224,6 +224,8 @@ def _cases(tmp_path: Path, tiny_teacher_dir: Path, images: Path) -> dict[str, tu
     shutil.copy(images / "000.png", bad)
     for index in range(5):
         (bad / f"{index}.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
+    half = tmp_path / "half.txt"
+    half.write_bytes(b"a red star\n" * 40 + b"caf\xe9\n" * 400)
     foreign = tmp_path / "foreign"
     foreign.write_text("a file")
     return {
@@ -236,6 +238,7 @@ def _cases(tmp_path: Path, tiny_teacher_dir: Path, images: Path) -> dict[str, tu
         "teacher name": ("--teacher", "ViT-B-23:openai", 2, "Did you mean 'ViT-B-32'"),
         "truncated teacher": ("--teacher", broken, 2, "cannot be read"),
         "too many bad": ("--images", bad, 2, "more than --max-bad allows"),
+        "too many left out": ("--texts", half, 2, "400 of 440 sentences cannot be used"),
         "out is a file": ("--out", foreign, 2, "is a file"),
         "test set": ("--eval-sets", tmp_path / "notest", 2, "notest"),
     }
@@ -243,7 +246,8 @@ def _cases(tmp_path: Path, tiny_teacher_dir: Path, images: Path) -> dict[str, tu
 
 CASES = (
     "no images", "no tar", "no texts", "empty pool", "no usable line", "teacher folder",
-    "teacher name", "truncated teacher", "too many bad", "out is a file", "test set",
+    "teacher name", "truncated teacher", "too many bad", "too many left out", "out is a file",
+    "test set",
 )  # fmt: skip
 
 
@@ -296,10 +300,11 @@ def test_the_contrastive_baseline_is_the_same_walk(words, labelled_dir, tmp_path
 
 def test_an_empty_or_unreadable_line_of_text_is_skipped(words, tmp_path, capsys):
     path = tmp_path / "mixed.txt"
-    path.write_bytes(b"a red star\n\n\xff\xfe broken\na blue ring\n   \n")
+    good = "".join(f"{scene_sentence(index)}\n" for index in range(10)).encode()
+    path.write_bytes(b"\n\xff\xfe broken\n" + good + b"   \n")
     code, report = _run_json(_replaced(words, "--texts", path), capsys)
     assert code == 0, report
-    assert report["data"]["num_texts"] == 2
+    assert report["data"]["num_texts"] == 10
 
 
 def test_a_store_of_another_teacher_is_refused_by_name(

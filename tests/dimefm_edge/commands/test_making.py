@@ -41,6 +41,38 @@ def test_embed_fills_a_store_and_a_second_run_adds_nothing(
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+def test_embed_counts_the_sentences_that_it_leaves_out(
+    tiny_teacher_dir, sentences, tmp_path, capsys
+):
+    with sentences.open("ab") as stream:
+        stream.write(b"caf\xe9\n" * 2)
+    words = ["embed", "--teacher", str(tiny_teacher_dir), "--texts", str(sentences), "--store",
+             str(tmp_path / "store")]  # fmt: skip
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert "2 of 5 sentences cannot be used, more than --max-bad allows (0)" in said
+    assert f"the first is {sentences}:5 (not UTF-8)" in said
+    assert "--max-bad 2" in said
+    assert cli.main([*words, "--max-bad", "2"]) == 0
+    head, _, row = capsys.readouterr().out.splitlines()[:3]
+    assert head.split()[:4] == ["store", "rows", "left", "out"]
+    assert row.split()[:3] == ["texts", "3", "2"]
+    code, values = _json(capsys, *words)
+    assert (code, values["texts"]["num_rows"], values["texts"]["num_bad"]) == (0, 3, 2)
+
+
+def test_corpus_refuses_too_many_sentences_left_out(
+    tiny_teacher_dir, labelled_dir, sentences, tmp_path, capsys
+):
+    with sentences.open("ab") as stream:
+        stream.write(b"caf\xe9\n" * 2)
+    words = ["corpus", "--teacher", str(tiny_teacher_dir), "--images", str(labelled_dir),
+             "--texts", str(sentences), "--out", str(tmp_path / "out"), "--keep", "1"]  # fmt: skip
+    assert cli.main(words) == 2
+    assert "2 of 5 sentences cannot be used" in capsys.readouterr().err
+    assert cli.main([*words, "--max-bad", "2"]) == 0
+
+
 def test_a_store_of_another_teacher_is_refused(
     tiny_teacher_dir, tiny_run_dir, sentences, tmp_path, capsys
 ):
