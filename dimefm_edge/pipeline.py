@@ -39,7 +39,7 @@ from dimefm_edge.choice import (
 from dimefm_edge.config import RunConfig
 from dimefm_edge.cuts import NUM_BATCHES, Cut, cut_rows, elastic_stage, keep_cuts
 from dimefm_edge.data.images import ImagePool, open_images, open_labelled, sample_rows
-from dimefm_edge.data.sentences import open_sentences
+from dimefm_edge.data.sentences import SentencePool, open_sentences
 from dimefm_edge.distill import default_device, distill, require_split
 from dimefm_edge.distributed import Ranks, join_ranks
 from dimefm_edge.errors import ConfigError, InputError
@@ -266,7 +266,7 @@ def _run(config: RunConfig, *, resume: bool, ranks: Ranks) -> RunReport | None:
         accuracy=accuracy,
         parity=bundle.manifest["parity"],
         training=dataclasses.asdict(trained),
-        data=_data_summary(data, pool),
+        data=_data_summary(data, pool, sentences),
         seconds=clock.seconds,
         machine=machine_info(),
         precisions=precisions,
@@ -363,12 +363,14 @@ def _some_images(
     return preprocess_images([pool.load(int(row)) for row in rows], preprocess)
 
 
-def _data_summary(data: DistillData, pool: ImagePool) -> dict[str, Any]:
+def _data_summary(data: DistillData, pool: ImagePool, texts: SentencePool) -> dict[str, Any]:
     bad = data.images.manifest.bad_rows
     return {
         "num_images": len(data.images),
         "num_bad": len(bad),
-        "num_texts": len(data.texts),
+        "num_texts": len(data.texts if data.text_rows is None else data.text_rows),
+        "num_texts_embedded": len(data.texts),
+        "num_texts_left_out": texts.stats.num_left_out,
         "bad_examples": [f"{pool.name(row)}: {why}" for row, why in bad[:10]],
     }
 

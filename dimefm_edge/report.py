@@ -279,7 +279,7 @@ class RunReport:
             f"- Training: {self.training['steps']} steps, {self.training['images_per_s']:.0f} "
             f"images/s, data wait {self.training['data_wait_pct']:.1f}%; "
             f"{self.data['num_images']} images ({self.data['num_bad']} unreadable), "
-            f"{self.data['num_texts']} sentences.",
+            f"{self._sentences()}.",
             f"- Initial weights: {self._initial_weights()}.",
             "- Time: "
             + ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
@@ -297,6 +297,12 @@ class RunReport:
             return ""
         how = "measured" if self.is_local else "estimated"
         return f", the exported graph {how} at {self.exported_ms:.3g} ms"
+
+    def _sentences(self) -> str:
+        used, embedded = self.data["num_texts"], self.data["num_texts_embedded"]
+        left_out = self.data["num_texts_left_out"]
+        share = "" if used == embedded else f" of {embedded}"
+        return f"{used}{share} sentences" + (f" ({left_out} left out)" if left_out else "")
 
     def _initial_weights(self) -> str:
         if self.init_from is not None:

@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from dimefm_edge import cli
 from dimefm_edge.config import DataConfig, RunConfig, StudentConfig, TrainConfig, load
 from dimefm_edge.data.scenes import scene_image, scene_sentence
+from dimefm_edge.data.sentences import open_sentences
 from dimefm_edge.errors import ConfigError
 from dimefm_edge.pipeline import resolve, run
 from tests.dimefm_edge.forks import Fork
@@ -106,6 +107,7 @@ def test_the_walk_leaves_what_the_contract_says(finished, words, labelled_dir, c
         assert (run_dir / name).is_file(), name
     assert report["data"] == {
         "num_images": 40, "num_bad": 0, "num_texts": 30, "bad_examples": [],
+        "num_texts_embedded": 30, "num_texts_left_out": 0,
     }  # fmt: skip
     assert report["fits_budget"]
     assert report["student"]["target_ms"] <= report["budget_ms"]
@@ -304,7 +306,19 @@ def test_an_empty_or_unreadable_line_of_text_is_skipped(words, tmp_path, capsys)
     path.write_bytes(b"\n\xff\xfe broken\n" + good + b"   \n")
     code, report = _run_json(_replaced(words, "--texts", path), capsys)
     assert code == 0, report
-    assert report["data"]["num_texts"] == 10
+    assert (report["data"]["num_texts"], report["data"]["num_texts_left_out"]) == (10, 1)
+    page = (tmp_path / "run" / "report.md").read_text()
+    assert ", 10 sentences (1 left out).\n" in page
+
+
+def test_the_report_counts_the_sentences_that_were_trained_on(words, texts, tmp_path, capsys):
+    source = open_sentences([str(texts)]).fingerprint
+    np.savez(tmp_path / "kept_rows.npz", rows=np.arange(5, 25), source=source)
+    flags = ["--text-rows", str(tmp_path / "kept_rows.npz")]
+    code, report = _run_json([*words, *flags], capsys)
+    assert code == 0, report
+    assert (report["data"]["num_texts"], report["data"]["num_texts_embedded"]) == (20, 30)
+    assert ", 20 of 30 sentences.\n" in (tmp_path / "run" / "report.md").read_text()
 
 
 def test_a_store_of_another_teacher_is_refused_by_name(

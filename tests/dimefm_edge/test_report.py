@@ -47,7 +47,14 @@ def make(**changes) -> RunReport:
         accuracy=(accuracy("cifar10", 90.0, 72.0), accuracy("scenes", 64.25, 64.25)),
         parity={"num_images": 32, "max_abs_diff": 3.5e-7, "min_cosine": 0.9999987},
         training={"steps": 1234, "images_per_s": 567.8, "data_wait_pct": 8.76, "final_loss": 0.25},
-        data={"num_images": 12_000, "num_bad": 19, "num_texts": 20_011, "bad_examples": ["3"]},
+        data={
+            "num_images": 12_000,
+            "num_bad": 19,
+            "num_texts": 20_011,
+            "bad_examples": ["3"],
+            "num_texts_embedded": 20_011,
+            "num_texts_left_out": 0,
+        },
         seconds={"embed": 61.4, "train": 3723.0},
         machine={"cpu": "Test CPU 9000", "cores_available": 2},
     )
@@ -76,6 +83,20 @@ def tables(markdown: str) -> list[list[list[str]]]:
 )
 def test_retention_is_the_share_of_the_teachers_top1(teacher, student, retention):
     assert accuracy("a", teacher, student).retention_pct == pytest.approx(retention)
+
+
+@pytest.mark.parametrize(
+    ("used", "left_out", "expected"),
+    [
+        (20_011, 0, "; 12000 images (19 unreadable), 20011 sentences.\n"),
+        (20_011, 400, ", 20011 sentences (400 left out).\n"),
+        (471, 0, ", 471 of 20011 sentences.\n"),
+        (471, 400, ", 471 of 20011 sentences (400 left out).\n"),
+    ],
+)
+def test_sentences_are_those_that_were_trained_on(used, left_out, expected):
+    data = make().data | {"num_texts": used, "num_texts_left_out": left_out}
+    assert expected in make(data=data).to_markdown()
 
 
 def test_the_exported_graph_decides_where_it_is_known():
