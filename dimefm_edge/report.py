@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +23,16 @@ class AccuracyRow:
     student: ZeroShotReport
 
     @property
-    def retention_pct(self) -> float:
-        """The student's top-1 as a share of the teacher's; 0 where the teacher knows nothing."""
-        if not self.teacher.top1_pct:
-            return 0.0
-        return 100 * self.student.top1_pct / self.teacher.top1_pct
+    def is_above_chance(self) -> bool:
+        """Whether the teacher's top-1 is two standard errors of guessing above it."""
+        chance = self.teacher.chance_pct / 100
+        error = math.sqrt(chance * (1 - chance) / self.teacher.num_images)
+        return self.teacher.top1_pct > 100 * (chance + 2 * error)
+
+    @property
+    def retention_pct(self) -> float | None:
+        """The student's top-1 as a share of the teacher's; None where the teacher guesses."""
+        return 100 * self.student.top1_pct / self.teacher.top1_pct if self.is_above_chance else None
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,8 @@ class TextReport:
     accuracy: tuple[TextAccuracyRow, ...]
     parity: dict[str, Any]
     training: dict[str, Any]
+    init_from: str | None = None
+    """The run whose text student was trained on."""
 
     def lines(self) -> list[str]:
         """Its part of the page."""
@@ -136,6 +144,8 @@ class TextReport:
         """What is said of it below the tables."""
         found = self.training
         source = f"{len(self.inherited)} tensors from the teacher's" if self.inherited else "random"
+        if self.init_from is not None:
+            source = f"those of `{self.init_from}`"
         return [
             f"- Text student: {found['steps']} steps, {found['sentences_per_s']:.0f} sentences/s; "
             f"initial weights {source}; parity on {self.parity.get('num_sentences')} sentences: "
@@ -233,19 +243,7 @@ class RunReport:
             f"{self.target} ({self.runtime} {self.target_precision}), estimated "
             f"{self.student.target_ms:.3g} ms{self._exported()}: "
             + ("met." if self.fits_budget else "NOT MET."),
-            "",
-            "| zero-shot top-1 | classes | chance | teacher | student | retention |",
-            "|---|---:|---:|---:|---:|---:|",
-        ]
-        for row in self.accuracy:
-            lines.append(
-                f"| {_cell(row.teacher.name)} | {row.teacher.num_classes} "
-                f"| {row.teacher.chance_pct:.1f}% | {row.teacher.top1_pct:.1f}% "
-                f"| {row.student.top1_pct:.1f}% | {row.retention_pct:.1f}% |"
-            )
-        if not self.accuracy:
-            lines.append("| none given (`--eval-sets`) | | | | | |")
-        lines += [
+            *_accuracy_lines(self.accuracy),
             "",
             "| image tower | parameters | GMACs | here p50 / p90 | estimate on the target |",
             "|---|---:|---:|---:|---:|",
@@ -280,6 +278,7 @@ class RunReport:
             f"images/s, data wait {self.training['data_wait_pct']:.1f}%; "
             f"{self.data['num_images']} images ({self.data['num_bad']} unreadable), "
             f"{self._sentences()}.",
+            *self._guessing(),
             f"- Initial weights: {self._initial_weights()}.",
             "- Time: "
             + ", ".join(f"{name} {value:.0f} s" for name, value in self.seconds.items())
@@ -303,6 +302,19 @@ class RunReport:
         left_out = self.data["num_texts_left_out"]
         share = "" if used == embedded else f" of {embedded}"
         return f"{used}{share} sentences" + (f" ({left_out} left out)" if left_out else "")
+
+    def _guessing(self) -> list[str]:
+        lines = []
+        for row in self.accuracy:
+            found = row.teacher
+            if not row.is_above_chance:
+                more = ", or test on more" if found.top1_pct > found.chance_pct else ""
+                lines.append(
+                    f"- The teacher knows nothing of {_cell(found.name)} ({found.top1_pct:.1f}% "
+                    f"of {found.num_images} images, chance {found.chance_pct:.1f}%): name "
+                    f"another `--teacher`{more}."
+                )
+        return lines
 
     def _initial_weights(self) -> str:
         if self.init_from is not None:
@@ -332,6 +344,22 @@ class RunReport:
                 f"`dimefm-edge export {self.run_dir} --text-precision int8` stores it in 8 bits."
             )
         return lines
+
+
+def _accuracy_lines(rows: tuple[AccuracyRow, ...]) -> list[str]:
+    lines = [
+        "",
+        "| zero-shot top-1 | classes | chance | teacher | student | retention |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        retention = "-" if row.retention_pct is None else f"{row.retention_pct:.1f}%"
+        lines.append(
+            f"| {_cell(row.teacher.name)} | {row.teacher.num_classes} "
+            f"| {row.teacher.chance_pct:.1f}% | {row.teacher.top1_pct:.1f}% "
+            f"| {row.student.top1_pct:.1f}% | {retention} |"
+        )
+    return lines if rows else [*lines, "| none given (`--eval-sets`) | | | | | |"]
 
 
 def _precision_lines(rows: tuple[PrecisionRow, ...]) -> list[str]:

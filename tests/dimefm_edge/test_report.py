@@ -79,10 +79,26 @@ def tables(markdown: str) -> list[list[list[str]]]:
 
 @pytest.mark.parametrize(
     ("teacher", "student", "retention"),
-    [(90.0, 72.0, 80.0), (50.0, 55.0, 110.0), (80.0, 0.0, 0.0), (0.0, 0.0, 0.0)],
+    [(90.0, 72.0, 80.0), (50.0, 55.0, 110.0), (80.0, 0.0, 0.0), (13.6, 13.6, 100.0)],
 )
 def test_retention_is_the_share_of_the_teachers_top1(teacher, student, retention):
     assert accuracy("a", teacher, student).retention_pct == pytest.approx(retention)
+
+
+@pytest.mark.parametrize("top1", [0.0, 9.0, 12.5, 13.4])
+def test_a_teacher_that_guesses_has_no_retention(top1):
+    """Of 4,321 images in 8 classes two standard errors above chance are 13.51%."""
+    report = make(accuracy=(accuracy("a|b", top1, 14.0), accuracy("scenes", 64.25, 64.25)))
+    assert [row["retention_pct"] for row in report.to_dict()["accuracy"]] == [None, 100.0]
+    page = report.to_markdown()
+    assert tables(page)[0][2] == [r"a\|b", "8", "12.5%", f"{top1:.1f}%", "14.0%", "-"]
+    more = ", or test on more" if top1 > 12.5 else ""
+    assert (
+        rf"- The teacher knows nothing of a\|b ({top1:.1f}% of 4321 images, chance 12.5%): "
+        f"name another `--teacher`{more}.\n"
+    ) in page
+    assert "knows nothing of scenes" not in page
+    assert "knows nothing" not in make().to_markdown()
 
 
 @pytest.mark.parametrize(
