@@ -39,14 +39,8 @@ from dimefm_edge.runtime.text import TextEncoder
 from dimefm_edge.students.text import TextStudent
 from dimefm_edge.students.text_checkpoint import load_text_student
 from dimefm_edge.teacher import Teacher, load_teacher
-from dimefm_edge.text_stage import (
-    TextPlan,
-    TextScorer,
-    plan_text,
-    teacher_features,
-    text_encoder,
-    train_text,
-)
+from dimefm_edge.text_judge import TextScorer, teacher_features, text_encoder
+from dimefm_edge.text_stage import TextPlan, plan_text, train_text
 
 _ONE, _TWO = {"text_student": "text-w128-d1-e32"}, {"text_student": "text-w128-d2-e32"}
 _NO_VL, _NO_PVL = {"text_vl_weight": 0.0}, {"text_pvl_weight": 0.0}

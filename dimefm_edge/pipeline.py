@@ -71,13 +71,8 @@ from dimefm_edge.students.elastic import ElasticStudent
 from dimefm_edge.students.text_checkpoint import load_text_student
 from dimefm_edge.targets import LOCAL, Target, load_target
 from dimefm_edge.teacher import TEXT_TEACHER_KEY, Teacher, load_teacher
-from dimefm_edge.text_stage import (
-    TextScorer,
-    compare_text,
-    plan_text,
-    teacher_features,
-    train_text,
-)
+from dimefm_edge.text_judge import TextScorer, compare_text, teacher_features
+from dimefm_edge.text_stage import plan_text, train_text
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +120,9 @@ def _run(config: RunConfig, *, resume: bool, ranks: Ranks) -> RunReport | None:
     run_dir = _open_run(config, resume=resume, ranks=ranks)
     target = load_target(config.target)
     teacher = load_teacher(config.teacher)
-    text_plan = plan_text(config.text, config.train, teacher, ranks)
+    text_plan = plan_text(
+        config.text, config.train, teacher, ranks, init_from=config.student.init_from
+    )
     labelled = open_labelled(config.data.labelled) if config.data.labelled else None
     pool = labelled.pool if labelled else open_images(
         config.data.images, column=config.data.image_column

@@ -15,18 +15,16 @@ from safetensors.torch import save_file
 
 from dimefm_edge import cli
 from dimefm_edge.config import TextStudentConfig, TrainConfig
-from dimefm_edge.data.images import open_labelled
 from dimefm_edge.data.scenes import scene_image, scene_sentence
 from dimefm_edge.distributed import Ranks
 from dimefm_edge.encoders import TextTower
 from dimefm_edge.errors import ConfigError, ExportError, UnknownNameError
-from dimefm_edge.evaluate.features import Features
 from dimefm_edge.run_log import read_metrics
 from dimefm_edge.runtime import ZeroShotClassifier, load_bundle, load_text_encoder
 from dimefm_edge.students.text_checkpoint import load_text_student
 from dimefm_edge.subjects import load_subject
 from dimefm_edge.teacher import SAMPLE_DIR, load_teacher
-from dimefm_edge.text_stage import TextScorer, plan_text, text_stage
+from dimefm_edge.text_stage import TextPlan, plan_text, text_stage
 
 pytestmark = pytest.mark.usefixtures("short_timing")
 
@@ -247,20 +245,33 @@ def test_the_settings_of_the_stage() -> None:
     assert text_stage(train, TextStudentConfig(text_steps=5), 70).steps == 5
 
 
-def test_the_score_is_of_the_teachers_images_by_the_students_labels(
-    run_dir: Path, labelled_dir: Path
+def test_a_run_that_begins_from_another_trains_its_text_student_on(
+    run_dir: Path, words: list[str], tmp_path: Path
 ) -> None:
-    """Images that lie where the student puts the labels are all told; turned round, none."""
-    loaded, labelled = load_text_student(run_dir), open_labelled(str(labelled_dir))
-    from dimefm_edge.labels import build_label_bank
-    from dimefm_edge.text_stage import text_encoder
+    at = words.index("--student")
+    again = [*words[:at], *words[at + 2 : -1], str(tmp_path / "on"), "--init-from", str(run_dir)]
+    assert cli.main([*again, "--text-steps", "1", "--text-lr", "1e-6"]) == 0
+    before, after = (load_text_student(folder).student for folder in (run_dir, tmp_path / "on"))
+    for name, weight in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], weight, atol=1e-4, rtol=0)
+    text = json.loads((tmp_path / "on" / "report.json").read_text())["text"]
+    assert text["init_from"] == str(run_dir)
+    assert f"initial weights those of `{run_dir}`" in (tmp_path / "on" / "report.md").read_text()
 
-    bank = build_label_bank(
-        "x", labelled.classnames, labelled.templates,
-        text_encoder(loaded.student, loaded.tokenizer),
-    )  # fmt: skip
-    rows = np.arange(len(labelled.labels))
-    for sign, wanted in ((1, 100.0), (-1, 0.0)):
-        features = Features(rows, sign * bank.embeds[labelled.labels], 0)
-        (score,) = TextScorer([labelled], [features], loaded.tokenizer)(loaded.student).values()
-        assert score == wanted
+
+def test_another_shape_does_not_begin_from_it_and_none_is_told(
+    run_dir: Path, teacher_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher = load_teacher(str(teacher_dir))
+
+    def plan(name: str) -> TextPlan | None:
+        config = TextStudentConfig(text_student=name)
+        return plan_text(config, TrainConfig(), teacher, Ranks(), init_from=str(run_dir))
+
+    own, other = plan("text-w16-d1-e4"), plan("text-w16-d2-e4")
+    assert own is not None
+    assert other is not None
+    assert (own.init_from, other.init_from) == (run_dir, None)
+    assert plan("none") is None
+    assert "the text student of" in caplog.text
+    assert "is left behind" in caplog.text
