@@ -74,7 +74,7 @@ class StudentConfig:
     `timm:NAME`."""
     latency_ms: float | None = None
     """Budget for one image on the target, in ms. Default: the smaller of the target's own
-    and half of the teacher's estimated latency there."""
+    and half of the teacher's estimated latency there; all of it where no student takes half."""
     max_memory_mib: float | None = None
     """Limit of its weights and its largest operator's tensors on the target, in MiB."""
     image_size: int | None = None
@@ -201,6 +201,7 @@ class TrainConfig:
     fused_attention: Literal["auto", "on", "off"] = "auto"
     """Train attention through dimefm_kernels; auto is off: torch's own trains faster."""
     seed: int = 0
+    """Of initial weights and of every step's random numbers, in [0, 2**63)."""
     eval_every: int = 0
     """Steps between zero-shot evaluations; 0 makes about three."""
     save_every: int = 0
@@ -227,6 +228,8 @@ class TrainConfig:
             raise ConfigError(f"min_crop must be in (0, 1], got {self.min_crop}")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be in [0, 2**63), got {self.seed}")
 
 
 @dataclass(frozen=True)

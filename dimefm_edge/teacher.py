@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dimefm_edge.data.sources import missing_path
 from dimefm_edge.encoders import JoinedTowers, TextTower, module_encoder
 from dimefm_edge.errors import (
     CheckpointError,
@@ -127,7 +128,8 @@ def load_teacher(name: str, *, device: str | None = None) -> Teacher:
 
     Raises:
         UnknownNameError: If the architecture or the tag is not known to open_clip.
-        CheckpointError: If a file or folder is missing, damaged or of another architecture.
+        CheckpointError: If a file is missing, or what is there damaged or of another architecture.
+        DataError: If a folder is missing.
         ConfigError: If teachers that are joined prepare images differently.
         DimeFMError: If weights cannot be downloaded.
     """
@@ -151,10 +153,7 @@ def load_teacher(name: str, *, device: str | None = None) -> Teacher:
             hint=f"--teacher ARCHITECTURE:{name}, for example ViT-B-32:{name}",
         )
     if "/" in architecture or name.startswith((".", "~")):
-        raise CheckpointError(
-            f"no teacher folder at {name}",
-            hint="name a folder with open_clip_config.json, a run, or an open_clip model",
-        )
+        raise missing_path(path)
     return _load_named(architecture, weights, name=name, device=where)
 
 

@@ -18,6 +18,7 @@ PROMPTS = "prompts"
 """`prompts:TEST_SET`: its class names in its templates, as sentences."""
 SCENE_SETS = (SCENES, "scenes-relations", "scenes-train")
 """Test sets that are drawn, not read."""
+_SHOWN_NAMES = 5
 
 
 def natural_key(name: str) -> tuple[tuple[int, int | str], ...]:
@@ -114,16 +115,17 @@ def absolute_source(source: str) -> str:
 
 
 def missing_path(path: Path) -> DataError:
-    """An error for a path that is not there, with the nearest one that is."""
+    """An error for a path that is not there, with the nearest one that is, or some that are."""
     parent = _existing_parent(path)
     missing = path.relative_to(parent).parts[0] if path != parent else path.name
     try:
-        names = sorted(entry.name for entry in os.scandir(parent))
+        names = sorted(e.name for e in os.scandir(parent) if not e.name.startswith("."))
     except OSError:
         names = []
-    near = difflib.get_close_matches(missing, names, n=1, cutoff=0.0)
-    nearest = f"; the nearest in {parent} is '{near[0]}'" if near else f"; {parent} is empty"
-    return DataError(f"{path} does not exist{nearest}", hint=f"ls {parent}")
+    near = difflib.get_close_matches(missing, names, n=1)
+    known = f"has {', '.join(names[:_SHOWN_NAMES])}" if names else "is empty"
+    told = f"the nearest in {parent} is '{near[0]}'" if near else f"{parent} {known}"
+    return DataError(f"{path} does not exist; {told}", hint=f"ls {parent}")
 
 
 def walk_files(root: Path) -> Iterator[tuple[str, int]]:

@@ -120,6 +120,8 @@ def test_files_that_cannot_be_read(tmp_path):
         (lambda: TrainConfig(steps=0), "steps must be positive, got 0"),
         (lambda: TrainConfig(min_crop=0), r"min_crop must be in \(0, 1\], got 0"),
         (lambda: TrainConfig(ema_decay=1), r"ema_decay must be in \[0, 1\), got 1"),
+        (lambda: TrainConfig(seed=-1), r"seed must be in \[0, 2\*\*63\), got -1"),
+        (lambda: TrainConfig(seed=2**63), "seed must be in"),
     ],
 )
 def test_values_that_cannot_be(build, message):

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from dimefm_edge.data.scenes import scene_image
-from dimefm_edge.errors import CheckpointError, DimeFMError, InputError, UnknownNameError
+from dimefm_edge.errors import (
+    CheckpointError,
+    DataError,
+    DimeFMError,
+    InputError,
+    UnknownNameError,
+)
 from dimefm_edge.export import GraphSpec, export_student
 from dimefm_edge.preprocess import normalise_pixels, resize_image
 from dimefm_edge.students import load_student
@@ -107,7 +113,7 @@ def test_kinds_are_told_by_files(tiny_run_dir, tiny_bundle_dir, tiny_teacher_dir
 @pytest.mark.parametrize(
     ("name", "kind", "message"),
     [
-        ("no/such/run", CheckpointError, "no teacher folder at no/such/run"),
+        ("no/such/run", DataError, "no/such/run does not exist"),
         ("gone.zip", CheckpointError, "no bundle at gone.zip"),
         ("gone.onnx", CheckpointError, "no ONNX file at gone.onnx"),
         ("ViT-B-23", UnknownNameError, "Did you mean"),

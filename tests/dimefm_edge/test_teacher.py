@@ -20,6 +20,7 @@ from dimefm_edge.data.scenes import scene_image, scene_test_set
 from dimefm_edge.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     DimeFMError,
     MissingExtraError,
     UnknownNameError,
@@ -158,7 +159,7 @@ def test_a_run_of_ours_teaches_with_its_teachers_text_side(tiny_dir: Path, tmp_p
         ("ViT-B-32", UnknownNameError, "needs weights: a tag"),
         ("ViT-B-32:laion2b", UnknownNameError, "unknown tag of ViT-B-32 'laion2b'. Did you mean"),
         ("ViT-B-32:missing/clip.pt", CheckpointError, "no checkpoint file at missing/clip.pt"),
-        ("/nowhere/at/all", CheckpointError, "no teacher folder at /nowhere/at/all"),
+        ("/nowhere/at/all", DataError, "/nowhere/at/all does not exist"),
         ("clip.pt", CheckpointError, "does not say its architecture"),
     ],
 )

@@ -262,7 +262,7 @@ def test_a_teacher_without_its_text_side(tiny_teacher_dir, labelled_dir, tmp_pat
         (["--teacher", "ViT-B-32"], "teacher ViT-B-32 needs weights: a tag"),
         (["--teacher", "ViT-B-32:laion2b"], "unknown tag of ViT-B-32 'laion2b'. Did you mean"),
         (["--teacher", "ViT-B-32:gone/clip.pt"], "no checkpoint file at gone/clip.pt"),
-        (["--teacher", "gone/teacher"], "no teacher folder at gone/teacher"),
+        (["--teacher", "gone/teacher"], "gone/teacher does not exist"),
         (["--teacher", "sample", "--out", "PHOTOS"], "photos exists and is not a bundle of ours"),
         (["RUN", "--labels", "gone.txt", "--out", "b"], "no class names at gone.txt"),
         (["RUN", "--labels", "ONE", "--out", "b"], "cannot be used: it needs two classes or more"),

@@ -71,6 +71,7 @@ def test_missing_shard_of_a_range_is_named(tmp_path):
     [
         ("imagse", "imagse does not exist; the nearest in {root} is 'images'"),
         ("imagse/train/x.tar", "the nearest in {root} is 'images'"),
+        ("photographs", "photographs does not exist; {root} has images"),
         ("images/a.tar", "{root}/images is empty"),
         ("*.tar", "no file matches the pattern {root}/*.tar"),
         ("a{b", "no brace pattern"),
