@@ -304,17 +304,12 @@ class RunReport:
         return f"{used}{share} sentences" + (f" ({left_out} left out)" if left_out else "")
 
     def _guessing(self) -> list[str]:
-        lines = []
-        for row in self.accuracy:
-            found = row.teacher
-            if not row.is_above_chance:
-                more = ", or test on more" if found.top1_pct > found.chance_pct else ""
-                lines.append(
-                    f"- The teacher knows nothing of {_cell(found.name)} ({found.top1_pct:.1f}% "
-                    f"of {found.num_images} images, chance {found.chance_pct:.1f}%): name "
-                    f"another `--teacher`{more}."
-                )
-        return lines
+        return [
+            f"- The teacher knows nothing of {_cell(found.name)} ({found.top1_pct:.1f}% of "
+            f"{found.num_images} images, chance {found.chance_pct:.1f}%): name another `--teacher`"
+            + (", or test on more." if found.top1_pct > found.chance_pct else ".")
+            for found in (row.teacher for row in self.accuracy if not row.is_above_chance)
+        ]
 
     def _initial_weights(self) -> str:
         if self.init_from is not None:
