@@ -106,7 +106,12 @@ COMMANDS: dict[str, Command] = {
     "export": Command(
         "exporting:run_export",
         "ExportOptions",
-        "a run or a teacher to a bundle, fp32 or fp16, parity checked",
+        "a run or a teacher to a bundle: fp32, fp16, int8 or fp8, parity checked",
+    ),
+    "classify": Command(
+        "classifying:run_classify",
+        "ClassifyOptions",
+        "name what image files show, with a bundle: any labels, a table, JSON or CSV",
     ),
     "build": Command(
         "building:run_build",

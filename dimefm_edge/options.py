@@ -15,8 +15,10 @@ from tyro.conf import Positional
 
 from dimefm_edge import config as config_file
 from dimefm_edge.bench_config import BenchConfig
+from dimefm_edge.classify_config import ClassifyConfig
 from dimefm_edge.config import RunConfig
 from dimefm_edge.demo_config import DemoConfig
+from dimefm_edge.eval_config import EvalConfig
 from dimefm_edge.student_grid import FAMILIES
 
 O = TypeVar("O", bound="CommonOptions")  # noqa: E741
@@ -99,7 +101,8 @@ class FitOptions(CommonOptions):
     target: str = RunConfig.target
     """Device, with or without a power mode: jetson-orin@30w."""
     latency_ms: float | None = None
-    """Budget for one image, in ms. Default: the target's, or half of the teacher's if less."""
+    """Budget for one image, in ms. Default: the target's, or half of the teacher's if less (all of
+    it where no student takes half)."""
     teacher: str | None = None
     """Give it to consider students that inherit from it, its image size and embedding size."""
     image_size: int | None = None
@@ -192,53 +195,15 @@ class DistillOptions(CommonOptions):
 
 
 @dataclass(frozen=True)
-class EvalOptions(CommonOptions):
+class EvalOptions(EvalConfig, CommonOptions):
     """Zero-shot accuracy of teachers, runs, bundles and exported models, and what else is asked."""
 
     from_config: ClassVar[dict[str, str]] = {"data": "data.eval_sets"}
 
-    subjects: Positional[tuple[str, ...]] = ()
-    """Runs, bundles (folder or .zip), model.onnx files of ours, teachers; of several, the first is
-    what the others are compared to."""
-    data: tuple[str, ...] = ()
-    """Labelled sets: class folders, CLIP-benchmark folders, `scenes`, `scenes-relations`.
-    Default: those of the run."""
-    suite: str | None = None
-    """elevater, imagenet, imagenet-shifts, or a .toml file of that form; sets that are not in
-    --data-root are named and left out."""
-    data_root: Path = Path("data")
-    """Folder that holds the suite's sets."""
-    linear_probe: str | None = None
-    """Labelled set to fit a linear probe on, for the test sets of the same classes; `own`: each
-    test set's own training split."""
-    retrieval: tuple[str, ...] = ()
-    """Captioned sets: CLIP-benchmark folders, folders with captions.csv, .jsonl or .json,
-    `scenes[:COUNT]`."""
-    ece: bool = False
-    """Expected calibration error of zero-shot, at the teacher's logit scale."""
-    corruptions: bool = False
-    """ImageNet-C's 15 corruptions at five severities: embeds each image 76 times."""
-    corruption_images: int = 0
-    """Images of each set that are corrupted; 0: all."""
-    shift: bool = False
-    """Natural shift from the first test set to each other, on the classes that both have."""
-    latency: Literal["auto", "measured", "reported", "estimated", "none"] = "auto"
-    """Of one image: measured here in turn; as the runs' reports have it, or estimate it for their
-    target. auto: for --plot, reported where all models are of the same machine, else measured."""
-    plot: bool = False
-    """Draw accuracy against latency and parameters, as PNG and SVG in --out."""
-    out: Path | None = None
-    """Folder for scores.json, scores.csv and the plots. Default: none, or `scores` for --plot."""
-    teacher: str | None = None
-    """Whose text side embeds class names that a bundle does not carry."""
-    engine: str = "onnxruntime"
-    """What runs a bundle: onnxruntime, tensorrt, or an .engine file."""
-    batch_size: int = 250
-    """Images per call."""
-    workers: int = 0
-    """Decoding workers; 0 chooses."""
-    seed: int = 0
-    """Of the probe's validation split and of corruptions."""
+
+@dataclass(frozen=True)
+class ClassifyOptions(ClassifyConfig, CommonOptions):
+    """Name what image files show: a bundle's label sets, or labels of your own."""
 
 
 @dataclass(frozen=True)

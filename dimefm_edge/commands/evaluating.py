@@ -24,7 +24,6 @@ def run_eval(options: EvalOptions) -> Outcome:
     names = options.subjects or ("",)
     if len(set(names)) < len(names):
         raise InputError("a model is named twice", hint="name each model once")
-    _check_counts(options)
     from dimefm_edge.commands.score_tables import out_folder, tell_scores
     from dimefm_edge.files import make_out_folder
     from dimefm_edge.scorecard import score_subject
@@ -55,20 +54,6 @@ def run_eval(options: EvalOptions) -> Outcome:
 
 
 # ---------------------------------------------------------------------- what is measured
-
-
-def _check_counts(options: EvalOptions) -> None:
-    """Numbers that cannot be are refused in the words of their flags.
-
-    Raises:
-        InputError: If there is one.
-    """
-    if options.batch_size <= 0:
-        raise InputError(f"--batch-size must be positive, got {options.batch_size}")
-    for name in ("workers", "corruption_images", "seed"):
-        value = getattr(options, name)
-        if value < 0:
-            raise InputError(f"--{name.replace('_', '-')} must not be negative, got {value}")
 
 
 def _check_libraries(options: EvalOptions) -> None:
