@@ -10,7 +10,7 @@ No torch here: trace.py and onnx_costs.py list the operators.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -221,8 +221,9 @@ def estimate_onnx(
     batch: int = 1,
     image_size: int | None = None,
 ) -> LatencyEstimate:
-    """Estimate an ONNX file; its weights are not loaded. See `onnx_costs.onnx_ops`."""
-    from dimefm_edge.latency.onnx_costs import onnx_ops
+    """Estimate an ONNX file; its weights are not loaded. See `onnx_costs.graph_costs`."""
+    from dimefm_edge.latency.onnx_costs import graph_costs
 
-    ops: Sequence[Operator] = onnx_ops(path, batch=batch, image_size=image_size)
-    return estimate_latency(ops, target, precision=precision)
+    costs = graph_costs(path, batch=batch, image_size=image_size)
+    costs.warn(path)
+    return estimate_latency(costs.ops, target, precision=precision)

@@ -1,36 +1,53 @@
 """What an ONNX graph does for one batch, as a list of operators, after shape inference.
 
-The same list as trace.py makes of the module: see operators.py.
+The same list as trace.py makes of the module: see operators.py. Operators that nothing is known
+of, and those with a graph inside (If, Loop, Scan), are in no list: `graph_costs` names them.
 """
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterable
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dimefm_edge.errors import InputError, MissingExtraError
 from dimefm_edge.latency.operators import Operator, convolution
 
+_log = logging.getLogger(__name__)
+
 _KINDS = {
     "elementwise": {
         "Add", "Mul", "Sub", "Div", "Pow", "Sqrt", "Exp", "Where", "Neg", "Abs", "Reciprocal",
-        "ReduceL2", "LpNormalization", "Max", "Min",
+        "ReduceL2", "LpNormalization", "Max", "Min", "Sum", "Mean", "Log", "Sin", "Cos", "Sign",
+        "Floor", "Ceil", "Round", "Mod", "Not", "And", "Or", "Xor", "IsNaN", "IsInf", "Equal",
+        "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Trilu", "QLinearAdd", "QLinearMul",
     },
     "activation": {
         "Gelu", "FastGelu", "QuickGelu", "BiasGelu", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh",
-        "Elu", "Erf", "LeakyRelu", "Mish", "Softplus", "PRelu",
+        "Elu", "Erf", "LeakyRelu", "Mish", "Softplus", "PRelu", "Celu", "Selu", "Softsign", "Swish",
+        "ThresholdedRelu", "QLinearSigmoid", "QLinearLeakyRelu",
     },
     "norm": {
         "LayerNormalization", "GroupNormalization", "InstanceNormalization", "RMSNormalization",
-        "SkipLayerNormalization", "SimplifiedLayerNormalization",
+        "SkipLayerNormalization", "SimplifiedLayerNormalization", "LRN",
     },
-    "softmax": {"Softmax", "LogSoftmax"},
-    "mean": {"ReduceMean", "ReduceSum", "ReduceMax", "GlobalAveragePool", "GlobalMaxPool"},
-    "pool": {"MaxPool", "AveragePool"},
-    "move": {"Concat", "Resize", "Pad", "Gather", "Tile", "DepthToSpace", "SpaceToDepth"},
+    "softmax": {"Softmax", "LogSoftmax", "QLinearSoftmax"},
+    "mean": {
+        "ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1",
+        "ReduceSumSquare", "ReduceLogSumExp", "ArgMax", "ArgMin", "GlobalAveragePool",
+        "GlobalMaxPool", "QLinearGlobalAveragePool",
+    },
+    "pool": {"MaxPool", "AveragePool", "LpPool", "QLinearAveragePool"},
+    "move": {
+        "Concat", "Resize", "Upsample", "Pad", "Gather", "GatherND", "GatherElements", "ScatterND",
+        "GatherBlockQuantized", "Tile", "DepthToSpace", "SpaceToDepth", "QLinearConcat",
+    },
     "permute": {"Transpose"},
     "batch_norm": {"BatchNormalization"},
 }  # fmt: skip
@@ -39,13 +56,57 @@ _FREE = {
     "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Expand", "Identity", "Shape",
     "Constant", "ConstantOfShape", "Slice", "Split", "Range", "Dropout", "Size",
 }  # fmt: skip
+_FUSED = {
+    "Relu", "Clip", "Cast", "CastLike", "QuantizeLinear", "DequantizeLinear",
+    "DynamicQuantizeLinear",
+}  # fmt: skip
+"""What runtimes do on the way, with the operator beside it."""
 _KEEPS_CONSTANT = _FREE | {"DequantizeLinear", "QuantizeLinear", "Cast", "Transpose"}
-_MATMULS = {"MatMul": 1, "Gemm": 1, "MatMulInteger": 1, "QLinearMatMul": 3, "FusedMatMul": 1}
+_MATMULS = {
+    "MatMul": 1, "Gemm": 1, "MatMulInteger": 1, "QLinearMatMul": 3, "FusedMatMul": 1, "QGemm": 3,
+    "MatMulIntegerToFloat": 1, "DynamicQuantizeMatMul": 1, "MatMulNBits": 1,
+}  # fmt: skip
 _CONVS = {"Conv": 1, "ConvTranspose": 1, "ConvInteger": 1, "QLinearConv": 3, "FusedConv": 1}
+_ATTENTIONS = {"Attention", "MultiHeadAttention"}
+_COUNTED = {*_KIND, *_MATMULS, *_CONVS, *_ATTENTIONS}
+_DOMAINS = ("", "ai.onnx", "com.microsoft")
+"""Whose operators the names above are."""
+_KEEP_SHAPE = {
+    "MultiHeadAttention", "Gelu", "FastGelu", "QuickGelu", "BiasGelu", "SkipLayerNormalization",
+}  # fmt: skip
+"""Of com.microsoft, which onnx knows no shapes of: the first output is like the first input."""
+
+_SMALL = 64
+"""Elements of a value that may be a shape, or part of one."""
+_FOLDS = 3
+"""How often sizes may depend on shapes that depend on sizes."""
+
+
+@dataclass(frozen=True)
+class GraphCosts:
+    """What one run of a graph does, and what of it cannot be told."""
+
+    ops: list[Operator]
+    uncounted: Mapping[str, int]
+    """Nodes by operator: of unknown kind, with a graph inside, or of unknown shapes."""
+
+    def warn(self, path: Path) -> None:
+        """Tell that an estimate is too low, if it is."""
+        if self.uncounted:
+            named = ", ".join(f"{name} ({count})" for name, count in self.uncounted.items())
+            _log.warning(
+                "%s: what these operators cost cannot be told, so the estimate is too low: %s",
+                path, named,
+            )  # fmt: skip
 
 
 def onnx_ops(path: Path, *, batch: int = 1, image_size: int | None = None) -> list[Operator]:
-    """List the operators of one run of an ONNX file.
+    """List the operators of one run of an ONNX file: `graph_costs` without what is uncounted."""
+    return graph_costs(path, batch=batch, image_size=image_size).ops
+
+
+def graph_costs(path: Path, *, batch: int = 1, image_size: int | None = None) -> GraphCosts:
+    """List the operators of one run of an ONNX file, and what of it is in no list.
 
     Args:
         path: The file; weights beside it are not read.
@@ -53,7 +114,8 @@ def onnx_ops(path: Path, *, batch: int = 1, image_size: int | None = None) -> li
         image_size: Taken where its other dimensions are free, in pixels.
 
     Raises:
-        InputError: If the file is missing or not ONNX, or an input's shape stays unknown.
+        InputError: If the file is missing or not ONNX, has no input or one whose shape stays
+            unknown or is empty, or if shapes do not fit one another.
         MissingExtraError: If the onnx package is not installed.
     """
     try:
@@ -73,23 +135,85 @@ def onnx_ops(path: Path, *, batch: int = 1, image_size: int | None = None) -> li
         raise InputError(f"{path} is not an ONNX file: {error}") from error
     free = _fix_inputs(model, batch=batch, image_size=image_size, path=path)
     known = _shapes(model.graph, free, batch)
-    del model.graph.value_info[:]
+    for value in model.graph.output:  # of another batch, maybe
+        value.type.tensor_type.ClearField("shape")
     try:
-        model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        shaped = _infer(model)
     except Exception as error:
-        raise InputError(f"{path}: shapes cannot be inferred: {error}") from error
-    known |= {k: v for k, v in _shapes(model.graph, {}, None).items() if k not in known or v}
-    return _Walk(model.graph, known).ops
+        hint = "--batch-size as the graph was made for" if batch > 1 else None
+        raise InputError(f"{path}: shapes do not fit: {str(error).strip()}", hint=hint) from error
+    known |= {k: v for k, v in _shapes(shaped, {}, None).items() if k not in known or v}
+    walk = _Walk(model.graph, known)
+    return GraphCosts(walk.ops, dict(walk.uncounted))
+
+
+def _infer(model: Any) -> Any:
+    """A graph with all shapes that can be known, also past operators that onnx has none of."""
+    import onnx
+
+    shaped = onnx.ModelProto()
+    shaped.CopyFrom(model)
+    for node in shaped.graph.node:
+        is_packed = node.op_type in _ATTENTIONS and not (len(node.input) > 2 and node.input[1])
+        if node.domain == _DOMAINS[2] and node.op_type in _KEEP_SHAPE and not is_packed:
+            stand_in = onnx.helper.make_node("Identity", node.input[:1], node.output[:1])
+            node.CopyFrom(stand_in)
+    for _ in range(_FOLDS):
+        del shaped.graph.value_info[:]
+        shaped = onnx.shape_inference.infer_shapes(shaped, strict_mode=True, data_prop=True)
+        if not _fold_sizes(shaped):
+            break
+    return shaped.graph
+
+
+def _fold_sizes(model: Any) -> bool:
+    """Work out arithmetic on known shapes, such as what a Resize scales by; whether any was."""
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    graph = model.graph
+    small = [w for w in graph.initializer if math.prod(w.dims) <= _SMALL and not w.external_data]
+    values: dict[str, Any] = {w.name: onnx.numpy_helper.to_array(w) for w in small}
+    shapes = _shapes(graph, {}, None)
+    has_folded = False
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            values[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
+        inputs = [name for name in node.input if name]
+        is_shape = node.op_type == "Shape" and inputs[0] in shapes
+        if not inputs or not (is_shape or all(name in values for name in inputs)):
+            continue
+        feed = {i: np.empty(shapes[i]) if is_shape else values[i] for i in inputs}
+        kinds = [onnx.helper.make_tensor_value_info(i, 0, None) for i in (*inputs, node.output[0])]
+        alone = onnx.helper.make_graph([node], "sizes", kinds[:-1], kinds[-1:])
+        try:
+            sizes = onnx.helper.make_model(alone, opset_imports=model.opset_import)
+            results: Any = ReferenceEvaluator(sizes).run(None, feed)
+        except Exception:  # of a kind that is not there: its shape stays unknown
+            continue
+        value = np.asarray(results[0])
+        if value.size > _SMALL:
+            continue
+        values[node.output[0]] = value
+        tensor = onnx.numpy_helper.from_array(value)
+        node.CopyFrom(onnx.helper.make_node("Constant", [], node.output[:1], value=tensor))
+        has_folded = True
+    return has_folded
 
 
 def _fix_inputs(model: Any, *, batch: int, image_size: int | None, path: Path) -> dict[str, int]:
     """Give every input a size; returns what each free dimension was set to."""
     free: dict[str, int] = {}
     weights = {w.name for w in model.graph.initializer}
-    for value in model.graph.input:
-        if value.name in weights:
-            continue
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if not inputs:
+        raise InputError(f"{path} takes no input: there is nothing to estimate")
+    for value in inputs:
+        if not value.type.tensor_type.HasField("shape"):
+            raise InputError(f"{path}: input {value.name} has no shape")
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if dim.HasField("dim_value") and dim.dim_value == 0:
+                raise InputError(f"{path}: dimension {axis} of input {value.name} is 0")
             if dim.HasField("dim_value") and dim.dim_value > 0 and not (axis == 0 and batch > 1):
                 continue
             size = batch if axis == 0 else image_size
@@ -131,11 +255,16 @@ class _Walk:
         self.products: set[str] = set()  # what a bias may be added to, for nothing
         self.linears: dict[str, int] = {}  # inputs of products with a weight, and their places
         self.ops: list[Operator] = []
+        self.uncounted: Counter[str] = Counter()
         for node in graph.node:
             self._visit(node)
 
     def _visit(self, node: Any) -> None:
         kind, inputs = node.op_type, [name for name in node.input if name]
+        has_graph = any(a.HasField("g") or a.graphs for a in node.attribute)
+        if has_graph or node.domain not in _DOMAINS:
+            self._leave_out(node, inputs)
+            return
         if all(name in self.constants for name in inputs):
             if kind in _KEEPS_CONSTANT or not inputs:
                 self.constants.update(node.output)
@@ -143,17 +272,35 @@ class _Walk:
         if kind in ("Shape", "Size") or all(i in self.constants | self.sizes for i in inputs):
             self.sizes.update(node.output)
             return
-        params = self._new_params(inputs)
         is_free = (
             self._is_gate(node, inputs) or self._is_bias(node, inputs) or self._is_by_one(node)
         )
+        if kind not in _FREE | _FUSED and not (is_free or self._can_count(node, inputs)):
+            self._leave_out(node, inputs)
+            return
         op = None if is_free else self._operator(node, inputs)
+        params = self._new_params(inputs)
         if op is not None and op.kind in ("linear", "conv", "grouped", "depthwise"):
             self.products.update(node.output)
         if op is not None:
             self._append(replace(op, params=params), node.input[0])
-        elif params and self.ops:
+        else:
+            self._add_params(params)
+
+    def _add_params(self, params: int) -> None:
+        """Of a node that is no operator of its own."""
+        if params and self.ops:
             self.ops[-1] = replace(self.ops[-1], params=self.ops[-1].params + params)
+
+    def _can_count(self, node: Any, inputs: list[str]) -> bool:
+        """Whether it is of a known kind, and its tensors of known shapes."""
+        tensors = {*inputs, node.output[0]} - self.constants - self.sizes
+        return node.op_type in _COUNTED and tensors <= self.shapes.keys()
+
+    def _leave_out(self, node: Any, inputs: list[str]) -> None:
+        is_own = node.domain in _DOMAINS[:2]
+        self.uncounted[node.op_type if is_own else f"{node.domain}.{node.op_type}"] += 1
+        self._add_params(self._new_params(inputs))
 
     def _append(self, op: Operator, source: str) -> None:
         """Products of one input with weights, such as q, k and v, are one wide product."""
@@ -202,7 +349,7 @@ class _Walk:
             shape = self.shapes.get(node.output[0], (0,))
             op = convolution(kind, weight, groups, read=read, written=shape)
             return replace(op, weights=self._weights(inputs))
-        if kind in ("Attention", "MultiHeadAttention"):
+        if kind in _ATTENTIONS:
             return self._attention(node, read, written)
         known = _KIND.get(kind)
         return Operator(kind, known, read=read, written=written) if known else None

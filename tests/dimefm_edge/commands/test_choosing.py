@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from dimefm_edge import cli
 
@@ -196,6 +198,21 @@ def test_estimate_of_a_table(capsys, tmp_path, monkeypatch):
     assert "--rows takes --out and no model" in capsys.readouterr().err
     assert cli.main(["estimate"]) == 2
     assert "name a model, or a table" in capsys.readouterr().err
+
+
+def test_estimate_names_what_it_does_not_count(other_bundles, tmp_path, capsys, caplog):
+    for bundle in ("int8", "any"):
+        code, values = _json(capsys, "estimate", other_bundles / bundle, "--target", "x86-cpu")
+        assert (code, values["uncounted"]) == (0, [])
+    assert _json(capsys, "estimate", "vit-nano")[1]["uncounted"] == []
+    assert not caplog.records
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 8]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Big", ["x"], ["y"], domain="my")], "g", [x], [y])
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("my", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets), tmp_path / "odd.onnx")
+    code, values = _json(capsys, "estimate", tmp_path / "odd.onnx")
+    assert (code, values["uncounted"]) == (0, [{"operator": "my.Big", "nodes": 1}])
+    assert "the estimate is too low: my.Big (1)" in caplog.text
 
 
 def test_fit_measures_the_choice_here(capsys):

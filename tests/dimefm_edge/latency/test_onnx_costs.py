@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from dimefm_edge.errors import InputError
-from dimefm_edge.latency.onnx_costs import onnx_ops
+from dimefm_edge.latency.onnx_costs import graph_costs, onnx_ops
 from dimefm_edge.latency.operators import Operator
 
 
@@ -97,6 +97,144 @@ def test_products_of_one_input_are_one_kernel(tmp_path):
     onnx.save(helper.make_model(helper.make_graph(nodes, "g", [x], outputs, weights)), path)
     (op,) = onnx_ops(path)
     assert op == Operator("MatMul", "linear", 180, 0, 36, 15, 60, params=36)
+
+
+def save_graph(path: Path, nodes, shape=(4, 8), *, weights=(), others=()):
+    """A graph from x to y; y's shape is left open. Domains beside ONNX's: my, com.microsoft."""
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    opsets = [helper.make_opsetid(*known) for known in (("", 18), ("my", 1), ("com.microsoft", 1))]
+    graph = helper.make_graph(nodes, "g", [x, *others], [y], list(weights))
+    onnx.save(helper.make_model(graph, opset_imports=opsets), path)
+
+
+def weight(name: str, *shape: int):
+    return numpy_helper.from_array(np.ones(shape, np.float32), name)
+
+
+def branch(name: str):
+    """A product inside an If."""
+    out = helper.make_tensor_value_info(name, TensorProto.FLOAT, None)
+    return helper.make_graph([helper.make_node("MatMul", ["x", "w"], [name])], name, [], [out])
+
+
+def test_what_cannot_be_counted_is_named(tmp_path):
+    path = tmp_path / "odd.onnx"
+    nodes = [
+        helper.make_node("BigConv", ["x", "w"], ["a"], domain="my"),
+        helper.make_node("QAttention", ["x", "w"], ["b"], domain="com.microsoft"),
+        helper.make_node("Det", ["x"], ["c"]),
+        helper.make_node("MatMul", ["a", "w"], ["d"]),  # of a shape that nobody knows
+        helper.make_node("Reshape", ["d", "sides"], ["e"]),
+        helper.make_node("Relu", ["e"], ["y"]),
+    ]
+    sides = numpy_helper.from_array(np.array([4, 8]), "sides")
+    save_graph(path, nodes, (8, 8), weights=[weight("w", 8, 8), sides])
+    costs = graph_costs(path)
+    assert costs.ops == []
+    named = {"my.BigConv": 1, "com.microsoft.QAttention": 1, "Det": 1, "MatMul": 1}
+    assert costs.uncounted == named
+
+
+@pytest.mark.parametrize("by_shape", [False, True], ids=["input", "shape arithmetic"])
+def test_a_branch_is_no_free_operator(by_shape, tmp_path):
+    """Nor shape arithmetic, even where its condition is: what follows it counts."""
+    path = tmp_path / "if.onnx"
+    branches = {"then_branch": branch("a"), "else_branch": branch("b")}
+    condition = [
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Cast", ["s"], ["c"], to=9),
+    ]
+    nodes = [
+        *(condition if by_shape else ()),
+        helper.make_node("If", ["c"], ["i"], **branches),
+        helper.make_node("MatMul", ["i", "w"], ["y"]),
+    ]  # fmt: skip
+    others = () if by_shape else (helper.make_tensor_value_info("c", TensorProto.BOOL, []),)
+    save_graph(path, nodes, weights=[weight("w", 8, 8)], others=others)
+    costs = graph_costs(path)
+    assert [op.macs for op in costs.ops] == [4 * 8 * 8]
+    assert costs.uncounted == {"If": 1}
+
+
+def test_shapes_are_known_past_the_attention_of_onnx_runtime(tmp_path):
+    """onnx infers none there, and fp16 graphs of ours hold none: their products were free."""
+    path = tmp_path / "half.onnx"
+    nodes = [
+        helper.make_node(
+            "MultiHeadAttention", ["x", "x", "x"], ["a"], domain="com.microsoft", num_heads=2
+        ),
+        helper.make_node("MatMul", ["a", "w"], ["y"]),
+    ]
+    save_graph(path, nodes, (1, 4, 8), weights=[weight("w", 8, 8)])
+    costs = graph_costs(path)
+    assert [(op.kind, op.macs) for op in costs.ops] == [("attention", 256), ("linear", 256)]
+    assert costs.uncounted == {}
+
+
+def test_what_a_resize_scales_by_is_worked_out(tmp_path):
+    """As in graphs of ours that take images of any size: what followed was free."""
+    path = tmp_path / "resize.onnx"
+    wanted = numpy_helper.from_array(np.array([1, 1, 4, 4], np.float32), "wanted")
+    nodes = [
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("Cast", ["s"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Div", ["wanted", "f"], ["scales"]),
+        helper.make_node("Resize", ["x", "", "scales"], ["r"]),
+        helper.make_node("MatMul", ["r", "w"], ["y"]),
+    ]
+    save_graph(path, nodes, (1, 1, "H", "W"), weights=[weight("w", 4, 8), wanted])
+    costs = graph_costs(path, image_size=16)
+    assert [(op.kind, op.written, op.macs) for op in costs.ops] == [
+        ("move", 16, 0),
+        ("linear", 32, 4 * 4 * 8),
+    ]
+    assert costs.uncounted == {}
+
+
+def test_what_no_graph_of_ours_has_to_say_is_not_said(tmp_path):
+    """Views, casts, clamps, Q/DQ and shape arithmetic are known to be free."""
+    path = tmp_path / "free.onnx"
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "one"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "one"], ["d"]),
+        helper.make_node("Clip", ["d"], ["r"]),
+        helper.make_node("Shape", ["x"], ["s"]),
+        helper.make_node("ReduceProd", ["s"], ["n"], keepdims=1),
+        helper.make_node("Reshape", ["r", "n"], ["f"]),
+        helper.make_node("Cast", ["f"], ["y"], to=TensorProto.FLOAT),
+    ]
+    save_graph(path, nodes, weights=[weight("one")])
+    costs = graph_costs(path)
+    assert (costs.ops, costs.uncounted) == ([], {})
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((4, 7), "shapes do not fit: .*MatMul"),
+        ((0, 8), "dimension 0 of input x is 0"),
+        (None, "input x has no shape"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(shape, message, tmp_path):
+    save_graph(
+        tmp_path / "bad.onnx",
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        shape,
+        weights=[weight("w", 8, 8)],
+    )
+    with pytest.raises(InputError, match=message):
+        onnx_ops(tmp_path / "bad.onnx")
+
+
+def test_a_graph_without_input_is_refused(tmp_path):
+    node = helper.make_node("Constant", [], ["y"], value_float=1.0)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [])
+    path = tmp_path / "alone.onnx"
+    onnx.save(helper.make_model(helper.make_graph([node], "g", [], [y])), path)
+    with pytest.raises(InputError, match="takes no input"):
+        onnx_ops(path)
 
 
 def test_bad_onnx_files_are_refused(tmp_path):
