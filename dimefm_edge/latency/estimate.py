@@ -10,14 +10,15 @@ No torch here: trace.py and onnx_costs.py list the operators.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dimefm_edge.errors import UnknownNameError, lookup
+from dimefm_edge.errors import InputError, UnknownNameError, lookup
 from dimefm_edge.latency.operators import (
     COSTS,
     Operator,
@@ -86,13 +87,41 @@ def place_of(device: str, runtime: str, precision: str) -> Place:
 
     Raises:
         UnknownNameError: If neither the published rows nor the targets have the device.
+        InputError: If it is a target, and the runtime is not for its kind of hardware.
     """
     context, published = context_of(device, runtime, precision), load_published()
     if not published.knows(context):
         if _is_target(device):
-            return place_on(load_target(device), precision)
+            return _place_in(load_target(device), runtime, precision)
         published.check_device(context.device)
     return _published_at(context)
+
+
+_OWN_NAMES = {
+    "onnxruntime": ("onnxruntime", "onnx", "ort"), "tensorrt": ("tensorrt", "trt", "trtexec"),
+}  # fmt: skip
+_NO_NAMES = ("", "notstated")
+_NOT_LETTERS = re.compile(r"v?[\d.]+|[^a-z]")
+
+
+def _place_in(target: Target, runtime: str, precision: str) -> Place:
+    """A target's place in another runtime than its own, if the row names one."""
+    lookup(target.peak_tflops, precision, kind=f"precision on {target.name}")
+    prices, name = target.prices, target.prices.get(precision, precision)
+    own = context_of(prices["device"], prices["runtime"], name)
+    spelt = runtime.lower().replace("onnxruntime", "onnx runtime")
+    other = context_of(prices["device"], spelt, name)
+    plain = _NOT_LETTERS.sub("", runtime.lower())
+    called = _OWN_NAMES[target.runtime]
+    is_own = other.runtime == own.runtime or plain in (*_NO_NAMES, *called)
+    if is_own or plain.startswith(tuple(f"{word}{own.hardware}" for word in called)):
+        return place_on(target, precision)
+    if other.hardware != own.hardware:
+        raise InputError(
+            f"{target.name} runs {target.runtime} ({own.hardware}), not '{runtime.strip()}'"
+        )
+    place = published_place(target, precision, runtime=spelt)
+    return place if load_published().has_rows(other) else replace(place, basis="roofline")
 
 
 def _published_at(context: Context) -> Place:
@@ -122,11 +151,11 @@ def place_on(target: Target, precision: str) -> Place:
     return published_place(target, precision)
 
 
-def published_place(target: Target, precision: str) -> Place:
-    """`place_on` without this machine's profile."""
+def published_place(target: Target, precision: str, *, runtime: str | None = None) -> Place:
+    """`place_on` without this machine's profile; `runtime` is another than the target's own."""
     published, prices = load_published(), target.prices
     name = prices.get(precision, precision)
-    context = context_of(prices["device"], prices["runtime"], name)
+    context = context_of(prices["device"], runtime or prices["runtime"], name)
     if prices["mode"] == target.full_name:
         return _published_at(context)
     scale = _scale(target, load_target(prices["mode"]), precision)

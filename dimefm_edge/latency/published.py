@@ -146,6 +146,12 @@ class PublishedModel:
         """Whether the runtime was in the fit with that precision, on any device."""
         return context.levels["runtime-precision"] in self.offsets["runtime-precision"]
 
+    def has_rows(self, context: Context) -> bool:
+        """Whether the fit had rows of that device in that runtime and precision together."""
+        alike = (context_of(*name.split(" | ")) for name in self.offsets["context"])
+        places = {(known.device, known.runtime, known.precision) for known in alike}
+        return (context.device, context.runtime, context.precision) in places
+
     def check_device(self, device: str) -> None:
         """Raise UnknownNameError, which offers the nearest, if the device was not in the fit."""
         lookup(self.offsets["device"], device, kind="device with published latencies")

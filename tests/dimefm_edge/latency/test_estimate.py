@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 
-from dimefm_edge.errors import UnknownNameError
+from dimefm_edge.errors import InputError, UnknownNameError
 from dimefm_edge.export.onnx import export_onnx
 from dimefm_edge.latency.estimate import (
     GraphFacts,
@@ -94,6 +94,38 @@ def test_rows_may_name_published_devices_or_our_targets():
     assert rows == ours
     with pytest.raises(UnknownNameError, match="unknown device with published latencies 'toaster'"):
         place_of("Toaster", "TensorRT", "fp16")
+
+
+@pytest.mark.parametrize(
+    ("device", "runtime", "basis"),
+    [  # the target's own, however it is spelt
+        ("raspberry-pi-5", "", "own"),
+        ("raspberry-pi-5", "ONNX Runtime 1.18", "own"),
+        ("raspberry-pi-5", "ort cpu", "own"),
+        ("snapdragon-x-elite", "onnxruntime", "own"),
+        ("jetson-orin-nano", "torch2trt", "own"),
+        ("jetson-orin-nano", "trtexec", "own"),
+        # others on the same processor: as the published rows of the board have it, or its kin
+        ("raspberry-pi-5", "NCNN CPU", "published"),
+        ("rk3588", "NCNN CPU", "roofline"),
+        ("jetson-orin-nano@maxn_super", "onnxruntime", "roofline"),
+        ("x86-cpu", "OpenVINO", "roofline"),
+    ],
+)
+def test_a_target_in_another_runtime_has_other_prices(device, runtime, basis):
+    target, costs = load_target(device), cost_vector(trace_timm("resnet18", 224))
+    place, own = place_of(device, runtime, target.precision), place_on(target, target.precision)
+    is_as_own = place.estimate(costs) == own.estimate(costs)
+    assert is_as_own == (basis == "own")
+    assert place.basis == (own.basis if basis == "own" else basis)
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "CoreML", "ONNX Runtime TensorRT EP", "rknn"])
+def test_a_target_does_not_run_what_is_for_other_hardware(runtime):
+    told = f"raspberry-pi-5 runs onnxruntime \\(cpu\\), not '{runtime}'"
+    with pytest.raises(InputError, match=told):
+        place_of("raspberry-pi-5", runtime, "fp32")
+    assert place_of("Raspberry Pi 5", runtime, "fp32")  # a published name is answered as it was
 
 
 @pytest.mark.parametrize("spec", [VIT, HYBRID], ids=lambda s: s.family)
