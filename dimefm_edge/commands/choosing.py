@@ -142,7 +142,8 @@ def _estimate_rows(options: EstimateOptions) -> Outcome:
     text += "".join(f"\nline {line}: {why}" for line, why in report.errors[:_SHOWN_ERRORS])
     if len(report.errors) > _SHOWN_ERRORS:
         text += f"\nand {len(report.errors) - _SHOWN_ERRORS} more; each row's basis says why"
-    return Outcome(asdict(report) | {"out": str(options.out)}, text)
+    exit_code = InputError.exit_code if report.rows and not report.estimated else 0
+    return Outcome(asdict(report) | {"out": str(options.out)}, text, exit_code)
 
 
 def run_calibrate(options: CalibrateOptions) -> Outcome:

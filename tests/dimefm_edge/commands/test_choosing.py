@@ -200,6 +200,19 @@ def test_estimate_of_a_table(capsys, tmp_path, monkeypatch):
     assert "name a model, or a table" in capsys.readouterr().err
 
 
+def test_a_table_without_any_estimate_is_exit_2(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    source, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    header = "device,runtime,precision,timm_name\n"
+    source.write_text(f"{header}raspberry-pi-5,tensorrt,fp32,resnet18\n")
+    code, values = _json(capsys, "estimate", "--rows", source, "--out", out)
+    assert (code, values["rows"], values["estimated"]) == (2, 1, 0)
+    assert "raspberry-pi-5 runs onnxruntime" in values["errors"][0][1]
+    assert "error: raspberry-pi-5 runs onnxruntime" in out.read_text()
+    source.write_text(header)
+    assert cli.main(["estimate", "--rows", str(source), "--out", str(out)]) == 0
+
+
 def test_estimate_names_what_it_does_not_count(other_bundles, tmp_path, capsys, caplog):
     for bundle in ("int8", "any"):
         code, values = _json(capsys, "estimate", other_bundles / bundle, "--target", "x86-cpu")
