@@ -53,7 +53,8 @@ class DataConfig:
     text_rows: str | None = None
     """kept_rows.npz that `dimefm-edge corpus` made of these sentences: only those are used."""
     max_bad: float = 0.1
-    """Stop when more images than this cannot be read: a share below 1, else a count."""
+    """Stop when more images, or more sentences, than this cannot be used: a share of them below
+    1, else a count."""
     workers: int = 0
     """Decoding processes; 0 chooses."""
 

@@ -147,7 +147,8 @@ class SourceOptions(CommonOptions):
     text_column: str = "text"
     """Column or key of sentences in .jsonl, .csv and .parquet files."""
     max_bad: float = 0.1
-    """Stop when more images than this cannot be read: a share below 1, else a count."""
+    """Stop when more images, or more sentences, than this cannot be used: a share of them below
+    1, else a count."""
     workers: int = 0
     """Decoding workers; 0 chooses."""
 

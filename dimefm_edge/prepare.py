@@ -60,7 +60,7 @@ def embed_pools(
             own, pool, preprocess, [range(len(pool))], images.manifest.bad_rows,
             workers=config.data.workers,
         )  # fmt: skip
-    texts = embed_texts(teacher, sentences, store_dir / "texts")
+    texts = embed_texts(teacher, sentences, store_dir / "texts", max_bad=config.data.max_bad)
     _neighbours(config, images, texts, store_dir)
     if cache is not None:
         pool = DecodedPool(pool, cache, dict(images.manifest.bad_rows))

@@ -133,9 +133,16 @@ def _prompts(options: CorpusOptions) -> list[str]:
 def run_distill(options: DistillOptions) -> Outcome | None:
     """Run the whole walk; None on ranks of torchrun other than 0."""
     from dimefm_edge import pipeline
+    from dimefm_edge.config import DataConfig
+    from dimefm_edge.data.sources import missing_path
 
     if options.dry_run:
         return _settings(pipeline.resolve(options.run))
+    out = Path(options.run.out)
+    if options.resume and options.run.data == DataConfig() and not out.exists():  # a slip, likely
+        raise InputError(
+            f"there is no run to go on with: {missing_path(out)}", hint="without --resume it begins"
+        )
     report = pipeline.run(options.run, resume=options.resume)
     if report is None:
         return None

@@ -128,6 +128,11 @@ def open_classes(source: str) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """
     path = Path(source).expanduser()
     if path.suffix.lower() != ".txt":
+        if path.is_file() and path.suffix.lower() != ".tar":
+            raise DataError(
+                f"{source} is no label set",
+                hint="a .txt file with one class name a line, or a labelled test set",
+            )
         labelled = open_labelled(source)
         return labelled.name, labelled.classnames, labelled.templates
     if not path.is_file():

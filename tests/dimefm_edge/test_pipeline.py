@@ -311,6 +311,17 @@ def test_an_empty_or_unreadable_line_of_text_is_skipped(words, tmp_path, capsys)
     assert ", 10 sentences (1 left out).\n" in page
 
 
+def test_max_bad_goes_on_without_the_sentences_left_out(words, tmp_path, capsys):
+    path = tmp_path / "half.txt"
+    path.write_bytes(b"a red star\na blue ring\n" * 5 + b"caf\xe9\n" * 20)
+    words = _replaced(words, "--texts", path)
+    assert cli.main(words) == 2
+    assert "try: mend them, or go on without them: --max-bad 20" in capsys.readouterr().err
+    code, report = _run_json([*words, "--max-bad", "20"], capsys)
+    assert code == 0, report
+    assert (report["data"]["num_texts"], report["data"]["num_texts_left_out"]) == (10, 20)
+
+
 def test_the_report_counts_the_sentences_that_were_trained_on(words, texts, tmp_path, capsys):
     source = open_sentences([str(texts)]).fingerprint
     np.savez(tmp_path / "kept_rows.npz", rows=np.arange(5, 25), source=source)

@@ -144,3 +144,13 @@ def test_distill_on_another_rank_says_nothing(monkeypatch, capsys):
 
 def _words_of(capsys, code):
     return code, capsys.readouterr().out
+
+
+def test_resuming_what_is_not_there_begins_no_default_run(tmp_path, capsys):
+    (tmp_path / "first").mkdir()
+    assert cli.main(["distill", "--out", str(tmp_path / "frist"), "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert "there is no run to go on with" in said
+    assert "the nearest in" in said
+    assert "'first'" in said
+    assert not (tmp_path / "frist").exists()

@@ -51,6 +51,10 @@ def test_class_names_alone(benchmark_dir, tmp_path):
     )  # fmt: skip
     with pytest.raises(DataError, match=r"no class names at gone\.txt"):
         open_classes("gone.txt")
+    (tmp_path / "pets.csv").write_text("cat\ndog\n")
+    with pytest.raises(DataError, match=r"pets\.csv is no label set") as error:
+        open_classes(str(tmp_path / "pets.csv"))
+    assert "a .txt file with one class name a line" in str(error.value.hint)
     (tmp_path / "pets.txt").write_text("cat\n\ndog\n")
     with pytest.raises(DataError, match=r"pets\.txt cannot be used: line 2 is empty"):
         open_classes(str(tmp_path / "pets.txt"))
