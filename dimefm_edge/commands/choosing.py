@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dimefm_edge.commands.outcome import Outcome
-from dimefm_edge.errors import BudgetError, InputError, lookup
+from dimefm_edge.errors import InputError, lookup
 from dimefm_edge.tables import format_table
 
 if TYPE_CHECKING:
@@ -269,25 +269,19 @@ def run_fit(options: FitOptions) -> Outcome:
         side, embed_dim = side or teacher.preprocess.image_size, embed_dim or teacher.embed_dim
         from_teacher = teacher_facts(teacher)
     target = load_target(options.target)
-    try:
-        report = fit_student(
-            target,
-            latency_ms=options.latency_ms,
-            image_size=side or _DEFAULT_IMAGE_SIZE,
-            embed_dim=embed_dim or _DEFAULT_EMBED_DIM,
-            precision=options.precision,
-            families=options.families,
-            given=given,
-            max_memory_mib=options.max_memory_mib,
-            can_shrink=options.image_size is None,
-            measure=measure_student if target.name == LOCAL else None,
-            **from_teacher,
-        )
-    except BudgetError as error:
-        if given:
-            out = f" --out {options.out}" if options.out else ""
-            error.hint = f"{error.hint} --elastic {options.elastic}{out}"
-        raise
+    report = fit_student(
+        target,
+        latency_ms=options.latency_ms,
+        image_size=side or _DEFAULT_IMAGE_SIZE,
+        embed_dim=embed_dim or _DEFAULT_EMBED_DIM,
+        precision=options.precision,
+        families=options.families,
+        given=given,
+        max_memory_mib=options.max_memory_mib,
+        can_shrink=options.image_size is None,
+        measure=measure_student if target.name == LOCAL else None,
+        **from_teacher,
+    )
     if options.plot is not None:
         plot_fit(report, options.plot)
     if elastic is not None and options.out is not None:

@@ -175,9 +175,7 @@ def test_a_budget_that_none_meets_is_exit_3_with_one_that_would_do(capsys):
     code, values = _json(capsys, *words)
     assert code == values["exit_code"] == 3
     assert "no student meets" in values["error"]
-    hint = values["hint"].split()
-    assert hint[:2] == ["dimefm-edge", "fit"]
-    assert cli.main([*words, *hint[2:]]) == 0
+    assert cli.main([*words, *values["hint"].split()]) == 0
 
 
 def test_estimate_of_a_table(capsys, tmp_path, monkeypatch):
