@@ -34,9 +34,11 @@ def _subnormal_floats() -> None:
 
 @pytest.fixture(scope="module")
 def short_timing() -> Iterator[None]:
-    """A run times its models for 0.2 s instead of 4, for tests that compare no times."""
+    """Models are timed in a twentieth of the time, for tests that compare no times."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dimefm_edge.latency.measure._BLOCK_S", 0.005)
+        patch.setattr("dimefm_edge.latency.settle._BLOCK_S", 0.002)
+        patch.setattr("dimefm_edge.latency.settle._PAUSE_S", 0.0)
         yield
 
 

@@ -226,6 +226,7 @@ def test_estimate_names_what_it_does_not_count(other_bundles, tmp_path, capsys, 
     assert "the estimate is too low: my.Big (1)" in caplog.text
 
 
+@pytest.mark.usefixtures("short_timing")
 def test_fit_measures_the_choice_here(capsys):
     words = ("fit", "--target", "local", "--latency-ms", "20", "--image-size", "32")
     small = ("--embed-dim", "16", "--families", "hybrid", "--max-memory-mib", "2")

@@ -62,6 +62,7 @@ def test_nothing_measured_leaves_the_prior():
     assert fit_prices(empty, np.zeros(0), prior=PRIORS) == pytest.approx(PRIORS)
 
 
+@pytest.mark.usefixtures("short_timing")
 def test_a_student_is_measured_here():
     tiny = vit_spec(image_size=32, embed_dim=16, patch_size=8, width=32, depth=1, num_heads=1)
     assert 0 < measure_student(tiny, "fp32") < 1000
