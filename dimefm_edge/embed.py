@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dimefm_edge.data.images import ImagePool, PixelCache, decode_batches, row_batches
-from dimefm_edge.data.sentences import SentencePool, SentenceStats
+from dimefm_edge.data.sentences import SentencePool
 from dimefm_edge.data.store import (
     DEFAULT_SHARD_ROWS,
     MANIFEST_FILE,
@@ -178,10 +178,7 @@ def embed_texts(
             while it was read.
         StoreError: If the store is another teacher's or other sentences'.
     """
-    if not len(sentences):
-        raise DataError("there is no sentence to embed", hint="check --texts")
-    if not (store_dir / MANIFEST_FILE).is_file():  # one that is begun is gone on with
-        _check_left_out(sentences.stats, max_bad)
+    check_sentences(sentences, store_dir, max_bad=max_bad)
     source = sentences.fingerprint
     writer = _open_writer(teacher, "texts", sentences, store_dir, shard_rows, source)
     manifest = writer.manifest  # a store that is there keeps its own shard_rows
@@ -229,10 +226,19 @@ def _limit(max_bad: float, total: int) -> float:
     return max_bad if max_bad >= 1 else max_bad * total
 
 
-def _check_left_out(stats: SentenceStats, max_bad: float) -> None:
+def check_sentences(sentences: SentencePool, store_dir: Path, *, max_bad: float) -> None:
+    """What `embed_texts` refuses, for who embeds something else first; a store that is begun is
+    gone on with.
+
+    Raises:
+        DataError: If the pool is empty, or leaves out more sentences than `max_bad`.
+    """
+    if not len(sentences):
+        raise DataError("there is no sentence to embed", hint="check --texts")
+    stats = sentences.stats
     left_out, total = stats.num_left_out, stats.num_sentences + stats.num_left_out
     limit = int(_limit(max_bad, total))
-    if left_out > limit:
+    if left_out > limit and not (store_dir / MANIFEST_FILE).is_file():
         raise DataError(
             f"{left_out} of {total} sentences cannot be used, more than --max-bad allows "
             f"({limit}); the first is {stats.first_left_out}",

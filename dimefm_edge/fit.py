@@ -234,7 +234,7 @@ def fit_student(
             hint="--image-size with a multiple of 16",
         )
     is_free = is_one and latency_ms is None and max_memory_mib is None
-    limits = tried[0] if is_free else first_met(tried, candidates)
+    limits = first_met(tried, candidates)
     candidates = [replace(c, fits=limits.meets(c)) for c in candidates]
     candidates.sort(key=lambda c: (c.latency_ms, -c.score))
     fitting = [c for c in candidates if c.fits or is_free]

@@ -121,8 +121,9 @@ def _run(config: RunConfig, *, resume: bool, ranks: Ranks) -> RunReport | None:
     target = load_target(config.target)
     teacher = load_teacher(config.teacher)
     text_plan = plan_text(
-        config.text, config.train, teacher, ranks, init_from=config.student.init_from
-    )
+        config.text, config.train, teacher, ranks, init_from=config.student.init_from,
+        run_dir=run_dir if resume else None,
+    )  # fmt: skip
     labelled = open_labelled(config.data.labelled) if config.data.labelled else None
     pool = labelled.pool if labelled else open_images(
         config.data.images, column=config.data.image_column

@@ -19,7 +19,7 @@ from dimefm_edge.data.sentences import SentencePool
 from dimefm_edge.data.sources import absolute_source
 from dimefm_edge.data.store import EmbeddingStore
 from dimefm_edge.data.views import Views, ViewSpec
-from dimefm_edge.embed import embed_images, embed_texts, fill_cache
+from dimefm_edge.embed import check_sentences, embed_images, embed_texts, fill_cache
 from dimefm_edge.errors import DataError
 from dimefm_edge.preprocess import PreprocessSpec
 from dimefm_edge.teacher import Teacher, absolute_teacher
@@ -41,6 +41,7 @@ def embed_pools(
         DataError: If too many images are bad, or a pool is empty.
         StoreError: If the stores are another teacher's or of other data.
     """
+    check_sentences(sentences, store_dir / "texts", max_bad=config.data.max_bad)
     cache = own = None
     if _cache_bytes(pool, preprocess) <= _PIXEL_CACHE_BYTES:
         own = PixelCache.create(

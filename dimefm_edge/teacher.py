@@ -158,17 +158,22 @@ def load_teacher(name: str, *, device: str | None = None) -> Teacher:
 
 
 def absolute_teacher(name: str) -> str:
-    """What `load_teacher` takes, with whole paths: for a config that is read from elsewhere."""
+    """What `load_teacher` takes, with whole paths: for a config that is read from elsewhere.
+
+    Parts stay as they are where a `+` above them would be read as a join.
+    """
     path = Path(name).expanduser()
-    if name == "sample" or name.startswith("hf-hub:"):
+    if name in ("", "sample") or name.startswith("hf-hub:"):
         return name
     if path.exists():
         return str(path.absolute())
     if "+" in name:
-        return "+".join(map(absolute_teacher, name.split("+")))
+        parts = [(part, absolute_teacher(part)) for part in name.split("+")]
+        return "+".join(part if "+" in whole else whole for part, whole in parts)
     architecture, _, weights = name.partition(":")
     file = Path(weights).expanduser()
-    return f"{architecture}:{file.absolute()}" if weights and file.is_file() else name
+    whole = f"{architecture}:{file.absolute()}"
+    return whole if weights and file.is_file() and "+" not in whole else name
 
 
 def _join(members: Sequence[Teacher], name: str, device: torch.device) -> Teacher:

@@ -22,7 +22,7 @@ from dimefm_edge.data.tokens import open_tokens, write_tokens
 from dimefm_edge.distill import DistillReport, Evaluate, distill
 from dimefm_edge.distributed import Ranks
 from dimefm_edge.encoders import JoinedTowers
-from dimefm_edge.errors import ConfigError
+from dimefm_edge.errors import CheckpointError, ConfigError
 from dimefm_edge.export.tokenizers import convert_tokenizer
 from dimefm_edge.students.text import TextSpec, TextStudent, inherit_text, text_geometry, text_spec
 from dimefm_edge.students.text_checkpoint import (
@@ -38,6 +38,7 @@ from dimefm_edge.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+_INIT_FROM = "init_from"  # in the checkpoint's metadata
 _NO_TEXT_STUDENT = "--text-student none  (the text side stays the teacher's)"
 
 
@@ -47,8 +48,10 @@ class TextPlan:
 
     spec: TextSpec
     tokenizer: Tokenizer
-    init_from: Path | None = None
+    init_from: str | None = None
     """A run whose text student is trained on, in place of the teacher's layers."""
+    is_begun: bool = False
+    """Its weights are in the run's state: nothing else is read."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,13 @@ def plan_text(
     ranks: Ranks,
     *,
     init_from: str | None = None,
+    run_dir: Path | None = None,
 ) -> TextPlan | None:
     """Say before hours of training whether there can be a text student, and which.
 
     With `init_from`, a run that the image student begins from: its text student, where it has one
-    and no other is asked for.
+    and no other, nor random weights, are asked for. It is not needed where `run_dir`, a run that
+    is resumed, has begun with it.
 
     Returns:
         None where none is asked for.
@@ -83,21 +88,18 @@ def plan_text(
         ExportError: If the teacher's tokenizer cannot run without open_clip.
         UnknownNameError: If the student's name is neither `auto` nor of the form that names have.
     """
-    run_dir = _run_dir(init_from)
     if config.text_student == "none":
-        if run_dir is not None:
+        if init_from is not None and has_text_student(_folder_of(init_from)):
             logger.warning(
-                "the text student of %s is left behind; --text-student auto trains it on", run_dir
+                "the text student of %s is left behind; --text-student auto trains it on", init_from
             )
         return None
     if train.text_batch_size % ranks.world_size:
         raise ConfigError(
             f"text_batch_size {train.text_batch_size} cannot be split over {ranks.world_size} ranks"
         )
-    if run_dir is not None:
-        begun = load_text_student(run_dir)
-        if config.text_student in ("auto", begun.name):
-            return TextPlan(begun.spec, begun.tokenizer, run_dir)
+    if init_from is not None and (plan := _plan_on(init_from, config, run_dir)) is not None:
+        return plan
     geometry = text_geometry(teacher.text_tower)
     if geometry is None:
         raise ConfigError(
@@ -112,13 +114,27 @@ def plan_text(
     )
 
 
-def _run_dir(init_from: str | None) -> Path | None:
-    """The run that `init_from` names, if it has a text student."""
-    if init_from is None:
+def _plan_on(init_from: str, config: TextStudentConfig, run_dir: Path | None) -> TextPlan | None:
+    """The text student of another run, or of this one if it has begun; None: of the teacher."""
+    is_begun = run_dir is not None and has_text_student(run_dir)
+    folder = run_dir if run_dir is not None and is_begun else _folder_of(init_from)
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{init_from} is gone, whose text student was to be trained on",
+            hint="put it back, or --text-student none",
+        )
+    if config.text_init == "random" or not has_text_student(folder):
         return None
+    found = load_text_student(folder)
+    if config.text_student not in ("auto", found.name):
+        return None
+    name = found.metadata.get(_INIT_FROM) if is_begun else str(folder)
+    return TextPlan(found.spec, found.tokenizer, name, is_begun)
+
+
+def _folder_of(init_from: str) -> Path:
     path = Path(init_from).expanduser()
-    run_dir = path if path.is_dir() else path.parent
-    return run_dir if has_text_student(run_dir) else None
+    return path.parent if path.suffix == ".safetensors" else path
 
 
 def _kind_of(tower: nn.Module) -> str:
@@ -173,6 +189,7 @@ def train_text(
     ranks.barrier()
     tokens = open_tokens(sentences, plan.tokenizer, store_dir, vocab_size=plan.spec.vocab_size)
     student, inherited = _initial_student(plan, config, teacher, seed=train.seed)
+    begun = {} if plan.init_from is None else {_INIT_FROM: plan.init_from}
     training = distill(
         student,
         TextData(
@@ -182,12 +199,12 @@ def train_text(
         loss=config,
         train=text_stage(train, config, steps),
         run_dir=folder,
-        save_weights=_Saver(plan.tokenizer, metadata),
+        save_weights=_Saver(plan.tokenizer, metadata | begun),
         evaluate=evaluate,
         resume=resume,
         ranks=ranks,
     )  # fmt: skip
-    return TrainedText(training, inherited, str(plan.init_from) if plan.init_from else None)
+    return TrainedText(training, inherited, plan.init_from)
 
 
 def text_stage(train: TrainConfig, config: TextStudentConfig, steps: int) -> TrainConfig:
@@ -208,9 +225,11 @@ def _initial_student(
     plan: TextPlan, config: TextStudentConfig, teacher: Teacher, *, seed: int
 ) -> tuple[TextStudent, tuple[str, ...]]:
     torch.manual_seed(seed)
-    if plan.init_from is not None:
-        return load_text_student(plan.init_from).student, ()
+    if plan.init_from is not None and not plan.is_begun:
+        return load_text_student(Path(plan.init_from)).student, ()
     student = TextStudent(plan.spec)
+    if plan.init_from is not None:
+        return student, ()
     if config.text_init == "random":
         return student, ()
     return student, tuple(inherit_text(student, teacher.text_tower))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ def run_classify(options: ClassifyOptions) -> Outcome:
     """Classify every image on its own; those that cannot be read are told and left out."""
     if not options.bundle or not options.images:
         raise InputError("classify takes a bundle and images", hint=_USAGE)
+    if options.out is not None and (options.out.is_dir() or not options.out.parent.is_dir()):
+        raise InputError(f"--out {options.out} is not a file in a folder that is there")
     files = image_files(options.images)
     classifier = _open(options)
     found: list[dict[str, Any]] = []
@@ -65,16 +68,21 @@ def image_files(sources: Sequence[str]) -> list[Path]:
     from dimefm_edge.data.image_pools import IMAGE_SUFFIXES
     from dimefm_edge.data.sources import expand_source, natural_key, walk_files
 
-    files: list[Path] = []
-    for path in (path for source in sources for path in expand_source(source)):
-        if not path.is_dir():
-            files.append(path)
-            continue
-        names = sorted((name for name, _ in walk_files(path)), key=natural_key)
-        files += [path / name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+    files: dict[str, Path] = {}  # by where they lie: globs and folders overlap
+    for source in sources:
+        is_pattern = not Path(source).expanduser().exists()
+        for path in expand_source(source):
+            if path.is_dir():
+                names = sorted((name for name, _ in walk_files(path)), key=natural_key)
+                found = [path / name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
+            else:
+                is_image = path.name.lower().endswith(IMAGE_SUFFIXES)
+                found = [path] if is_image or not is_pattern else []
+            for file in found:
+                files.setdefault(os.path.realpath(file), file)
     if not files:
         raise DataError(f"no image in {', '.join(sources)}", hint=" ".join(IMAGE_SUFFIXES))
-    return files
+    return list(files.values())
 
 
 def _open(options: ClassifyOptions) -> ZeroShotClassifier:

@@ -116,6 +116,8 @@ def absolute_source(source: str) -> str:
 
 def missing_path(path: Path) -> DataError:
     """An error for a path that is not there, with the nearest one that is, or some that are."""
+    if path.is_symlink():
+        return DataError(f"{path} is a link to nothing", hint=f"ls -l {path}")
     parent = _existing_parent(path)
     missing = path.relative_to(parent).parts[0] if path != parent else path.name
     try:

@@ -78,8 +78,8 @@ _KEEP_SHAPE = {
 
 _SMALL = 64
 """Elements of a value that may be a shape, or part of one."""
-_FOLDS = 3
-"""How often sizes may depend on shapes that depend on sizes."""
+_FOLDS = 200
+"""How often sizes may depend on shapes that depend on sizes: a few times in each block."""
 
 
 @dataclass(frozen=True)
@@ -158,16 +158,20 @@ def _infer(model: Any) -> Any:
         if node.domain == _DOMAINS[2] and node.op_type in _KEEP_SHAPE and not is_packed:
             stand_in = onnx.helper.make_node("Identity", node.input[:1], node.output[:1])
             node.CopyFrom(stand_in)
+    failed: set[str] = set()
     for _ in range(_FOLDS):
         del shaped.graph.value_info[:]
         shaped = onnx.shape_inference.infer_shapes(shaped, strict_mode=True, data_prop=True)
-        if not _fold_sizes(shaped):
+        if not _fold_sizes(shaped, failed):
             break
     return shaped.graph
 
 
-def _fold_sizes(model: Any) -> bool:
-    """Work out arithmetic on known shapes, such as what a Resize scales by; whether any was."""
+def _fold_sizes(model: Any, failed: set[str]) -> bool:
+    """Work out arithmetic on known shapes, such as what a Resize scales by; whether any was.
+
+    Outputs that are none, or too large, are added to `failed`.
+    """
     import onnx
     from onnx.reference import ReferenceEvaluator
 
@@ -181,7 +185,11 @@ def _fold_sizes(model: Any) -> bool:
             values[node.output[0]] = onnx.numpy_helper.to_array(node.attribute[0].t)
         inputs = [name for name in node.input if name]
         is_shape = node.op_type == "Shape" and inputs[0] in shapes
-        if not inputs or not (is_shape or all(name in values for name in inputs)):
+        if (
+            not inputs
+            or node.output[0] in failed
+            or not (is_shape or all(name in values for name in inputs))
+        ):
             continue
         feed = {i: np.empty(shapes[i]) if is_shape else values[i] for i in inputs}
         kinds = [onnx.helper.make_tensor_value_info(i, 0, None) for i in (*inputs, node.output[0])]
@@ -189,10 +197,12 @@ def _fold_sizes(model: Any) -> bool:
         try:
             sizes = onnx.helper.make_model(alone, opset_imports=model.opset_import)
             results: Any = ReferenceEvaluator(sizes).run(None, feed)
+            value = np.asarray(results[0])
         except Exception:  # of a kind that is not there: its shape stays unknown
+            failed.add(node.output[0])
             continue
-        value = np.asarray(results[0])
         if value.size > _SMALL:
+            failed.add(node.output[0])
             continue
         values[node.output[0]] = value
         tensor = onnx.numpy_helper.from_array(value)

@@ -68,6 +68,8 @@ def test_a_small_teacher_has_a_student_too(caplog):
     report = fit_student("jetson-orin", **asked)
     assert report.budget_ms / 2 < report.chosen_candidate.latency_ms <= report.budget_ms
     assert "no student meets" in caplog.text
+    named = fit_student("jetson-orin", student=report.chosen.name, **asked)
+    assert named.budget_ms == report.budget_ms
     with pytest.raises(BudgetError, match="no student meets"):
         fit_student("jetson-orin", latency_ms=report.budget_ms / 2, **asked)
 

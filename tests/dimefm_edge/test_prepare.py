@@ -122,3 +122,15 @@ def test_a_run_knows_its_files_from_any_working_directory(tmp_path, monkeypatch)
         assert from_anywhere(RunConfig(teacher=teacher)).teacher == whole
     monkeypatch.chdir("/")
     assert from_anywhere(config) == config
+
+
+def test_a_folder_with_a_plus_in_its_name_joins_no_teachers(tmp_path, monkeypatch):
+    (tmp_path / "a+b" / "teacher").mkdir(parents=True)
+    (tmp_path / "a+b" / "clip.pt").touch()
+    monkeypatch.chdir(tmp_path / "a+b")
+    for teacher, whole in (
+        ("teacher", str(tmp_path / "a+b" / "teacher")),
+        ("teacher+sample", "teacher+sample"),
+        ("ViT-B-32:clip.pt", "ViT-B-32:clip.pt"),
+    ):
+        assert from_anywhere(RunConfig(teacher=teacher)).teacher == whole

@@ -246,17 +246,24 @@ def test_the_settings_of_the_stage() -> None:
 
 
 def test_a_run_that_begins_from_another_trains_its_text_student_on(
-    run_dir: Path, words: list[str], tmp_path: Path
+    run_dir: Path, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    at = words.index("--student")
-    again = [*words[:at], *words[at + 2 : -1], str(tmp_path / "on"), "--init-from", str(run_dir)]
-    assert cli.main([*again, "--text-steps", "1", "--text-lr", "1e-6"]) == 0
-    before, after = (load_text_student(folder).student for folder in (run_dir, tmp_path / "on"))
+    at, init = words.index("--student"), shutil.copytree(run_dir, tmp_path / "init")
+    again = [*words[:at], *words[at + 2 : -1], str(tmp_path / "on"), "--init-from", str(init)]
+    again += ["--text-steps", "1", "--text-lr", "1e-6"]
+    assert cli.main(again) == 0
+    before, after = (load_text_student(folder).student for folder in (init, tmp_path / "on"))
     for name, weight in before.state_dict().items():
         torch.testing.assert_close(after.state_dict()[name], weight, atol=1e-4, rtol=0)
-    text = json.loads((tmp_path / "on" / "report.json").read_text())["text"]
-    assert text["init_from"] == str(run_dir)
-    assert f"initial weights those of `{run_dir}`" in (tmp_path / "on" / "report.md").read_text()
+    init.rename(tmp_path / "moved")  # begun, it needs that no more
+    for words in ([], [*again, "--resume"]):
+        assert not words or cli.main(words) == 0
+        text = json.loads((tmp_path / "on" / "report.json").read_text())["text"]
+        assert text["init_from"] == str(init)
+        assert f"initial weights those of `{init}`" in (tmp_path / "on" / "report.md").read_text()
+    shutil.rmtree(tmp_path / "on" / "text")  # not begun
+    assert cli.main([*again, "--resume"]) == 2
+    assert "is gone, whose text student was to be trained on" in capsys.readouterr().err
 
 
 def test_another_shape_does_not_begin_from_it_and_none_is_told(
@@ -264,14 +271,17 @@ def test_another_shape_does_not_begin_from_it_and_none_is_told(
 ) -> None:
     teacher = load_teacher(str(teacher_dir))
 
-    def plan(name: str) -> TextPlan | None:
-        config = TextStudentConfig(text_student=name)
+    def plan(name: str, **settings: Any) -> TextPlan | None:
+        config = TextStudentConfig(text_student=name, **settings)
         return plan_text(config, TrainConfig(), teacher, Ranks(), init_from=str(run_dir))
 
     own, other = plan("text-w16-d1-e4"), plan("text-w16-d2-e4")
     assert own is not None
     assert other is not None
-    assert (own.init_from, other.init_from) == (run_dir, None)
+    assert (own.init_from, other.init_from) == (str(run_dir), None)
+    anew = plan("auto", text_init="random")
+    assert anew is not None
+    assert anew.init_from is None
     assert plan("none") is None
     assert "the text student of" in caplog.text
     assert "is left behind" in caplog.text

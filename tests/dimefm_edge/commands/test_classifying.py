@@ -62,6 +62,13 @@ def test_labels_of_ones_own(tiny_open_bundle_dir, photos, tmp_path, capsys):
         assert found == {"a red ball", "a blue ring"}
 
 
+def test_sources_that_overlap_name_each_file_once(tiny_bundle_dir, photos, capsys):
+    (photos / "deep" / "loop").symlink_to(photos, target_is_directory=True)
+    _, values = answer(capsys, tiny_bundle_dir, f"{photos}/**", photos, photos / "2.png")
+    assert len(values["images"]) == 3
+    assert values["unreadable"] == []
+
+
 def test_an_image_that_cannot_be_read_harms_no_other(tiny_bundle_dir, photos, capsys):
     (photos / "3.png").write_bytes(b"no image")
     code, values = answer(capsys, tiny_bundle_dir, photos)
@@ -82,6 +89,8 @@ def test_an_image_that_cannot_be_read_harms_no_other(tiny_bundle_dir, photos, ca
         (["BUNDLE", "EMPTY"], "no image in"),
         (["BUNDLE", "PHOTOS", "--labels", "pest"], "Did you mean 'pets'"),
         (["BUNDLE", "PHOTOS", "--labels", "cat", "dog"], "has no text side"),
+        (["BUNDLE", "PHOTOS", "--out", "."], "--out . is not a file in a folder that is there"),
+        (["BUNDLE", "PHOTOS", "--out", "no/x.csv"], "--out no/x.csv is not a file"),
     ],
 )
 def test_what_cannot_be_is_said(words, told, tiny_bundle_dir, photos, tmp_path, capsys):

@@ -71,7 +71,8 @@ def test_missing_shard_of_a_range_is_named(tmp_path):
     [
         ("imagse", "imagse does not exist; the nearest in {root} is 'images'"),
         ("imagse/train/x.tar", "the nearest in {root} is 'images'"),
-        ("photographs", "photographs does not exist; {root} has images"),
+        ("photographs", "photographs does not exist; {root} has broken, images"),
+        ("broken", "broken is a link to nothing"),
         ("images/a.tar", "{root}/images is empty"),
         ("*.tar", "no file matches the pattern {root}/*.tar"),
         ("a{b", "no brace pattern"),
@@ -79,6 +80,7 @@ def test_missing_shard_of_a_range_is_named(tmp_path):
 )
 def test_what_is_missing_is_said(tmp_path, source, message):
     (tmp_path / "images").mkdir()
+    (tmp_path / "broken").symlink_to(tmp_path / "gone")
     with pytest.raises(DataError) as caught:
         expand_source(f"{tmp_path}/{source}")
     assert message.format(root=tmp_path) in str(caught.value)

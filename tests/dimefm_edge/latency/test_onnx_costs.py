@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from dimefm_edge.errors import InputError
 from dimefm_edge.latency.onnx_costs import graph_costs, onnx_ops
-from dimefm_edge.latency.operators import Operator
+from dimefm_edge.latency.operators import Operator, total_gmacs
 
 
 def save_conv(path: Path, *, batch="N", side="H", groups=1):
@@ -257,3 +257,29 @@ def test_junk_is_never_taken_for_onnx(junk, tmp_path_factory):
     path.write_bytes(junk)
     with pytest.raises(InputError, match=r"junk\.onnx"):
         onnx_ops(path)
+
+
+def test_sizes_that_hang_on_one_another_are_worked_out_to_the_end(tmp_path):
+    """Each block's shape is arithmetic on the one before, which onnx itself does not follow."""
+    nodes, last, blocks = [], "x", 9
+    for i in range(blocks):
+        nodes += [
+            helper.make_node("Shape", [last], [f"s{i}"]),
+            helper.make_node("Cast", [f"s{i}"], [f"f{i}"], to=TensorProto.FLOAT),
+            helper.make_node("Floor", [f"f{i}"], [f"g{i}"]),
+            helper.make_node("Cast", [f"g{i}"], [f"h{i}"], to=TensorProto.INT64),
+            helper.make_node("Reshape", [last, f"h{i}"], [f"r{i}"]),
+            helper.make_node("MatMul", [f"r{i}", "w"], [f"y{i}"]),
+        ]
+        last = f"y{i}"
+    ends = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4, 8]),
+        helper.make_tensor_value_info(last, TensorProto.FLOAT, None),
+    ]
+    weight = numpy_helper.from_array(np.zeros((8, 8), np.float32), "w")
+    graph = helper.make_graph(nodes, "deep", ends[:1], ends[1:], [weight])
+    path = tmp_path / "deep.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)]), path)
+    found = graph_costs(path)
+    assert not found.uncounted
+    assert total_gmacs(found.ops) * 1e9 == pytest.approx(blocks * 4 * 8 * 8)
