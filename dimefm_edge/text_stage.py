@@ -86,6 +86,7 @@ def plan_text(
         ConfigError: If the teacher's text tower is of a kind that none can be sized after, or
             ranks do not divide the sentences of a step.
         ExportError: If the teacher's tokenizer cannot run without open_clip.
+        CheckpointError: If `init_from` is gone, and this run has not begun with its text student.
         UnknownNameError: If the student's name is neither `auto` nor of the form that names have.
     """
     if config.text_student == "none":
@@ -116,6 +117,8 @@ def plan_text(
 
 def _plan_on(init_from: str, config: TextStudentConfig, run_dir: Path | None) -> TextPlan | None:
     """The text student of another run, or of this one if it has begun; None: of the teacher."""
+    if config.text_init == "random":
+        return None
     is_begun = run_dir is not None and has_text_student(run_dir)
     folder = run_dir if run_dir is not None and is_begun else _folder_of(init_from)
     if not folder.is_dir():
@@ -123,7 +126,7 @@ def _plan_on(init_from: str, config: TextStudentConfig, run_dir: Path | None) ->
             f"{init_from} is gone, whose text student was to be trained on",
             hint="put it back, or --text-student none",
         )
-    if config.text_init == "random" or not has_text_student(folder):
+    if not has_text_student(folder):
         return None
     found = load_text_student(folder)
     if config.text_student not in ("auto", found.name):
