@@ -66,14 +66,14 @@ def image_files(sources: Sequence[str]) -> list[Path]:
         DataError: If a source is missing, or none holds an image.
     """
     from dimefm_edge.data.image_pools import IMAGE_SUFFIXES
-    from dimefm_edge.data.sources import expand_source, natural_key, walk_files
+    from dimefm_edge.data.sources import expand_source, walk_files
 
     files: dict[str, Path] = {}  # by where they lie: globs and folders overlap
     for source in sources:
         is_pattern = not Path(source).expanduser().exists()
         for path in expand_source(source):
             if path.is_dir():
-                names = sorted((name for name, _ in walk_files(path)), key=natural_key)
+                names = (name for name, _ in walk_files(path))
                 found = [path / name for name in names if name.lower().endswith(IMAGE_SUFFIXES)]
             else:
                 is_image = path.name.lower().endswith(IMAGE_SUFFIXES)

@@ -18,7 +18,6 @@ from dimefm_edge.data.scenes import DEFAULT_NUM_IMAGES, scene_image
 from dimefm_edge.data.sources import (
     digest_lines,
     expand_source,
-    natural_key,
     scenes_count,
     walk_files,
 )
@@ -249,7 +248,7 @@ class HuggingFacePool:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        files = sorted(walk_files(self._path), key=lambda item: natural_key(item[0]))
+        files = walk_files(self._path)
         sizes = [f"{name}\t{size}" for name, size in files if name.endswith(".arrow")]
         return digest_lines([self._column, str(len(self)), *sizes])
 
@@ -353,7 +352,7 @@ def _open_path(path: Path, column: str) -> list[ImagePool]:
 def _open_folder(path: Path, column: str) -> list[ImagePool]:
     if any((path / name).is_file() for name in _HF_FILES):
         return [HuggingFacePool(path, column=column)]
-    files = sorted(walk_files(path), key=lambda item: natural_key(item[0]))
+    files = walk_files(path)
     images = [item for item in files if item[0].lower().endswith(IMAGE_SUFFIXES)]
     tars = [path / name for name, _ in files if name.lower().endswith(".tar")]
     pools: list[ImagePool] = [FolderPool(path, images)] if images else []

@@ -156,7 +156,7 @@ def _open_folder(root: Path, split: str, fallback: ClassNames) -> LabelledSet:
             return _open_tars(tars, root, fallback, name=name)
     if split != "test":
         raise DataError(f"{root} has no {split}/*.tar", hint=f"ls {root}")
-    files = sorted(walk_files(root), key=lambda item: natural_key(item[0]))
+    files = walk_files(root)
     images = [item for item in files if item[0].lower().endswith(IMAGE_SUFFIXES)]
     if not images:
         raise DataError(f"{root} holds no labelled image", hint=_LAYOUTS)

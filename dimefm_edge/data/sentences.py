@@ -22,7 +22,6 @@ from dimefm_edge.data.sources import (
     PROMPTS,
     digest_lines,
     expand_source,
-    natural_key,
     scenes_count,
     walk_files,
 )
@@ -186,8 +185,7 @@ def _given(sentences: list[str]) -> _Source:
 def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    names = sorted((name for name, _ in walk_files(path)), key=natural_key)
-    return [path / name for name in names if _kind(path / name) in _READERS]
+    return [path / name for name, _ in walk_files(path) if _kind(path / name) in _READERS]
 
 
 def _kind(path: Path) -> str:

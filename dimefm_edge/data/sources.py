@@ -130,11 +130,15 @@ def missing_path(path: Path) -> DataError:
     return DataError(f"{path} does not exist; {told}", hint=f"ls {parent}")
 
 
-def walk_files(root: Path) -> Iterator[tuple[str, int]]:
-    """(path relative to root, bytes) of every file below a folder; hidden ones are left out.
+def walk_files(root: Path) -> list[tuple[str, int]]:
+    """(path relative to root, bytes) of every file below a folder, in natural order.
 
-    Links to folders are followed, each folder once.
+    Hidden ones are left out. Links to folders are followed, each folder once.
     """
+    return sorted(_walk(root), key=lambda item: natural_key(item[0]))
+
+
+def _walk(root: Path) -> Iterator[tuple[str, int]]:
     seen: set[tuple[int, int]] = set()
     pending = [""]
     while pending:
