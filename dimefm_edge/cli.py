@@ -230,6 +230,7 @@ def parse_options(name: str, words: Sequence[str]) -> CommonOptions:
     """
     from dimefm_edge import options as options_module
     from dimefm_edge.config import RUN_FILE
+    from dimefm_edge.files import run_folder
     from dimefm_edge.options import DistillOptions, FitOptions, defaults_from
 
     kind: type[CommonOptions] = getattr(options_module, COMMANDS[name].options)
@@ -239,8 +240,7 @@ def parse_options(name: str, words: Sequence[str]) -> CommonOptions:
         saved = Path(parsed.run.out) / RUN_FILE
         source = saved if saved.is_file() else None
     if isinstance(parsed, FitOptions) and parsed.elastic and source is None:
-        run = Path(parsed.elastic).expanduser()
-        saved = (run if run.is_dir() else run.parent) / RUN_FILE
+        saved = run_folder(parsed.elastic) / RUN_FILE
         source = saved if saved.is_file() else None
     if source is None:
         return parsed

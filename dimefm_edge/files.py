@@ -34,6 +34,12 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         raise
 
 
+def run_folder(run: str | Path) -> Path:
+    """The folder of a run that is named by it, or by its checkpoint."""
+    path = Path(run).expanduser()
+    return path.parent if path.is_file() else path
+
+
 def make_out_folder(out: Path) -> None:
     """Make the folder of a command's files, before the work that fills it.
 

@@ -24,6 +24,7 @@ from dimefm_edge.distributed import Ranks
 from dimefm_edge.encoders import JoinedTowers
 from dimefm_edge.errors import CheckpointError, ConfigError
 from dimefm_edge.export.tokenizers import convert_tokenizer
+from dimefm_edge.files import run_folder
 from dimefm_edge.students.text import TextSpec, TextStudent, inherit_text, text_geometry, text_spec
 from dimefm_edge.students.text_checkpoint import (
     TEXT_DIR,
@@ -90,7 +91,7 @@ def plan_text(
         UnknownNameError: If the student's name is neither `auto` nor of the form that names have.
     """
     if config.text_student == "none":
-        if init_from is not None and has_text_student(_folder_of(init_from)):
+        if init_from is not None and has_text_student(run_folder(init_from)):
             logger.warning(
                 "the text student of %s is left behind; --text-student auto trains it on", init_from
             )
@@ -120,7 +121,7 @@ def _plan_on(init_from: str, config: TextStudentConfig, run_dir: Path | None) ->
     if config.text_init == "random":
         return None
     is_begun = run_dir is not None and has_text_student(run_dir)
-    folder = run_dir if run_dir is not None and is_begun else _folder_of(init_from)
+    folder = run_dir if run_dir is not None and is_begun else run_folder(init_from)
     if not folder.is_dir():
         raise CheckpointError(
             f"{init_from} is gone, whose text student was to be trained on",
@@ -133,11 +134,6 @@ def _plan_on(init_from: str, config: TextStudentConfig, run_dir: Path | None) ->
         return None
     name = found.metadata.get(_INIT_FROM) if is_begun else str(folder)
     return TextPlan(found.spec, found.tokenizer, name, is_begun)
-
-
-def _folder_of(init_from: str) -> Path:
-    path = Path(init_from).expanduser()
-    return path.parent if path.suffix == ".safetensors" else path
 
 
 def _kind_of(tower: nn.Module) -> str:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from dimefm_edge.config import load_saved
 from dimefm_edge.errors import InputError, MissingExtraError
+from dimefm_edge.files import run_folder
 from dimefm_edge.manifest import MANIFEST_FILE
 from dimefm_edge.subjects import subject_kind
 
@@ -70,7 +71,7 @@ def _expand(name: str, engines: Sequence[str]) -> list[ModelSpec]:
     if kind == "bundle":
         return _bundle(path, engines)
     if kind == "run":
-        return _run(path if path.is_dir() else path.parent, engines)
+        return _run(run_folder(path), engines)
     if name.startswith((".", "/", "~")) and not path.exists():
         raise InputError(f"there is nothing at {name}", hint="name a run, a bundle or a teacher")
     return [_teacher(name, name=name)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dimefm_edge.commands.outcome import Outcome
 from dimefm_edge.errors import CheckpointError, ConfigError, DataError, InputError, lookup
+from dimefm_edge.files import run_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,8 +115,7 @@ def _trained_for(graph: GraphSpec, options: ExportOptions) -> LoadedStudent | No
         return None
     from dimefm_edge.precisions import float_products, load_trained_int8
 
-    run = Path(options.run).expanduser()
-    run = run if run.is_dir() else run.parent
+    run = run_folder(options.run)
     trained = load_trained_int8(run, graph.quant_rules)
     if trained is not None and graph.calibration is None:
         return trained
@@ -148,8 +148,7 @@ def _default_out(options: ExportOptions) -> Path:
 
     if options.teacher:
         return Path(f"{file_name_of(options.teacher)}-bundle")
-    run = Path(options.run).expanduser()
-    return (run if run.is_dir() else run.parent) / f"bundle-{options.precision}"
+    return run_folder(options.run) / f"bundle-{options.precision}"
 
 
 def _command(options: ExportOptions) -> str:
@@ -279,9 +278,8 @@ def _of_run(options: ExportOptions) -> _Source:
     from dimefm_edge.subjects import run_logit_scale
     from dimefm_edge.teacher import TEXT_TEACHER_KEY, load_teacher
 
-    run = Path(options.run).expanduser()
-    loaded = load_student(run)
-    run_dir = run if run.is_dir() else run.parent
+    loaded = load_student(Path(options.run).expanduser())
+    run_dir = run_folder(options.run)
     saved = load_saved(run_dir)
     images, column = options.images, options.image_column
     if not images:

@@ -15,6 +15,7 @@ from dimefm_edge.files import (
     atomic_file,
     held_folder,
     make_out_folder,
+    run_folder,
     user_cache_dir,
     user_config_dir,
 )
@@ -135,3 +136,12 @@ def test_one_process_at_a_time_works_in_a_held_folder(tmp_path):
     with held_folder(tmp_path / "empty"):
         pass
     assert not (tmp_path / "empty").exists()
+
+
+def test_a_run_is_named_by_its_folder_or_its_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.safetensors").touch()
+    for name in ("~/run", "~/run/checkpoint.safetensors", tmp_path / "run"):
+        assert run_folder(name) == tmp_path / "run"
+    assert run_folder("gone") == Path("gone")
