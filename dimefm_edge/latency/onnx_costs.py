@@ -153,6 +153,10 @@ def _infer(model: Any) -> Any:
 
     shaped = onnx.ModelProto()
     shaped.CopyFrom(model)
+    for weight in shaped.graph.initializer:  # each pass copies all: sizes are in small ones only
+        if math.prod(weight.dims) > _SMALL:
+            empty = onnx.TensorProto(name=weight.name, data_type=weight.data_type, dims=weight.dims)
+            weight.CopyFrom(empty)
     for node in shaped.graph.node:
         is_packed = node.op_type in _ATTENTIONS and not (len(node.input) > 2 and node.input[1])
         if node.domain == _DOMAINS[2] and node.op_type in _KEEP_SHAPE and not is_packed:
