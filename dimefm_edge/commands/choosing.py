@@ -12,10 +12,8 @@ from dimefm_edge.errors import InputError, lookup
 from dimefm_edge.tables import format_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
     from dimefm_edge.cuts import ElasticRun
-    from dimefm_edge.latency.operators import Operator
+    from dimefm_edge.latency.onnx_costs import GraphCosts
     from dimefm_edge.options import (
         CalibrateOptions,
         EstimateOptions,
@@ -80,11 +78,12 @@ def run_estimate(options: EstimateOptions) -> Outcome:
     if options.batch_size < 1 or (options.image_size or 1) < 1:
         raise InputError("batch size and image size must be positive")
     target = load_target(options.target)
-    ops, own, uncounted = _operators(options)
+    costs, own = _costs(options)
+    costs.warn(options.model)
     # A float graph runs in the target's precision: `build` lowers it, and so do NPUs' runtimes.
     is_own = own != "fp32" and own in target.peak_tflops
     precision = options.precision or (own if is_own else None) or target.precision
-    estimate = estimate_latency(ops, target, precision=precision)
+    estimate = estimate_latency(costs.ops, target, precision=precision)
     rows = [
         (
             options.model,
@@ -107,7 +106,7 @@ def run_estimate(options: EstimateOptions) -> Outcome:
         "runtime": target.runtime,
     }
     values |= {"precision": precision, "batch_size": options.batch_size} | asdict(estimate)
-    values["uncounted"] = [{"operator": name, "nodes": n} for name, n in uncounted.items()]
+    values["uncounted"] = [{"operator": name, "nodes": n} for name, n in costs.uncounted.items()]
     return Outcome(values, text)
 
 
@@ -180,16 +179,14 @@ def run_calibrate(options: CalibrateOptions) -> Outcome:
     return Outcome(values, text)
 
 
-def _operators(
-    options: EstimateOptions,
-) -> tuple[Sequence[Operator], str | None, Mapping[str, int]]:
-    """What the model does for a batch, the precision of its graph, if it is a graph of ours, and
-    the nodes that are not counted.
+def _costs(options: EstimateOptions) -> tuple[GraphCosts, str | None]:
+    """What the model does for a batch, and the precision of its graph, if it is a graph of ours.
 
     Raises:
         InputError: If flags ask for sizes that the model does not have.
     """
     from dimefm_edge.latency.estimate import graph_facts, trace_ops
+    from dimefm_edge.latency.onnx_costs import GraphCosts, graph_costs
     from dimefm_edge.students import (
         NAMED_STUDENTS,
         is_student_name,
@@ -205,7 +202,7 @@ def _operators(
 
         side = size or _DEFAULT_IMAGE_SIZE
         spec = student_spec(name, image_size=side, embed_dim=options.embed_dim)
-        return trace_student(spec, batch), None, {}
+        return GraphCosts(list(trace_student(spec, batch))), None
     kind, path = subject_kind(name), Path(name).expanduser()
     if kind == "bundle":
         from dimefm_edge.runtime import load_bundle
@@ -213,36 +210,27 @@ def _operators(
         bundle = load_bundle(path)
         side, takes_any = bundle.preprocess.image_size, bundle.image_input == "image"
         _require_own(options, None if takes_any else side, bundle.embed_dim)
-        ops, uncounted = _graph_operators(bundle.model_path, batch, size or side)
-        return ops, bundle.precision, uncounted
+        costs = graph_costs(bundle.model_path, batch=batch, image_size=size or side)
+        return costs, bundle.precision
     if kind == "onnx":
         facts = graph_facts(path)
         _require_own(options, None if facts.takes_any_size else facts.image_size, "fixed")
-        ops, uncounted = _graph_operators(path, batch, size or facts.image_size)
-        return ops, facts.precision, uncounted
+        costs = graph_costs(path, batch=batch, image_size=size or facts.image_size)
+        return costs, facts.precision
     if kind == "run":
         from dimefm_edge.latency.trace import trace_student
 
         spec = load_student(path).spec
         _require_own(options, spec.image_size, spec.embed_dim)
-        return trace_student(spec, batch), None, {}
+        return GraphCosts(list(trace_student(spec, batch))), None
     from dimefm_edge.teacher import load_teacher
 
     if not (":" in name or "/" in name or path.exists() or name == "sample"):
         lookup(dict.fromkeys([*NAMED_STUDENTS, "sample"]), name, kind="model")
     teacher = load_teacher(name, device="cpu")
     _require_own(options, teacher.preprocess.image_size, teacher.embed_dim)
-    return trace_ops(teacher.image_tower, teacher.preprocess.image_size, batch), None, {}
-
-
-def _graph_operators(
-    path: Path, batch: int, image_size: int | None
-) -> tuple[Sequence[Operator], Mapping[str, int]]:
-    from dimefm_edge.latency.onnx_costs import graph_costs
-
-    costs = graph_costs(path, batch=batch, image_size=image_size)
-    costs.warn(path)
-    return costs.ops, costs.uncounted
+    ops = trace_ops(teacher.image_tower, teacher.preprocess.image_size, batch)
+    return GraphCosts(ops), None
 
 
 def run_fit(options: FitOptions) -> Outcome:

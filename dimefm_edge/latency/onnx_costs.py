@@ -10,7 +10,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,10 @@ class GraphCosts:
     """What one run of a graph does, and what of it cannot be told."""
 
     ops: list[Operator]
-    uncounted: Mapping[str, int]
+    uncounted: Mapping[str, int] = field(default_factory=dict)
     """Nodes by operator: of unknown kind, with a graph inside, or of unknown shapes."""
 
-    def warn(self, path: Path) -> None:
+    def warn(self, path: Path | str) -> None:
         """Tell that an estimate is too low, if it is."""
         if self.uncounted:
             named = ", ".join(f"{name} ({count})" for name, count in self.uncounted.items())

@@ -255,12 +255,16 @@ def test_a_run_that_begins_from_another_trains_its_text_student_on(
     before, after = (load_text_student(folder).student for folder in (init, tmp_path / "on"))
     for name, weight in before.state_dict().items():
         torch.testing.assert_close(after.state_dict()[name], weight, atol=1e-4, rtol=0)
-    init.rename(tmp_path / "moved")  # begun, it needs that no more
-    for words in ([], [*again, "--resume"]):
-        assert not words or cli.main(words) == 0
+
+    def assert_it_is_told() -> None:
         text = json.loads((tmp_path / "on" / "report.json").read_text())["text"]
         assert text["init_from"] == str(init)
         assert f"initial weights those of `{init}`" in (tmp_path / "on" / "report.md").read_text()
+
+    assert_it_is_told()
+    init.rename(tmp_path / "moved")  # begun, it needs that no more
+    assert cli.main([*again, "--resume"]) == 0
+    assert_it_is_told()
     shutil.rmtree(tmp_path / "on" / "text")  # not begun
     assert cli.main([*again, "--resume"]) == 2
     assert "is gone, whose text student was to be trained on" in capsys.readouterr().err
