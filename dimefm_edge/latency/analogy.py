@@ -37,7 +37,7 @@ _SHARES = {
     _KERNELS: ("kernels_depthwise", "kernels_attention", "kernels_activation", "kernels_norm",
                "kernels_mean", "kernels_move", "kernels_permute"),
     _ACTIVATIONS: ("activations_softmax", "activations_norm", "activations_batch_norm",
-                   "activations_activation", "activations_depthwise"),
+                   "activations_gelu", "activations_activation", "activations_depthwise"),
 }  # fmt: skip
 NUM_SIZES = 4
 NUM_FEATURES = NUM_SIZES + sum(map(len, _SHARES.values()))

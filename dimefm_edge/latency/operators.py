@@ -18,12 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-CHANNEL_TILE = 32
-"""Channels that tensor cores and NPUs work on at a time; fewer cost as much."""
+TILE = 32
+"""Channels, or rows of a matrix, that tensor cores and NPUs work on at a time; fewer cost as
+much."""
 ON_CHIP_ELEMENTS = 1e6
 """Of a tensor larger than this, the rest counts as `spilled`: it leaves the chip's memory."""
 
-COUNTING = 3
+COUNTING = 4
 """Raised when a model's counts change: caches of them, and fits on them, are made anew."""
 
 Vector = npt.NDArray[np.float64]
@@ -36,18 +37,23 @@ class Operator:
     name: str
     kind: str
     """conv, grouped, depthwise, linear, matmul (of two activations), attention, softmax, norm,
-    batch_norm (one that no convolution takes in), activation (all but ReLUs), elementwise, pool,
+    batch_norm (one that no convolution takes in), gelu, activation (all others but ReLUs, which
+    cost NPUs less: SiLU at 380 px told by GELU was 6 times too dear), elementwise, pool,
     mean, move (concatenations, copies, paddings) or permute."""
     macs: float = 0.0
     """Multiply-adds."""
     padded_macs: float = 0.0
-    """The same with channels filled up to `CHANNEL_TILE`; convolutions only."""
+    """The same with sizes filled up to `TILE`: channels of a convolution; all three sizes of a
+    product of two activations."""
     weights: float = 0.0
     """Elements of weights read."""
     read: float = 0.0
     """Elements of activations read."""
     written: float = 0.0
     """Elements written."""
+    padded_moved: float = 0.0
+    """Elements read and written with rows filled up to `TILE`; products of two activations, alone
+    or in an attention, only: EfficientViT's heads are 16 wide."""
     scores: float = 0.0
     """Elements of the softmax inside an attention."""
     is_pointwise: bool = False
@@ -100,7 +106,8 @@ COSTS = (
     Cost("activations_pool", "activation", -0.7),
     Cost("activations_softmax", "activation", 1.5),
     Cost("activations_norm", "activation", 1.5),
-    Cost("activations_activation", "activation", 0.5),
+    Cost("activations_gelu", "activation", 0.5),
+    Cost("activations_activation", "activation", 0.0),
     Cost("activations_move", "activation", 0.0),
     Cost("macs_fallback", "mac", 3.0),
 )
@@ -114,7 +121,8 @@ _KERNELS = {
     "conv": "kernels", "grouped": "kernels", "linear": "kernels",
     "depthwise": "kernels_depthwise", "matmul": "kernels_attention",
     "softmax": "kernels_attention", "norm": "kernels_norm", "batch_norm": "kernels_elementwise",
-    "activation": "kernels_activation", "elementwise": "kernels_elementwise",
+    "gelu": "kernels_activation", "activation": "kernels_activation",
+    "elementwise": "kernels_elementwise",
     "pool": "kernels_move", "mean": "kernels_mean", "move": "kernels_move",
     "permute": "kernels_permute",
 }  # fmt: skip
@@ -156,12 +164,10 @@ def _counts(op: Operator) -> dict[str, float]:
         return counts | {"activations_depthwise": moved}
     if op.kind == "linear":
         return {"macs_linear": op.macs, "weights": op.weights, "activations": moved}
-    if op.kind == "matmul":
-        return {"macs_attention": op.macs, "activations_attention": moved}
-    if op.kind == "attention":
-        counts = {"macs_attention": op.macs, "activations_softmax": op.scores}
-        return counts | {"activations_attention": moved + 4 * op.scores}
-    if op.kind in ("softmax", "norm", "activation"):
+    if op.kind in ("matmul", "attention"):
+        counts = {"macs_attention": op.padded_macs, "activations_attention": op.padded_moved}
+        return counts | {"activations_softmax": op.scores}
+    if op.kind in ("softmax", "norm", "gelu", "activation"):
         return {f"activations_{op.kind}": op.written}
     if op.kind == "batch_norm":
         return {"activations_batch_norm": 2 * op.written}
@@ -187,14 +193,58 @@ def convolution(
     size, kernel = math.prod(written), math.prod(weight[2:])
     outputs, inputs = weight[0] // groups, weight[1]
     macs = float(size * inputs * kernel)
-    tile = CHANNEL_TILE
-    padded_inputs, padded_outputs = (-(-n // tile) * tile for n in (inputs, outputs))
-    padded = size / outputs * padded_outputs * padded_inputs * kernel
+    padded = size / outputs * _filled(outputs) * _filled(inputs) * kernel
     kind = "conv" if groups == 1 else "depthwise" if inputs == 1 else "grouped"
     elements = float(math.prod(weight))
     return Operator(
         name, kind, macs, padded, elements, read, float(size), is_pointwise=kernel == 1
     )  # fmt: skip
+
+
+def product(name: str, inner: int, *, read: float, written: tuple[int, ...]) -> Operator:
+    """A product of two activations as an operator.
+
+    Args:
+        name: For people.
+        inner: The size that is summed over.
+        read: Elements of both.
+        written: Its output, (..., rows, columns).
+    """
+    size = math.prod(written)
+    rows, columns = (1, *written)[-2:]
+    times = size / (rows * columns)
+    padded = times * _filled(rows) * _filled(inner) * _filled(columns)
+    moved = times * (rows * _filled(inner) + (inner + rows) * _filled(columns))
+    return Operator(
+        name, "matmul", float(size * inner), padded, 0.0, read, float(size), moved
+    )  # fmt: skip
+
+
+def attention(
+    name: str, query: tuple[int, ...], keys: int, values: int, *, read: float, written: float
+) -> Operator:
+    """An attention as one operator.
+
+    Args:
+        name: For people.
+        query: Shape of the queries, (..., tokens, channels of a head).
+        keys: How many tokens are asked.
+        values: Channels of a head's values.
+        read: Elements of queries, keys and values.
+        written: Elements of the output.
+    """
+    tokens, channels = query[-2:]
+    heads = math.prod(query[:-2])
+    scores, wide = float(heads * tokens * keys), _filled(channels) + _filled(values)
+    padded = heads * _filled(tokens) * _filled(keys) * wide
+    moved = heads * ((tokens + keys) * wide + 4 * tokens * _filled(keys))
+    macs = scores * (channels + values)
+    return Operator(name, "attention", macs, padded, 0.0, read, written, moved, scores)
+
+
+def _filled(size: int) -> int:
+    """Up to whole tiles."""
+    return -(-size // TILE) * TILE
 
 
 def total_gmacs(ops: Iterable[Operator]) -> float:

@@ -35,7 +35,7 @@ SETUP_SPREAD = 0.35
 """80% of the Jetsons' contexts in the fit lie within this of what their device, runtime and
 precision say, in log ms (of all contexts, 0.22): with transfers or without, which version, which
 clocks. Part of the interval where the very context is not known."""
-ANALOGY_SHARE = 0.25
+ANALOGY_SHARE = 0.3
 """Weight of the analogy beside the sum of costs, where a model of the rows is near."""
 MODEL_PATH = Path(__file__).with_name("published.json")
 

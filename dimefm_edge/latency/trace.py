@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dimefm_edge.errors import DimeFMError, InputError, lookup
-from dimefm_edge.latency.operators import Operator, convolution
+from dimefm_edge.latency.operators import Operator, attention, convolution, product
 from dimefm_edge.students import STAGED_FAMILIES, StudentSpec, build_student, student_spec
 from dimefm_edge.students.hybrid import build_hybrid, reparameterise
 
@@ -28,9 +28,10 @@ _KINDS = {
         "neg", "linalg_vector_norm", "reciprocal", "abs", "rsub", "floor",
     ),
     "activation": (
-        "gelu", "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "elu", "erf", "leaky_relu",
-        "mish", "softplus", "prelu", "_prelu_kernel", "log_sigmoid_forward",
+        "silu", "hardswish", "hardsigmoid", "sigmoid", "tanh", "elu", "leaky_relu", "mish",
+        "softplus", "prelu", "_prelu_kernel", "log_sigmoid_forward",
     ),
+    "gelu": ("gelu", "erf"),
     "norm": ("native_layer_norm", "native_group_norm", "_fused_rms_norm"),
     "softmax": ("_softmax", "_safe_softmax", "_log_softmax"),
     "mean": ("mean", "sum", "_adaptive_avg_pool2d", "adaptive_avg_pool2d", "amax", "var_mean"),
@@ -253,12 +254,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             op = convolution(name, tuple(args[1].shape), args[8], read=read, written=shape)
             return replace(op, weights=self._weights(tensors))
         if name in _MATMULS:
-            macs = written * tensors[_MATMULS[name]].shape[-1]
+            inner = tensors[_MATMULS[name]].shape[-1]
             weights = self._weights(tensors)  # bmm: of strided tokens with their weight expanded
-            kind = "linear" if weights else "matmul"
-            return Operator(name, kind, macs, 0.0, weights, read, written)
+            if weights:
+                return Operator(name, "linear", written * inner, 0.0, weights, read, written)
+            return product(name, inner, read=read, written=tuple(output.shape))
         if name.startswith("_scaled_dot_product"):
-            return _attention(name, tensors, read, written)
+            query, key, value = tensors[:3]
+            return attention(
+                name, tuple(query.shape), key.shape[-2], value.shape[-1], read=read, written=written
+            )
         if "batch_norm" in name:
             if self.before in _TAKES_IN_BATCH_NORM:
                 return None
@@ -286,13 +291,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._kept.append(view)
             self.parameter_ids.add(id(view))
             self._roots[id(view)] = self._root(id(inputs[0]))
-
-
-def _attention(name: str, tensors: list[Tensor], read: float, written: float) -> Operator:
-    query, key, value = tensors[:3]
-    scores = float(math.prod(query.shape[:-1]) * key.shape[-2])
-    macs = scores * (query.shape[-1] + value.shape[-1])
-    return Operator(name, "attention", macs, read=read, written=written, scores=scores)
 
 
 def _flat(values: list[Any]) -> list[Any]:

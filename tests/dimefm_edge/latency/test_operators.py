@@ -13,8 +13,10 @@ from dimefm_edge.latency.operators import (
     PRIORS,
     RATES,
     Operator,
+    attention,
     convolution,
     cost_vector,
+    product,
     total_gmacs,
     total_params_m,
 )
@@ -46,15 +48,34 @@ def test_convolutions_by_hand():
 
 
 def test_an_attention_is_two_products_and_a_softmax():
-    whole = Operator("a", "attention", macs=2e6, read=3e3, written=1e3, scores=5e3)
+    """Of 2 heads, 50 tokens that ask 20, 16 channels wide, values 40 wide."""
+    whole = attention("a", (2, 50, 16), 20, 40, read=4e3, written=4e3)
     parts = (
-        Operator("qk", "matmul", macs=1e6, read=2e3, written=5e3),
-        Operator("s", "softmax", read=5e3, written=5e3),
-        Operator("av", "matmul", macs=1e6, read=6e3, written=1e3),
+        product("qk", 16, read=2e3, written=(2, 50, 20)),
+        Operator("s", "softmax", read=2e3, written=2 * 50 * 20),
+        product("av", 20, read=6e3, written=(2, 50, 40)),
     )
+    assert whole.macs == parts[0].macs + parts[2].macs == 2 * 50 * 20 * (16 + 40)
     one, three = counts(whole), counts(*parts)
     for name in ("kernels_attention", "macs_attention", "activations_softmax"):
         assert one[name] == three[name]
+
+
+def test_products_fill_up_tiles():
+    """EfficientViT's: 2 heads of (16, 196) by (196, 17), whose rows are 32 of a tile."""
+    op = product("p", 196, read=1.0, written=(2, 16, 17))
+    assert (op.kind, op.macs) == ("matmul", 2 * 16 * 196 * 17)
+    assert op.padded_macs == 2 * 32 * 224 * 32
+    assert op.padded_moved == 2 * (16 * 224 + 196 * 32 + 16 * 32)
+    assert counts(op) == pytest.approx({
+        "calls": 1, "kernels_attention": 1, "macs_attention": op.padded_macs / 1e6,
+        "activations_attention": op.padded_moved / 1e6,
+    })  # fmt: skip
+    vector = product("v", 64, read=1.0, written=(64,))
+    assert (vector.macs, vector.padded_macs) == (64 * 64, 32 * 64 * 64)
+    whole = attention("a", (64, 128, 64), 128, 64, read=1.0, written=1.0)
+    assert whole.padded_macs == whole.macs  # nothing to fill up
+    assert whole.padded_moved == 64 * (4 * 128 * 64 + 4 * 128 * 128)
 
 
 def test_only_what_exceeds_the_chip_is_spilled():
@@ -65,7 +86,7 @@ def test_only_what_exceeds_the_chip_is_spilled():
 
 KINDS = st.sampled_from([
     "conv", "grouped", "depthwise", "linear", "matmul", "attention", "softmax", "norm",
-    "batch_norm", "activation", "elementwise", "pool", "mean", "move", "permute",
+    "batch_norm", "gelu", "activation", "elementwise", "pool", "mean", "move", "permute",
 ])  # fmt: skip
 SIZES = st.floats(0, 1e9)
 
