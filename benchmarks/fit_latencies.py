@@ -89,7 +89,7 @@ NOISE, DEGREES = 0.10, 2.0
 FOLDS, SEEDS = 8, tuple(range(12))
 OTHER_SEEDS = tuple(range(24, 36))
 """Of folds that no setting above was chosen by; those of SEEDS, and the twelve after, were looked
-at. Which models share a fold decides: one way to fold has 36% at the 90th percentile, one 57%."""
+at. Which models share a fold decides: one way had 36% at the 90th percentile, one 57%."""
 RATE_OF = torch.tensor([list(RATES).index(cost.rate) for cost in COSTS])
 FALLBACK = [cost.name for cost in COSTS].index("macs_fallback")
 torch.set_default_dtype(torch.float64)
