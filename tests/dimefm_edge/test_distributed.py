@@ -55,6 +55,7 @@ torch.save(
     },
     f"{sys.argv[1]}/rank{ranks.rank}.pt",
 )
+del net, local, gathered, loss  # as a run: what holds the group at exit may abort in gloo
 leave_ranks()
 leave_ranks()
 """
