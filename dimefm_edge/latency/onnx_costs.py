@@ -228,9 +228,7 @@ class _Walk:
         right = node.input[_MATMULS[node.op_type]]
         if right in self.constants or node.input[0] in self.constants:
             weights = self._weights(node.input)
-            return Operator(
-                node.op_type, "linear", written * inner, 0.0, weights, read, written
-            )  # fmt: skip
+            return Operator(node.op_type, "linear", written * inner, 0.0, weights, read, written)
         shape = self.shapes.get(node.output[0], (0,))
         return product(node.op_type, inner, read=read, written=shape)
 
@@ -241,9 +239,7 @@ class _Walk:
         heads = named.get("num_heads") or named.get("q_num_heads") or query[1]
         if len(query) == 3:
             query = (query[0], heads, query[1], query[2] // heads)
-        return attention(
-            node.op_type, query, key[-2], query[-1], read=read, written=written
-        )  # fmt: skip
+        return attention(node.op_type, query, key[-2], query[-1], read=read, written=written)
 
     def _weights(self, inputs: Iterable[str]) -> float:
         return float(sum(self._numel(name) for name in inputs if name in self.constants))

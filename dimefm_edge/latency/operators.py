@@ -210,14 +210,11 @@ def product(name: str, inner: int, *, read: float, written: tuple[int, ...]) -> 
         read: Elements of both.
         written: Its output, (..., rows, columns).
     """
-    size = math.prod(written)
-    rows, columns = (1, *written)[-2:]
-    times = size / (rows * columns)
+    *batches, rows, columns = (1, 1, *written)
+    times, size = math.prod(batches), math.prod(written)
     padded = times * _filled(rows) * _filled(inner) * _filled(columns)
     moved = times * (rows * _filled(inner) + (inner + rows) * _filled(columns))
-    return Operator(
-        name, "matmul", float(size * inner), padded, 0.0, read, float(size), moved
-    )  # fmt: skip
+    return Operator(name, "matmul", float(size * inner), padded, 0.0, read, float(size), moved)
 
 
 def attention(

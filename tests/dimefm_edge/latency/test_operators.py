@@ -73,6 +73,8 @@ def test_products_fill_up_tiles():
     })  # fmt: skip
     vector = product("v", 64, read=1.0, written=(64,))
     assert (vector.macs, vector.padded_macs) == (64 * 64, 32 * 64 * 64)
+    for shape, macs in (((), 64), ((0, 5), 0), ((2, 0, 5), 0)):  # of two vectors; of nothing
+        assert product("n", 64, read=1.0, written=shape).macs == macs
     whole = attention("a", (64, 128, 64), 128, 64, read=1.0, written=1.0)
     assert whole.padded_macs == whole.macs  # nothing to fill up
     assert whole.padded_moved == 64 * (4 * 128 * 64 + 4 * 128 * 128)
