@@ -38,10 +38,12 @@ def test_onnx_kernels_of_a_graph_counted_by_hand(tmp_path):
     assert (op.kind, op.macs) == ("depthwise", 8 * 256 * 9)
 
 
-def test_one_attention_node_counts_as_its_products_and_softmax(tmp_path):
-    names = ("q", "k", "v")
+@pytest.mark.parametrize(
+    ("names", "shape"), [(("q", "k", "v"), (1, 10, 32)), (("qkv",), (1, 10, 4, 3, 8))]
+)
+def test_one_attention_node_counts_as_its_products_and_softmax(names, shape, tmp_path):
     node = helper.make_node("MultiHeadAttention", names, ["y"], domain="com.microsoft", num_heads=4)
-    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 10, 32]) for n in names]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, shape) for n in names]
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 10, 32])
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
     graph = helper.make_graph([node], "g", values, [output])
