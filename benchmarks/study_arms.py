@@ -193,6 +193,11 @@ STUDIES: dict[str, dict[str, Arm]] = {
         for name, inherits in (
             ("timm:resnet10t", False),
             ("convnet-w32-d2.2.4.2", False),
+            ("convnet-w48-d1.1.1.1", False),
+            ("timm:regnetx_004", False),
+            ("timm:convnext_atto", False),
+            ("timm:mobilenetv3_large_100", False),
+            ("timm:efficientnet_lite0", False),
             ("timm:mobilenetv4_conv_small", False),
             ("convnet-w16-d1.1.1.1", False),
             ("convnet-w12-d1.1.1.1", False),

@@ -20,7 +20,7 @@ from dimefm_edge.fit_plot import plot_fit
 from dimefm_edge.latency.calibrate import measure_student
 from dimefm_edge.latency.estimate import trace_ops
 from dimefm_edge.run_log import STATE_FILE, require_same
-from dimefm_edge.student_grid import elastic_cuts
+from dimefm_edge.student_grid import CUTTABLE, FAMILIES, elastic_cuts
 from dimefm_edge.students import CHECKPOINT_FILE, StudentSpec, build_student, load_student
 from dimefm_edge.students.inherit import can_inherit, inherit_from_teacher
 from dimefm_edge.students.vit import vit_geometry
@@ -43,9 +43,7 @@ def choose_student(config: RunConfig, target: Target, teacher: Teacher) -> FitRe
     if path.is_file():
         return _chosen_before(path, _asked(config))
     student, side = config.student, teacher.preprocess.image_size
-    facts = teacher_facts(
-        teacher, inherits=student.init in ("auto", "teacher"), is_elastic=student.elastic
-    )
+    facts = teacher_facts(teacher, inherits=student.init in ("auto", "teacher"))
     fit = fit_student(
         target,
         latency_ms=student.latency_ms,
@@ -53,6 +51,7 @@ def choose_student(config: RunConfig, target: Target, teacher: Teacher) -> FitRe
         image_size=student.image_size or side,
         embed_dim=teacher.embed_dim,
         precision=target.precision,
+        families=CUTTABLE if student.elastic else FAMILIES,
         student=student.student,
         given=() if student.init_from is None else ((_begun(student.init_from, teacher), None),),
         **facts,
@@ -84,20 +83,15 @@ def _begun(init_from: str, teacher: Teacher) -> StudentSpec:
     return spec
 
 
-def teacher_facts(
-    teacher: Teacher, *, inherits: bool = True, is_elastic: bool = False
-) -> dict[str, Any]:
-    """What `fit_student` takes of a teacher: its work and, if a student `inherits`, who can; of
-    timm's models none if it is to be elastic."""
+def teacher_facts(teacher: Teacher, *, inherits: bool = True) -> dict[str, Any]:
+    """What `fit_student` takes of a teacher: its work and, if a student `inherits`, who can."""
     tower = teacher.image_tower
     work = {"teacher_ops": trace_ops(tower, teacher.preprocess.image_size, 1)}
     if not inherits:
         return work
     return work | {
         "teacher_geometry": vit_geometry(tower),
-        "can_inherit": lambda spec: (
-            not (is_elastic and spec.family == "timm") and can_inherit(spec, tower)
-        ),
+        "can_inherit": lambda spec: can_inherit(spec, tower),
     }
 
 

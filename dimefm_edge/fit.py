@@ -190,8 +190,7 @@ def fit_student(
         teacher_geometry: From `vit_geometry`: adds students that can inherit.
         teacher_ops: From `trace_ops`, at batch 1: for the default budget, and to tell whether the
             teacher itself meets one.
-        can_inherit: Whether a student can start from a teacher that is no ViT. Those of timm's that
-            can are looked at, too, unless families are named.
+        can_inherit: Whether a student can start from a teacher that is no ViT.
         can_shrink: Whether students that inherit from a ViT are looked at on smaller images, too.
         measure: (spec, precision) -> ms, on the target: the choice is then one that was measured
             and meets the budget.

@@ -114,7 +114,8 @@ class FitOptions(CommonOptions):
     max_memory_mib: float | None = None
     """Limit of the student's weights and its largest operator's tensors, in MiB."""
     families: tuple[str, ...] = FAMILIES
-    """Student families to look at: vit, hybrid, convnet, timm (a selection), or timm:NAME."""
+    """Student families to look at: vit, hybrid, convnet, resnet (timm's), timm (a selection), or
+    timm:NAME."""
     plot: Path | None = None
     """Write latency against score as a PNG here."""
 

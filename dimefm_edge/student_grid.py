@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from dimefm_edge.errors import ConfigError, lookup
@@ -24,7 +25,9 @@ from dimefm_edge.students import (
 )
 from dimefm_edge.students.heirs import is_heir
 
-FAMILIES = ("vit", "hybrid", "convnet")
+CUTTABLE = ("vit", *STAGED_FAMILIES)
+"""Families of ours: smaller students can be cut out of theirs."""
+FAMILIES = (*CUTTABLE, "resnet")
 """Looked at by default."""
 
 _VIT_WIDTHS = (64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 576, 640, 704, 768, 1024)
@@ -55,6 +58,11 @@ _EDGE_MODELS = (
     "vit_small_patch16_224", "vit_base_patch16_224",
 )  # fmt: skip
 """timm models that people put on devices."""
+_RESNETS = tuple(name for name in _EDGE_MODELS if name.startswith("resnet"))
+_MAX_RESNET_SIDE = 96
+"""Of images, in pixels, up to which random ResNets are looked at beside ours: on 64 px they came to
+more than convnets as fast, the others of timm's to less (`studies.py hand-picked`). On larger ones
+FastViTs are the better of the two (arXiv 2303.14189)."""
 
 Found = Iterator[tuple[StudentSpec, bool]]
 CanInherit = Callable[[StudentSpec], bool]
@@ -113,8 +121,10 @@ def _staged(image_size: int, embed_dim: int) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
-def _timm_grid(image_size: int, embed_dim: int, teacher: dict[str, Any] | None) -> Found:
-    for name in _EDGE_MODELS:
+def _timm_grid(
+    image_size: int, embed_dim: int, teacher: dict[str, Any] | None, *, names: Sequence[str]
+) -> Found:
+    for name in names:
         yield student_spec(f"timm:{name}", image_size=image_size, embed_dim=embed_dim), False
 
 
@@ -122,7 +132,8 @@ GRIDS: dict[str, Grid] = {
     "vit": _vit_grid,
     "hybrid": _hybrid_grid,
     "convnet": _convnet_grid,
-    "timm": _timm_grid,
+    "resnet": partial(_timm_grid, names=_RESNETS),
+    "timm": partial(_timm_grid, names=_EDGE_MODELS),
 }
 """What is tried of each family: (image_size, embed_dim, teacher_geometry) -> spec, inherits."""
 
@@ -144,8 +155,7 @@ def student_grid(
         embed_dim: Size of the teacher's embeddings.
         teacher: From `vit_geometry`; None if it is no ViT.
         can_inherit: Whether a student can start from a teacher of another kind: where the first,
-            smallest one of a family cannot, none is asked. Beside the default families, timm's
-            models that can are looked at.
+            smallest one of a family cannot, none is asked, but for timm's.
         can_shrink: Whether heirs of a ViT are looked at on smaller images, too.
 
     Returns:
@@ -167,18 +177,18 @@ def student_grid(
     if can_shrink and teacher is not None and "vit" in families:
         for side in _smaller_sides(image_size, teacher["patch_size"]):
             small += [(spec, True) for spec in _vit_heirs(side, embed_dim, teacher)]
-    if can_inherit is None:
-        return [*specs.values(), *small]
-    smallest = {spec.family: spec for spec, _ in reversed(specs.values())}
-    heirs = {family for family, spec in smallest.items() if family == "timm" or can_inherit(spec)}
-    known = {
-        name: (spec, inherits or (spec.family in heirs and can_inherit(spec)))
-        for name, (spec, inherits) in specs.items()
-    }
-    if tuple(families) == FAMILIES:
-        timms = (spec for spec, _ in _timm_grid(image_size, embed_dim, None))
-        known |= {spec.name: (spec, True) for spec in timms if can_inherit(spec)}
-    return [*known.values(), *small]
+    found = list(specs.values())
+    if can_inherit is not None:
+        smallest = {spec.family: spec for spec, _ in reversed(found)}
+        able = {f for f, spec in smallest.items() if f == "timm" or can_inherit(spec)}
+        found = [
+            (spec, inherits or (spec.family in able and can_inherit(spec)))
+            for spec, inherits in found
+        ]
+    has_heirs = any(inherits for _, inherits in found)
+    if tuple(families) == FAMILIES and (has_heirs or image_size > _MAX_RESNET_SIDE):
+        found = [(spec, inherits) for spec, inherits in found if inherits or spec.family != "timm"]
+    return [*found, *small]
 
 
 def _smaller_sides(image_size: int, patch: int) -> list[int]:
@@ -195,7 +205,7 @@ def elastic_cuts(spec: StudentSpec) -> tuple[StudentSpec, ...]:
     Raises:
         ConfigError: If it is one of timm's, or so small that there is none.
     """
-    if spec.family not in (*STAGED_FAMILIES, "vit"):
+    if spec.family not in CUTTABLE:
         raise ConfigError(
             f"student {spec.name} cannot be elastic: smaller ones are cut out of ViTs, hybrids and "
             "convnets only",

@@ -139,14 +139,12 @@ def test_an_elastic_student_is_one_that_has_cuts(config):
         choice.choose_student(dataclasses.replace(config, student=student), target, teacher)
 
 
-def test_timms_heirs_are_not_looked_at_for_an_elastic_student(monkeypatch, tiny_teacher_dir):
-    monkeypatch.setattr(choice, "can_inherit", lambda spec, tower: True)
-    teacher = load_teacher(str(tiny_teacher_dir))
-    spec = student_spec("timm:resnet18", image_size=64, embed_dim=16)
-    assert choice.teacher_facts(teacher)["can_inherit"](spec)
-    facts = choice.teacher_facts(teacher, is_elastic=True)
-    assert not facts["can_inherit"](spec)
-    assert facts["can_inherit"](student_spec("hybrid-nano", image_size=64, embed_dim=16))
+def test_an_elastic_student_is_none_of_timms(config):
+    target, teacher = load_target("jetson-orin"), load_teacher(config.teacher)
+    for is_elastic in (False, True):
+        student = StudentConfig(init="random", latency_ms=50.0, elastic=is_elastic)
+        fit = choice.choose_student(dataclasses.replace(config, student=student), target, teacher)
+        assert any(c.spec.family == "timm" for c in fit.candidates) != is_elastic
 
 
 def test_a_student_of_images_prepared_otherwise_is_refused(config, tmp_path):

@@ -25,8 +25,8 @@ TEACHER = {
 
 
 def test_every_family_has_a_grid_of_students_of_its_own():
-    assert set(GRIDS) == set(STUDENTS)
-    for family in GRIDS:
+    assert set(GRIDS) == {*STUDENTS, "resnet"}
+    for family in STUDENTS:
         found = student_grid([family], **SIZES)
         assert len(found) > 10
         assert {spec.family for spec, _ in found} == {family}
@@ -34,7 +34,7 @@ def test_every_family_has_a_grid_of_students_of_its_own():
 
 
 def test_names_say_the_shape_and_build_it_again():
-    for spec, _ in student_grid(("vit", "hybrid", "convnet", "timm"), **SIZES):
+    for spec, _ in student_grid(tuple(GRIDS), **SIZES):
         assert is_student_name(spec.name)
         assert student_spec(spec.name, image_size=64, embed_dim=32) == spec
 
@@ -91,22 +91,32 @@ def test_unknown_names_are_answered():
     assert not is_student_name("vit-p8-w96")
 
 
-def test_timms_heirs_of_a_teacher_that_is_no_vit_are_looked_at_too():
+def test_heirs_of_a_teacher_that_is_no_vit_are_asked_for():
     def can_inherit(spec):
         return spec.name in ("timm:resnet10t", "hybrid-w8-d1.1.1.1", "hybrid-w32-d1.1.2.1")
 
-    before = student_grid(FAMILIES, **SIZES)
     found = student_grid(FAMILIES, **SIZES, can_inherit=can_inherit)
-    assert [spec for spec, _ in found] == [
-        *(spec for spec, _ in before), student_spec("timm:resnet10t", image_size=64, embed_dim=32)
-    ]  # fmt: skip
     heirs = {spec.name for spec, inherits in found if inherits}
     assert heirs == {"hybrid-w8-d1.1.1.1", "hybrid-w32-d1.1.2.1", "timm:resnet10t"}
-    named = student_grid(("vit", "hybrid"), **SIZES, can_inherit=can_inherit)
-    assert {spec.family for spec, _ in named} == {"vit", "hybrid"}
     for name in heirs:
         assert find_student(name, **SIZES, can_inherit=can_inherit)[1]
     assert not find_student("timm:resnet18d", **SIZES, can_inherit=can_inherit)[1]
+    named = student_grid(("vit", "hybrid"), **SIZES, can_inherit=can_inherit)
+    assert {spec.family for spec, _ in named} == {"vit", "hybrid"}
+
+
+def test_resnets_are_looked_at_by_default_where_they_were_measured_to_be_better():
+    """From random weights: on small images, and where no student inherits."""
+
+    def resnets(families=FAMILIES, **changed):
+        found = student_grid(families, **SIZES | changed)
+        return [spec.name.removeprefix("timm:") for spec, _ in found if spec.family == "timm"]
+
+    four = [name for name in _EDGE_MODELS if "resnet" in name]
+    assert resnets() == resnets(can_inherit=lambda spec: False) == four
+    assert resnets(image_size=224) == resnets(teacher=TEACHER) == []
+    assert resnets(("resnet",), image_size=224) == resnets(("resnet", "vit"), teacher=TEACHER)
+    assert resnets(can_inherit=lambda spec: spec.name == "timm:resnet18d") == ["resnet18d"]
 
 
 @pytest.mark.parametrize("family", ["vit", "hybrid", "convnet"])
