@@ -16,7 +16,7 @@ import pandas as pd
 
 from dimefm_edge.latency.calibrate import export_graphs, measure_graphs
 from dimefm_edge.latency.student_counts import count_student
-from dimefm_edge.student_score import is_convolutional, student_score
+from dimefm_edge.student_score import is_convolutional, learns_quickly, student_score
 from dimefm_edge.students import StudentSpec
 from dimefm_edge.students.heirs import layers_share
 
@@ -32,7 +32,7 @@ def fit_figures(
     counts = count_student(spec)
     score = student_score(
         counts.gmacs, inherits=inherits, is_convolutional=is_convolutional(counts.costs),
-        layers=layers_share(spec.args, teacher),
+        learns_quickly=learns_quickly(spec), layers=layers_share(spec.args, teacher),
     )  # fmt: skip
     return {"gmacs": counts.gmacs, "params_m": counts.params_m, "score": score}
 
@@ -63,18 +63,21 @@ def rank_correlations(rows: Rows, score: str) -> dict[str, float]:
 def against_hand_picked(rows: Rows, score: str) -> dict[str, dict[str, Any]]:
     """For each of timm's models: the student that `fit` prefers among ours that are no slower.
 
+    One of timm's that starts from the teacher's weights is ours: nobody makes it by hand.
+
     Returns:
         By the model: `ours`, that student; top-1 of both; its time over the model's.
     """
     done = {name: row for name, row in rows.items() if score in row and "p50_ms" in row}
+    theirs = {name for name in done if name.startswith("timm:") and "inherits" not in name}
     found = {}
     for name, row in done.items():
         ours = {
             other: figures
             for other, figures in done.items()
-            if not other.startswith("timm:") and figures["p50_ms"] <= row["p50_ms"]
+            if other not in theirs and figures["p50_ms"] <= row["p50_ms"]
         }
-        if name.startswith("timm:") and ours:
+        if name in theirs and ours:
             best = max(ours, key=lambda other: ours[other]["score"])
             found[name] = {
                 "ours": best, "ours_pct": ours[best][score], "theirs_pct": row[score],

@@ -20,7 +20,7 @@ from dimefm_edge.fit_limits import budget_error, first_met, limits_to_try
 from dimefm_edge.latency.estimate import Place, estimate_at, place_on
 from dimefm_edge.latency.operators import Operator, total_gmacs
 from dimefm_edge.student_grid import FAMILIES, GRIDS, CanInherit, find_student, student_grid
-from dimefm_edge.student_score import is_convolutional, student_score
+from dimefm_edge.student_score import is_convolutional, learns_quickly, student_score
 from dimefm_edge.students import STAGED_FAMILIES, StudentSpec
 from dimefm_edge.students.heirs import layers_share
 from dimefm_edge.targets import Target, load_target
@@ -78,7 +78,8 @@ class FitCandidate:
             return self.top1_pct
         return student_score(
             self.gmacs, inherits=self.inherits, is_convolutional=self.is_convolutional,
-            layers=self.layers, resolution=self.resolution,
+            learns_quickly=learns_quickly(self.spec), layers=self.layers,
+            resolution=self.resolution,
         )  # fmt: skip
 
 

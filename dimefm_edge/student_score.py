@@ -10,10 +10,15 @@ here.
 from __future__ import annotations
 
 from dimefm_edge.latency.operators import COST_NAMES, Vector
+from dimefm_edge.students import STAGED_FAMILIES, StudentSpec
 
 CONVOLUTION_BONUS = 16.0
 """A convolutional student counts as a ViT of so many times the arithmetic: what a ViT must learn of
 images first, it is built with."""
+OTHER_CONVOLUTION_BONUS = 3.0
+"""Likewise, of timm's other than ResNets and FastViTs, which ours are: MobileNets, EfficientNet,
+RegNet and ConvNeXt came to less than convnets of a third of their arithmetic
+(`studies.py hand-picked`)."""
 INHERITANCE_BONUS = 40.0
 """So does a ViT that starts from all of its teacher's layers, as wide or narrower; from a part of
 them, that part of it: deep and narrow heirs came to more than shallow and wide ones."""
@@ -38,6 +43,7 @@ def student_score(
     *,
     inherits: bool,
     is_convolutional: bool,
+    learns_quickly: bool = True,
     layers: float | None = None,
     resolution: float = 1.0,
 ) -> float:
@@ -47,12 +53,14 @@ def student_score(
         gmacs: The student's own, in 1e9.
         inherits: Whether it starts from the teacher's weights.
         is_convolutional: As the function of that name says.
+        learns_quickly: Likewise; of convolutional students only.
         layers: Share of the teacher's layers that a ViT inherits.
         resolution: Side of its images, as a share of the teacher's.
     """
     gmacs *= resolution**RESOLUTION_POWER
     if is_convolutional:
-        return gmacs * CONVOLUTION_BONUS * (CONVOLUTION_HEIR_BONUS if inherits else 1.0)
+        bonus = CONVOLUTION_BONUS if learns_quickly else OTHER_CONVOLUTION_BONUS
+        return gmacs * bonus * (CONVOLUTION_HEIR_BONUS if inherits else 1.0)
     share = USUAL_LAYERS if layers is None else layers
     return gmacs * (INHERITANCE_BONUS * share if inherits else 1.0)
 
@@ -66,3 +74,9 @@ def is_convolutional(costs: Vector) -> bool:
     counts = dict(zip(COST_NAMES, costs, strict=True))
     share = sum(counts[name] for name in _CONVOLUTIONS) / sum(counts[name] for name in _MACS)
     return bool(share > _MIN_SHARE or counts["kernels_depthwise"] >= _MIN_DEPTHWISE)
+
+
+def learns_quickly(spec: StudentSpec) -> bool:
+    """Whether it is a FastViT or a ResNet: see `OTHER_CONVOLUTION_BONUS`."""
+    is_ours = spec.family in STAGED_FAMILIES
+    return is_ours or str(spec.args.get("model")).startswith(("fastvit", "resnet"))

@@ -6,7 +6,7 @@ import pytest
 
 from dimefm_edge.latency.operators import cost_vector
 from dimefm_edge.latency.trace import trace_student
-from dimefm_edge.student_score import is_convolutional, student_score
+from dimefm_edge.student_score import is_convolutional, learns_quickly, student_score
 from dimefm_edge.students import student_spec
 
 WAYS = [
@@ -55,3 +55,24 @@ def test_an_heir_counts_by_its_share_of_the_layers():
 def test_convolutional_is_what_looks_at_images_so(name, expected):
     spec = student_spec(name, image_size=224, embed_dim=64)
     assert is_convolutional(cost_vector(trace_student(spec))) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("convnet-w32-d1.1.2.1", True),
+        ("hybrid-nano", True),
+        ("timm:resnet10t", True),
+        ("timm:fastvit_t8", True),
+        ("timm:mobilenetv4_conv_small", False),
+        ("timm:regnetx_004", False),
+    ],
+)
+def test_resnets_and_fastvits_count_more_than_timms_other_convolutions(name, expected):
+    spec = student_spec(name, image_size=64, embed_dim=64)
+    assert learns_quickly(spec) is expected
+    way = {"inherits": False, "is_convolutional": True}
+    vit = student_score(1.0, inherits=False, is_convolutional=False)
+    score = student_score(1.0, **way, learns_quickly=learns_quickly(spec))
+    assert vit < score
+    assert (score == student_score(1.0, **way)) is expected
