@@ -273,7 +273,7 @@ def test_bad_input_is_one_line_that_names_the_mend(
         (["--target", "jetson-orinn"], 2, "Did you mean 'jetson-orin'?"),
         (["--student", "vit-tini"], 2, "Did you mean 'vit-tiny'?"),
         (["--latency-ms", "0.000001"], 3, "no student meets"),
-        (["--image-size", "31", "--student", "auto"], 2, "31 px"),
+        (["--image-size", "31", "--student", "hybrid"], 2, "31 px"),
         (["--batch-size", "0"], 2, "batch_size must be positive"),
         (["--contrastive-weight", "1"], 2, "contrastive_weight needs labelled images"),
     ],
