@@ -33,6 +33,13 @@ def test_the_best_of_ours_that_is_no_slower():
     }  # nothing of ours is as fast as timm:y
 
 
+def test_one_of_timms_that_inherits_is_ours():
+    found = against_hand_picked(
+        rows() | {"timm:x, inherits": rows()["vit-c"] | {"p50_ms": 2.5}}, "top1"
+    )
+    assert {name: row["ours"] for name, row in found.items()} == {"timm:x": "timm:x, inherits"}
+
+
 def test_what_was_not_trained_is_left_out():
     untrained = rows()
     del untrained["timm:x"]["top1"]
