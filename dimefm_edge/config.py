@@ -71,8 +71,8 @@ class StudentConfig:
     """Which student is trained; what is not given is fitted to the budget."""
 
     student: str = "auto"
-    """`auto` fits one to the budget; or a family (vit, hybrid, convnet), a named student, or
-    `timm:NAME`."""
+    """`auto` fits one to the budget; or a family (vit, hybrid, convnet, resnet), a named student,
+    or `timm:NAME`."""
     latency_ms: float | None = None
     """Budget for one image on the target, in ms. Default: the smaller of the target's own
     and half of the teacher's estimated latency there; all of it where no student takes half."""
