@@ -167,10 +167,9 @@ def student_grid(
     specs: dict[str, tuple[StudentSpec, bool]] = {}
     for family in families:
         if family.startswith("timm:"):
-            spec = student_spec(family, image_size=image_size, embed_dim=embed_dim)
-            specs.setdefault(spec.name, (spec, False))
-            continue
-        grid = lookup(GRIDS, family, kind="student family to fit")
+            grid: Grid = partial(_timm_grid, names=[family.removeprefix("timm:")])
+        else:
+            grid = lookup(GRIDS, family, kind="student family to fit")
         for spec, inherits in grid(image_size, embed_dim, teacher):
             specs.setdefault(spec.name, (spec, inherits))
     small: list[tuple[StudentSpec, bool]] = []

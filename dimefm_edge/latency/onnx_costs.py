@@ -235,14 +235,12 @@ class _Walk:
     def _attention(self, node: Any, read: float, written: float) -> Operator:
         """(B, S, heads x D) or (B, heads, S, D) queries, keys and values likewise; or all three in
         one (B, S, heads, 3, D)."""
-        query = self.shapes.get(node.input[0], (1, 1, 1))
-        if len(query) == 5:
-            query = (query[0], query[2], query[1], query[4])
-            return attention(node.op_type, query, query[2], query[3], read=read, written=written)
-        key = self.shapes.get(node.input[1], (1, 1, 1))
+        query, key = (self.shapes.get(name, (1, 1, 1)) for name in [*node.input, ""][:2])
         named = {a.name: a.i for a in node.attribute}
         heads = named.get("num_heads") or named.get("q_num_heads") or query[1]
-        if len(query) == 3:
+        if len(query) == 5:
+            query = key = (query[0], heads, query[1], query[4])
+        elif len(query) == 3:
             query = (query[0], heads, query[1], query[2] // heads)
         return attention(node.op_type, query, key[-2], query[-1], read=read, written=written)
 
