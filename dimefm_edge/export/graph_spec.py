@@ -37,7 +37,7 @@ class GraphSpec:
     precision: str = "fp32"
     """A name in `PRECISIONS`."""
     opset: int = DEFAULT_OPSET
-    attention: str = "decomposed"
+    attention: str = "packed"
     """A name in `lower.ATTENTION_FORMS`."""
     batch_size: int | None = None
     """Images per call; None leaves it to the caller."""
@@ -113,10 +113,10 @@ ATTENTION_OPSET = 23
 PLUGIN_TENSORRT = (10, 16)
 """The oldest TensorRT known here (by its bindings) to have them: JetPack 7.2's."""
 RUNTIME_ATTENTION: dict[str, tuple[str, ...]] = {
-    "tensorrt": ("decomposed", "plugin"),
+    "tensorrt": ("packed", "decomposed", "plugin"),
     "onnxruntime": ("MultiHeadAttention", "decomposed", "Attention"),
 }
-"""Forms of attention that a runtime takes, the fastest one first (benchmarks/bench_export.py)."""
+"""Forms of attention that a runtime takes, the fastest one first (lower.py)."""
 
 
 def graph_spec(

@@ -3,8 +3,10 @@
 torch's `scaled_dot_product_attention` is traced as the operator `dimefm::Attention`, whoever
 calls it. `lower_attentions` then writes each as one of `ATTENTION_FORMS`:
 
-- `decomposed`: MatMul, Softmax, MatMul, with as few transposes as there can be. What TensorRT 10
-  matches and fuses.
+- `packed`: MatMul, Softmax, MatMul, which TensorRT matches and fuses, on queries, keys and values
+  from one projection, biases added there: of ViT-S/16 in fp16 NVIDIA's compiler
+  (runtime/tensorrt_rtx.py) makes 106 kernels, and 128 where each has a projection of its own.
+- `decomposed`: the same with three projections, and as few transposes as there can be.
 - `MultiHeadAttention`: ONNX Runtime's own operator (com.microsoft), on (B, N, H * D).
 - `Attention`: ONNX's, of opset 23, on (B, N, H * D).
 - `plugin`: `dimefm::fused_attention_qkv` on packed (B, N, 3 * H * D), straight from one
@@ -126,6 +128,19 @@ class _Edit:
         self._graph.insert_before(self._node, made)
         return made.outputs[0]
 
+    def split(
+        self, x: ir.Value, count: int, *, axis: int, shape: Sequence[Any]
+    ) -> Sequence[ir.Value]:
+        """Insert a Split into equal parts of a shape."""
+        sizes = self.constant(np.full(count, shape[axis], np.int64))
+        made = ir.node("Split", [x, sizes], {"axis": axis}, num_outputs=count)
+        for part in made.outputs:
+            part.shape = ir.Shape(shape)
+            if self.out.dtype is not None:
+                part.dtype = self.out.dtype
+        self._graph.insert_before(self._node, made)
+        return made.outputs
+
     def constant(self, values: Any) -> ir.Value:
         """An initializer."""
         return _initializer(self._graph, np.asarray(values))
@@ -149,6 +164,27 @@ def _decompose(
         logits = edit.add("Add", [logits, mask], shape=logits_shape)
     probs = edit.add("Softmax", [logits], shape=logits_shape, axis=-1)
     edit.replace(edit.add("MatMul", [probs, v]))
+
+
+def _packed(
+    edit: _Edit, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, scale: float
+) -> None:
+    batch, heads, tokens, dim = _dims(q)
+    shape = (batch, tokens, 3 * heads * dim)
+    is_self = _side(k, 2) == tokens
+    rows = [_as_rows(edit, x) for x in (q, k, v)] if is_self else []
+    projected = _packed_projection(edit, rows, shape) if is_self else None
+    if projected is None:
+        _decompose(edit, q, k, v, mask, scale)
+        return
+    by_head = edit.constant(np.array([-1, tokens, 3 * heads, dim], np.int64))
+    split = edit.add("Reshape", [projected, by_head], shape=(batch, tokens, 3 * heads, dim))
+    parts = edit.split(split, 3, axis=2, shape=(batch, tokens, heads, dim))
+    moved = [
+        edit.add("Transpose", [part], shape=(batch, heads, tokens, dim), perm=_HEADS_FIRST)
+        for part in parts
+    ]
+    _decompose(edit, moved[0], moved[1], moved[2], mask, scale)
 
 
 def _transposed(edit: _Edit, k: ir.Value) -> ir.Value:
@@ -231,6 +267,7 @@ def _packed_projection(
 
 
 ATTENTION_FORMS: dict[str, Callable[..., None]] = {
+    "packed": _packed,
     "decomposed": _decompose,
     "MultiHeadAttention": _multi_head,
     "Attention": _attention,

@@ -12,7 +12,7 @@ from dimefm_edge.targets import load_target
 @pytest.mark.parametrize(
     ("target", "opset", "attention", "providers"),
     [
-        ("jetson-orin", 20, "decomposed", ("tensorrt", "cuda", "cpu")),
+        ("jetson-orin", 20, "packed", ("tensorrt", "cuda", "cpu")),
         ("raspberry-pi-5", 20, "MultiHeadAttention", ("cpu",)),
         (None, 20, "MultiHeadAttention", ("cpu",)),
     ],

@@ -15,9 +15,13 @@ from torch import nn
 from dimefm_edge.errors import ExportError, UnknownNameError
 from dimefm_edge.export.attention_patterns import find_attentions
 from dimefm_edge.export.lower import ATTENTION_FORMS
+from dimefm_edge.export.simplify import TracedAttention
 from dimefm_edge.export.trace import trace
 
-FORMS = [("decomposed", 18), ("decomposed", 20), ("MultiHeadAttention", 20), ("Attention", 23)]
+FORMS = [
+    ("packed", 20), ("decomposed", 18), ("decomposed", 20), ("MultiHeadAttention", 20),
+    ("Attention", 23),
+]  # fmt: skip
 
 
 class Attend(nn.Module):
@@ -63,7 +67,7 @@ def test_each_form_is_the_formula(kind: str, form: str, opset: int) -> None:
     model = traced(module, form, opset)
     (match,) = find_attentions(model)
     ops = Counter(node.op_type for node in model.graph.node)
-    assert {"decomposed": ops["Softmax"]}.get(form, ops[form]) == 1
+    assert (ops["Softmax"] if form in ("packed", "decomposed") else ops[form]) == 1
     assert (match.num_heads, match.num_tokens, match.head_dim) == (2, 9, 16)
     assert not {"Shape", "Expand", "Where", "Cast", "Identity"} & set(ops)
     assert {o.domain for o in model.opset_import} <= {"", "com.microsoft"}
@@ -71,6 +75,44 @@ def test_each_form_is_the_formula(kind: str, form: str, opset: int) -> None:
         model.SerializeToString(), providers=["CPUExecutionProvider"]
     )
     for size in (1, 2, 5):
+        x = torch.randn(size, 9, 32)
+        (found,) = session.run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(found, module(x).detach().numpy(), atol=2e-6)
+
+
+class Projected(nn.Module):
+    """Attention with three projections, as simplify.py makes every one."""
+
+    def __init__(self, *, has_other_keys: bool = False, is_causal: bool = False) -> None:
+        super().__init__()
+        q, k, v, out = (nn.Linear(32, 32) for _ in range(4))
+        self.attend = TracedAttention(q, k, v, out, num_heads=2)
+        self.has_other_keys = has_other_keys
+        self.register_buffer("mask", torch.full((9, 9), -9.0).triu(1) if is_causal else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        keys = x.flip(-1) if self.has_other_keys else x
+        return self.attend(x, keys, keys, self.mask)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("has_other_keys", [False, True])
+def test_packed_is_one_projection_where_all_three_read_the_same(
+    has_other_keys: bool, is_causal: bool
+) -> None:
+    torch.manual_seed(0)
+    module = Projected(has_other_keys=has_other_keys, is_causal=is_causal).eval()
+    model = traced(module, "packed", 20)
+    (match,) = find_attentions(model)
+    assert (match.num_heads, match.num_tokens, match.head_dim) == (2, 9, 16)
+    ops = Counter(node.op_type for node in model.graph.node)
+    # Beside the attention's own two products and the one behind it:
+    assert ops["MatMul"] - 3 == (3 if has_other_keys else 1)
+    assert ops["Split"] == (0 if has_other_keys else 1)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    for size in (1, 3):
         x = torch.randn(size, 9, 32)
         (found,) = session.run(None, {"x": x.numpy()})
         np.testing.assert_allclose(found, module(x).detach().numpy(), atol=2e-6)
@@ -85,7 +127,9 @@ def test_a_fixed_batch_has_no_open_dimension() -> None:
 def test_unknown_forms_and_modules_that_cannot_be_traced() -> None:
     with pytest.raises(UnknownNameError, match="unknown attention form 'flash'"):
         traced(Attend("plain"), "flash", 20)
-    assert list(ATTENTION_FORMS) == ["decomposed", "MultiHeadAttention", "Attention", "plugin"]
+    assert list(ATTENTION_FORMS) == [
+        "packed", "decomposed", "MultiHeadAttention", "Attention", "plugin",
+    ]  # fmt: skip
 
     class Baked(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
