@@ -42,6 +42,7 @@ from dimefm_edge.export.parity import (
 )
 from dimefm_edge.export.patches import patches_as_products
 from dimefm_edge.export.quant_rules import QUANT_RULES, QuantRules
+from dimefm_edge.export.rows import linears_on_rows
 from dimefm_edge.export.tensorrt import require_graph, rules_for
 from dimefm_edge.export.trace import silence, trace
 from dimefm_edge.export.weight_only import WeightReport
@@ -168,6 +169,8 @@ def export_onnx(
     )
     if _are_patches_products(spec):
         patches_as_products(model)
+    if is_float_on_cpu(spec):
+        linears_on_rows(model)
     model = in_precision(model, spec, parity_images, learned=learned)
     inputs: npt.NDArray[Any] = parity_images[: len(expected)]
     if head is not None:
@@ -186,6 +189,11 @@ def export_onnx(
 def _are_patches_products(spec: GraphSpec) -> bool:
     if spec.precision in QUANTIZED:
         return _quant_rules(spec).are_patches_products
+    return is_float_on_cpu(spec)
+
+
+def is_float_on_cpu(spec: GraphSpec) -> bool:
+    """Whether a graph is for the fp32 kernels that patches.py and rows.py write for."""
     return spec.runtime == "onnxruntime" and spec.precision == "fp32" and spec.providers[0] == "cpu"
 
 

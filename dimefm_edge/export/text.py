@@ -20,8 +20,15 @@ from torch import nn
 from dimefm_edge.encoders import Normalised
 from dimefm_edge.errors import lookup
 from dimefm_edge.export.graph_spec import GraphSpec
-from dimefm_edge.export.onnx import EXAMPLE_BATCH, OnnxGraph, in_precision, land_graph
+from dimefm_edge.export.onnx import (
+    EXAMPLE_BATCH,
+    OnnxGraph,
+    in_precision,
+    is_float_on_cpu,
+    land_graph,
+)
 from dimefm_edge.export.parity import module_embeds
+from dimefm_edge.export.rows import linears_on_rows
 from dimefm_edge.export.tokenizers import PROBES, convert_tokenizer
 from dimefm_edge.export.trace import trace
 from dimefm_edge.export.weight_only import (
@@ -167,6 +174,8 @@ def export_text_onnx(
         opset=spec.opset,
         attention=spec.attention,
     )
+    if weights is None and is_float_on_cpu(spec):
+        linears_on_rows(model)
     model = in_precision(model, spec, parity_tokens, kind=_KIND)
     report = None if weights is None else quantize_weights(model, weights)
     written = land_graph(
