@@ -200,6 +200,10 @@ def _tensorrt() -> Iterator[Check]:
         detail = "this is a Jetson, and its Python cannot see TensorRT" if is_jetson else (
             "not installed; JetPack ships it, and only NVIDIA GPUs use it")  # fmt: skip
         yield Check("TensorRT", "missing" if is_jetson else "note", detail, error.hint)
+    yield _optional(
+        "tensorrt_rtx_cu13_libs", "with it exports for TensorRT are compiled as a trial, by CPU",
+        "pip install 'dimefm_edge[rtx]'",
+    )  # fmt: skip
     try:
         gpu = Cuda().gpu
         yield Check("GPU for TensorRT", "ok", f"{gpu.name}, {gpu.sm}, CUDA {gpu.cuda}")

@@ -252,9 +252,9 @@ class ExportOptions(CommonOptions):
     opset: int | None = None
     """ONNX opset. Default: what the target's runtime reads."""
     attention: str | None = None
-    """decomposed; MultiHeadAttention (ONNX Runtime); Attention (opset 23); or plugin: our own
-    kernels, compiled for the target's GPU into the bundle (TensorRT 10.16 and newer; never run on
-    one). Default: what the target's runtime fuses, or runs fastest."""
+    """packed (TensorRT); decomposed; MultiHeadAttention (ONNX Runtime); Attention (opset 23); or
+    plugin: our own kernels, compiled for the target's GPU into the bundle (TensorRT 10.16 and
+    newer; never run on one). Default: what the target's runtime fuses, or runs fastest."""
     batch_size: int | None = None
     """Images per call, fixed in the graph. Default: any number."""
     input: Literal["float", "uint8", "image"] = "float"
@@ -306,6 +306,9 @@ class BuildOptions(CommonOptions):
     """Time each layer and list the slowest."""
     rebuild: bool = False
     """Build even if the engine is in the cache."""
+    dry_run: bool = False
+    """Say what NVIDIA's parser and compiler make of the bundle, without a GPU, and keep nothing:
+    TensorRT for RTX is asked, for the architecture nearest to the target's."""
     out: Path | None = None
     """An .engine file to write, with a .json beside it. Default: its place in the cache."""
 

@@ -20,6 +20,7 @@ BESIDE = ("kernels", "demos")
 MODULES = sorted(p.relative_to(ROOT) for name in PACKAGES for p in (ROOT / name).rglob("*.py"))
 HEAVY = (
     "torch", "timm", "open_clip", "onnxruntime", "onnx", "matplotlib", "triton", "tensorrt",
+    "tensorrt_rtx_bindings",
     "gradio", "transformers", "datasets", "pyarrow", "sklearn", "scipy", "imagecorruptions", "cv2",
 )  # fmt: skip
 MAX_LINES = 400

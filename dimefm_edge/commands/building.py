@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from dimefm_edge.options import BuildOptions
     from dimefm_edge.runtime.bundle import Bundle
     from dimefm_edge.runtime.tensorrt import TensorRtEngine
-    from dimefm_edge.runtime.tensorrt_build import BuiltEngine
+    from dimefm_edge.runtime.tensorrt_build import BuiltEngine, EngineOptions
+    from dimefm_edge.runtime.tensorrt_rtx import DryBuild
 
 _MIN_COSINE = {"fp32": 0.999, "fp16": 0.999}  # as the export's own for fp16
 _MIN_COSINE_OTHERS = 0.99
@@ -47,6 +48,8 @@ def run_build(options: BuildOptions) -> Outcome:
         plugin_libraries=tuple(str(Path(p).resolve()) for p in options.plugin_library),
     )
     bundle = load_bundle(Path(options.bundle).expanduser())
+    if options.dry_run:
+        return _dry_run(bundle, asked)
     built = build_engine(
         bundle,
         asked,
@@ -59,6 +62,38 @@ def run_build(options: BuildOptions) -> Outcome:
         return _report(options, bundle, built, engine)
     finally:
         engine.close()
+
+
+def dry_build_values(built: DryBuild) -> dict[str, Any]:
+    """A dry build as JSON has it."""
+    from dimefm_edge.runtime.tensorrt_inspect import describe_layers, kernels_by_kind
+
+    return {
+        "compiler": built.compiler,
+        "compiled_for": built.compiled_for,
+        "stands_for": built.stands_for,
+        "kernels": built.num_kernels,
+        "kernels_by_kind": kernels_by_kind(built.layers),
+        "attention": asdict(built.attention),
+        "layers": describe_layers(built.layers),
+        "size_mib": built.size_mib,
+        "seconds": built.seconds,
+    }
+
+
+def _dry_run(bundle: Bundle, asked: EngineOptions) -> Outcome:
+    from dimefm_edge.runtime.tensorrt_rtx import dry_build
+
+    built = dry_build(bundle, asked)
+    values = {"bundle": str(bundle.path), "precision": bundle.precision, **dry_build_values(built)}
+    lines = [
+        f"{bundle.path}: {bundle.precision}; {built.describe()}",
+        f"{built.size_mib:.1f} MiB, {built.seconds:.1f} s; nothing was run or kept. On the device: "
+        f"dimefm-edge build {bundle.path}",
+        "",
+        format_table(("kind", "kernels"), list(values["kernels_by_kind"].items())),
+    ]
+    return Outcome(values, "\n".join(lines))
 
 
 def parse_batch(text: str) -> tuple[int, int, int]:

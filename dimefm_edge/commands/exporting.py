@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dimefm_edge.commands.outcome import Outcome
-from dimefm_edge.errors import CheckpointError, ConfigError, DataError, InputError, lookup
+from dimefm_edge.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DimeFMError,
+    InputError,
+    lookup,
+)
 from dimefm_edge.files import run_folder
 
 if TYPE_CHECKING:
@@ -84,7 +91,8 @@ def run_export(options: ExportOptions) -> Outcome:
         parity_sentences=_parity_sentences(options) if source.text_teacher else (),
         text_precision=None if options.text_precision == "auto" else options.text_precision,
     )
-    outcome = _outcome(load_bundle(source.out), source.out)
+    bundle = load_bundle(source.out)
+    outcome = _with_dry_build(_outcome(bundle, source.out), bundle)
     return _with_engine(outcome, source.out) if options.format == _TENSORRT else outcome
 
 
@@ -162,6 +170,26 @@ def _command(options: ExportOptions) -> str:
         if not isinstance(value, bool):
             words += map(str, value if isinstance(value, tuple) else [value])
     return shlex.join(words)
+
+
+def _with_dry_build(outcome: Outcome, bundle: Bundle) -> Outcome:
+    """For TensorRT: what NVIDIA's own compiler makes of it, where TensorRT for RTX is installed."""
+    from dimefm_edge.commands.building import dry_build_values
+    from dimefm_edge.manifest import kernels_of
+    from dimefm_edge.runtime.tensorrt_rtx import can_dry_build, dry_build
+
+    graph = bundle.manifest["graph"]
+    if graph["runtime"] != _TENSORRT or kernels_of(bundle.manifest) or not can_dry_build():
+        return outcome
+    try:
+        built = dry_build(bundle)
+    except DimeFMError as error:  # the bundle is whole, and the target's own TensorRT is another
+        values, text = {"error": error.args[0]}, f"warning: {error.args[0]}"
+    else:
+        values, text = dry_build_values(built), built.describe()
+    return Outcome(
+        {**outcome.values, "dry_build": values}, f"{outcome.text}\n{text}", outcome.exit_code
+    )
 
 
 def _with_engine(outcome: Outcome, out: Path) -> Outcome:

@@ -37,7 +37,7 @@ class GraphSpec:
     precision: str = "fp32"
     """A name in `PRECISIONS`."""
     opset: int = DEFAULT_OPSET
-    attention: str = "packed"
+    attention: str = "decomposed"
     """A name in `lower.ATTENTION_FORMS`."""
     batch_size: int | None = None
     """Images per call; None leaves it to the caller."""

@@ -1,6 +1,6 @@
 """An ONNX graph as quantisation reads it: constants in one place, makers and readers by tensor.
 
-Used by int8.py, patches.py and weight_only.py.
+Used by int8.py, patches.py, rows.py and weight_only.py.
 """
 
 from __future__ import annotations

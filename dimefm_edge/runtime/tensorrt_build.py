@@ -149,7 +149,7 @@ def build_engine(
         except DimeFMError as error:
             logger.warning("%s; it is built again", error.args[0])
     cuda.activate()
-    build = _Build(trt, bundle, options, machine)
+    build = EngineBuild(trt, bundle, options, machine)
     begun = time.perf_counter()
     engine = build.run(timing_cache or machine_dir(machine) / _TIMING_CACHE)
     build_s = time.perf_counter() - begun
@@ -166,12 +166,25 @@ def build_engine(
     return BuiltEngine(artifact, machine, was_cached=False)
 
 
-class _Build:
+class EngineBuild:
     """One build, step by step; `typing` says in words how the network is typed."""
 
-    def __init__(self, trt: Any, bundle: Bundle, options: EngineOptions, machine: Machine) -> None:
+    def __init__(
+        self,
+        trt: Any,
+        bundle: Bundle,
+        options: EngineOptions,
+        machine: Machine,
+        *,
+        log: Log | None = None,
+    ) -> None:
+        """Check that a build can be what is asked, and begin it.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
         self.trt, self.bundle, self.options, self.machine = trt, bundle, options, machine
-        self.log = Log(trt)
+        self.log = log or Log(trt)
         image_shape(bundle)  # before anything is built
         self.precision = options.precision or bundle.precision
         _check_precision(self.precision, machine)
@@ -182,14 +195,14 @@ class _Build:
         load_plugin_libraries(self.builder.get_plugin_registry(), self.libraries)
         register_kernels(bundle, machine)
 
-    def run(self, timing_cache: Path) -> bytes:
-        """The engine, serialised."""
+    def run(self, timing_cache: Path | None) -> bytes:
+        """The engine, serialised; what kernels took is read from a file and kept there."""
         network = self._parse()
         config = self._configure()
         self._add_profile(config, network)
         if self.flags:
             self._keep_end_in_fp32(network)
-        timings = self._read_timings(config, timing_cache)
+        timings = self._read_timings(config, timing_cache) if timing_cache else b""
         engine = self.builder.build_serialized_network(network, config)
         if engine is None:
             raise ExportError(
@@ -197,9 +210,10 @@ class _Build:
                 f"{self.machine.gpu.name}: {self.log.reason()}",
                 hint=f"dimefm-edge build {self.bundle.path} --verbose  (its whole log)",
             )
-        after = bytes(config.get_timing_cache().serialize())
-        if after != timings:
-            save_file(timing_cache, after)
+        if timing_cache is not None:
+            after = bytes(config.get_timing_cache().serialize())
+            if after != timings:
+                save_file(timing_cache, after)
         return bytes(engine)
 
     def inspect(self, engine: bytes) -> dict[str, Any]:

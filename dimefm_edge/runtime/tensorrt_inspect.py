@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +26,10 @@ _FUSED_KERNEL = re.compile(r"mha|flash_?att|attention", re.IGNORECASE)
 # bear its name but are no plugins.
 _OWN_KIND, _OWN_NAME = "Plugin", "fused_attention_qkv"
 _OPAQUE = "ForeignNode["
+_LOGGED = re.compile(r"^Name: (?P<name>[^,]+), LayerType: (?P<kind>[^,]+)", re.MULTILINE)
+_TACTIC = re.compile(r"TacticName: ([^,]+)")
+_OUTPUT_TYPE = re.compile(r"Outputs: \[ \{.*?Datatype: (\w+)")
+_NO_KERNELS = {"shape_call", "signal", "wait"}  # arithmetic on shapes, and streams that meet
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,32 @@ def parse_layers(text: str) -> list[EngineLayer]:
             f"TensorRT's engine inspector answers in a form that is not known: {error!r}",
             hint="report it, with TensorRT's version",
         ) from error
+
+
+def parse_layer_log(text: str) -> list[EngineLayer]:
+    """The layers that a builder with detailed profiling writes to its log, a line each."""
+    found = []
+    for line in text.splitlines():
+        match = _LOGGED.match(line)
+        if match is None:
+            continue
+        kernel, output = _TACTIC.search(line), _OUTPUT_TYPE.search(line)
+        found.append(
+            EngineLayer(
+                match["name"],
+                match["kind"],
+                "" if kernel is None else kernel[1],
+                "" if output is None else output[1],
+                tuple(dict.fromkeys(_ONNX_NODE.findall(line))),
+            )
+        )
+    return found
+
+
+def kernels_by_kind(layers: Sequence[EngineLayer]) -> dict[str, int]:
+    """How many kernels of each LayerType an engine launches, the most frequent first."""
+    counts = Counter(layer.kind for layer in layers if layer.kind not in _NO_KERNELS)
+    return dict(counts.most_common())
 
 
 def attention_fusion(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,8 @@ class Log:
         trt_logger: What TensorRT's objects take.
     """
 
-    def __init__(self, trt: Any) -> None:
+    def __init__(self, trt: Any, *, listener: Callable[[str], object] | None = None) -> None:
+        """Make a logger for a `tensorrt` module; `listener` hears every message, whole."""
         self.errors: list[str] = []
         severity = trt.ILogger.Severity
         levels = {
@@ -151,6 +153,8 @@ class Log:
 
             def log(self, severity: Any, msg: str) -> None:
                 level = levels.get(severity, logging.DEBUG)
+                if listener is not None:
+                    listener(msg)
                 if level == logging.ERROR and len(errors) < _MAX_KEPT_ERRORS:
                     errors.append(" ".join(msg.split()))
                 logger.log(min(level, logging.INFO), "TensorRT: %s", msg)

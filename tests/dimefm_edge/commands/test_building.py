@@ -152,6 +152,28 @@ def test_without_tensorrt_or_a_gpu_it_says_what_is_missing(
     assert "pip install 'dimefm_edge[tensorrt]'" in said["hint"]
 
 
+def test_a_dry_run_needs_no_gpu(
+    tiny_bundle_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    pytest.importorskip("tensorrt_rtx_bindings", reason="pip install '.[rtx]'")
+    before = sorted(path.name for path in tiny_bundle_dir.rglob("*"))
+    code, said = run(capsys, "build", tiny_bundle_dir, "--dry-run", "--batch", "1,2,4")
+    assert code == 0
+    assert said["compiler"].startswith("TensorRT for RTX 1.")
+    assert (said["compiled_for"], said["stands_for"]) == ("sm_86", "sm_87")
+    assert said["kernels"] == sum(said["kernels_by_kind"].values()) > 5
+    assert said["attention"]["expected"] == 1
+    assert main(["build", str(tiny_bundle_dir), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert f"{said['kernels']} kernels; attention: " in text
+    assert "nothing was run or kept" in text
+    assert sorted(path.name for path in tiny_bundle_dir.rglob("*")) == before
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
+    code, said = run(capsys, "build", tiny_bundle_dir, "--dry-run")
+    assert (code, said["hint"].split("  ")[0]) == (1, "pip install 'dimefm_edge[rtx]'")
+
+
 def test_eval_before_build_names_the_command(
     tiny_bundle_dir: Path, labelled_dir: Path, fake_tensorrt: Fake,
     capsys: pytest.CaptureFixture[str],
@@ -178,5 +200,6 @@ def test_help_tells_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for flag in ("--precision", "--batch", "--workspace-mib", "--dla-core", "--timing-cache",
                  "--version-compatible", "--hardware-compatible", "--refit", "--opt-level",
-                 "--data", "--out", "--plugin-library", "--profile", "--rebuild"):  # fmt: skip
+                 "--data", "--out", "--plugin-library", "--profile", "--rebuild",
+                 "--dry-run"):  # fmt: skip
         assert flag in text

@@ -81,7 +81,7 @@ def test_a_teacher_by_its_folder(tiny_teacher_dir, labelled_dir, tmp_path, monke
     out = Path(f"{tiny_teacher_dir.name}-bundle")
     assert said[0].startswith(f"{out}: {tiny_teacher_dir.name}, fp32, ")
     assert said[0].endswith(f"label sets: {labelled_dir.name}")
-    assert said[1].startswith("for onnxruntime, opset 20, 54 nodes; attention: 2 as microsoft ")
+    assert said[1].startswith("for onnxruntime, opset 20, 57 nodes; attention: 2 as microsoft ")
     assert said[2].startswith("parity on 32 images: max abs difference ")
     assert said[3].startswith("text side: ")
     assert "12 tokens; parity on 70 sentences: max abs difference " in said[3]
@@ -126,6 +126,29 @@ def test_the_default_destination_is_what_the_hint_says(words, tiny_run_dir, monk
     said = capsys.readouterr().err
     assert f"dimefm-edge build {tiny_run_dir / name}" in said
     assert " ".join(words) in said
+
+
+def test_for_tensorrt_its_compiler_is_asked_where_it_is_installed(
+    tiny_run_dir, tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("tensorrt_rtx_bindings", reason="pip install '.[rtx]'")
+    words = ["export", tiny_run_dir, "--target", "jetson-orin", "--precision", "fp16", "--out"]
+    _, said = _json(capsys, *words, tmp_path / "a")
+    said = said["dry_build"]
+    assert said["attention"] == {"expected": 1, "fused": 1, "unfused": []}
+    assert said["kernels"] > 5
+    monkeypatch.setattr(
+        "dimefm_edge.runtime.tensorrt_rtx._architecture", lambda trt, _: ("SM89", (5, 0))
+    )
+    code, said = _json(capsys, *words, tmp_path / "b")
+    assert code == 0
+    assert "an sm_50 GPU (sm_50) has no fp16" in said["dry_build"]["error"]
+    assert (tmp_path / "b" / "manifest.json").is_file()
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
+    assert "dry_build" not in _json(capsys, *words, tmp_path / "c")[1]
+    monkeypatch.undo()
+    words[3], words[5] = "x86-cpu", "fp32"
+    assert "dry_build" not in _json(capsys, *words, tmp_path / "d")[1]
 
 
 def test_int8_says_what_runs_in_integers(tiny_run_dir, tmp_path, capsys):

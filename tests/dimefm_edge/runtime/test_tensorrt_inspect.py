@@ -13,6 +13,8 @@ from dimefm_edge.runtime.tensorrt_inspect import (
     EngineLayer,
     attention_fusion,
     describe_layers,
+    kernels_by_kind,
+    parse_layer_log,
     parse_layers,
 )
 
@@ -92,3 +94,27 @@ def test_our_own_kernel_is_a_plugin_layer_not_a_layer_of_that_name() -> None:
     name = "blocks.0/fused_attention_qkv_12"
     assert EngineLayer(name, "PluginV3", "", "", ()).is_fused_attention
     assert not EngineLayer(f"{name}/MatMul", "gemm", "sm80_xmma", "", ()).is_fused_attention
+
+
+def test_the_layers_of_a_builders_log() -> None:
+    side = "{ Name: q, Dimensions: [-1,197,64], StrideOrder: [1,2,0], Datatype: Half, Format: (x) }"
+    log = f"""Engine Layer Information:
+Layers:
+Name: __mye1_0_myl0_0, LayerType: shape_call, Inputs: [], Outputs: []
+Name: _gemm_mha_v2_myl0_9, LayerType: kgen, Inputs: [ {side}, {side}], Constants: [], \
+Outputs: [ {side.replace("Half", "Int8")}], TacticName: _gemm_mha_v2_0xec, StreamId: 0, \
+Metadata: [ONNX Layer: bmm1_0][ONNX Layer: softmax_0][ONNX Layer: bmm2_0]
+Name: bmm1_1+x_myl0_2, LayerType: gemm, Inputs: [], Outputs: [ {side}], TacticName: t
+
+Bindings:
+image
+"""
+    layers = parse_layer_log(log)
+    assert [(layer.name, layer.kind, layer.kernel, layer.precision) for layer in layers] == [
+        ("__mye1_0_myl0_0", "shape_call", "", ""),
+        ("_gemm_mha_v2_myl0_9", "kgen", "_gemm_mha_v2_0xec", "Int8"),
+        ("bmm1_1+x_myl0_2", "gemm", "t", "Half"),
+    ]
+    assert kernels_by_kind(layers) == {"kgen": 1, "gemm": 1}
+    assert attention_fusion(layers, ATTENTIONS) == AttentionFusion(2, 1, ("bmm1_1",))
+    assert parse_layer_log("") == []

@@ -1,0 +1,158 @@
+"""A dry build: what NVIDIA's own parser and compiler make of a bundle, where there is no GPU.
+
+TensorRT for RTX reads ONNX and compiles for a GPU that is only named ("Working with Ahead-of-Time
+Compilation" in its documentation), and its wheels are on PyPI. The bundle goes through the
+steps of a build on the device (tensorrt_build.py), to the list of kernels; nothing is kept. It is
+not the TensorRT of a Jetson: the version is another, and it compiles for few GPUs, of which
+the newest that is not newer than the target's stands for it (sm_86 for an Orin's sm_87).
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dimefm_edge.errors import ConfigError, MissingExtraError
+from dimefm_edge.manifest import attention_nodes, kernels_of
+from dimefm_edge.runtime.bundle import Bundle
+from dimefm_edge.runtime.cuda import Gpu
+from dimefm_edge.runtime.tensorrt_build import EngineBuild, EngineOptions
+from dimefm_edge.runtime.tensorrt_inspect import (
+    AttentionFusion,
+    EngineLayer,
+    attention_fusion,
+    kernels_by_kind,
+    parse_layer_log,
+)
+from dimefm_edge.runtime.tensorrt_machine import Log, Machine
+
+_DEFAULT_SM = "sm_87"  # of a bundle that names no GPU
+_MEMBER = re.compile(r"SM(\d+)(\d)")
+
+
+@dataclass(frozen=True)
+class DryBuild:
+    """What a bundle would be as an engine."""
+
+    compiler: str
+    """Name and version."""
+    compiled_for: str
+    """The architecture that it was compiled for, such as sm_86."""
+    stands_for: str
+    """The target's own, such as sm_87."""
+    layers: tuple[EngineLayer, ...]
+    attention: AttentionFusion
+    seconds: float
+    size_mib: float
+
+    @property
+    def num_kernels(self) -> int:
+        """How many kernels a call launches."""
+        return sum(kernels_by_kind(self.layers).values())
+
+    def describe(self) -> str:
+        """One line for people."""
+        is_other = self.compiled_for != self.stands_for
+        instead = f", which stands for {self.stands_for}" if is_other else ""
+        return (
+            f"{self.compiler} compiles it for {self.compiled_for}{instead}: {self.num_kernels} "
+            f"kernels; {self.attention.describe()}"
+        )
+
+
+def can_dry_build() -> bool:
+    """Whether TensorRT for RTX is installed and loads."""
+    try:
+        _import_rtx()
+    except MissingExtraError:
+        return False
+    return True
+
+
+def dry_build(bundle: Bundle, options: EngineOptions | None = None) -> DryBuild:
+    """Parse and compile a bundle's graph without a GPU.
+
+    Args:
+        bundle: A checked bundle.
+        options: What would be asked of an engine; the defaults when None.
+
+    Raises:
+        ConfigError: If it cannot compile for the bundle's target, or not what is asked.
+        ExportError: If the parser refuses the graph or the compiler fails.
+        MissingExtraError: If TensorRT for RTX is not installed.
+    """
+    trt = _import_rtx()
+    options = options or EngineOptions()
+    if kernels_of(bundle.manifest):
+        raise ConfigError(
+            f"{bundle.path} brings kernels of its own, which TensorRT for RTX has no way to take",
+            hint="dimefm-edge build on the device; or export it without --attention plugin",
+        )
+    options = replace(options, precision=options.precision or bundle.precision)
+    target = str((bundle.manifest.get("graph") or {}).get("sm") or _DEFAULT_SM)
+    name, capability = _architecture(trt, target)
+    compiler = f"for RTX {trt.__version__}"
+    machine = Machine(Gpu(f"an sm_{capability[0]}{capability[1]} GPU", capability, ""), compiler)
+    messages: list[str] = []
+    build = _RtxBuild(trt, bundle, options, machine, log=Log(trt, listener=messages.append))
+    build.capability = getattr(trt.ComputeCapability, name)
+    begun = time.perf_counter()
+    engine = build.run(None)
+    layers = parse_layer_log("\n".join(messages))
+    return DryBuild(
+        compiler=f"TensorRT {compiler}",
+        compiled_for=machine.gpu.sm,
+        stands_for=target,
+        layers=tuple(layers),
+        attention=attention_fusion(layers, attention_nodes(bundle.manifest)),
+        seconds=time.perf_counter() - begun,
+        size_mib=len(engine) / 2**20,
+    )
+
+
+class _RtxBuild(EngineBuild):
+    """A build for a named architecture."""
+
+    capability: Any = None
+
+    def _configure(self) -> Any:
+        config = super()._configure()
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(self.capability, 0)
+        return config
+
+
+def _import_rtx() -> Any:
+    """The bindings of TensorRT for RTX.
+
+    Raises:
+        MissingExtraError: If they are not installed or cannot load their libraries.
+    """
+    try:
+        import tensorrt_rtx_bindings
+    except (ImportError, OSError) as error:
+        raise MissingExtraError(
+            f"TensorRT for RTX cannot be imported: {str(error) or 'not installed'}",
+            hint="pip install 'dimefm_edge[rtx]'  (Linux or Windows; no GPU is needed)",
+        ) from error
+    return tensorrt_rtx_bindings
+
+
+def _architecture(trt: Any, target: str) -> tuple[str, tuple[int, int]]:
+    """Name and number of the newest architecture it compiles for that is not newer than one."""
+    wanted = int(target.removeprefix("sm_"))
+    known = {}
+    for name in trt.ComputeCapability.__members__:
+        match = _MEMBER.fullmatch(name)
+        if match is not None:
+            known[int(match[1] + match[2])] = (name, (int(match[1]), int(match[2])))
+    older = [number for number in known if number <= wanted]
+    if not older:
+        raise ConfigError(
+            f"TensorRT for RTX {trt.__version__} compiles for sm_{min(known)} and newer, not "
+            f"for {target}",
+            hint="dimefm-edge build on the device",
+        )
+    return known[max(older)]
