@@ -117,7 +117,8 @@ def fused_attention_qkv_int8(
         raise ValueError(f"qkv must be int8, got {qkv.dtype}")
     steps = (*qkv_scales, 1.0 if out_scale is None else out_scale)
     scale = head_dim**-0.5 if scale is None else scale
-    if min(*steps, scale) <= 0:  # the largest logit is looked for before they are scaled
+    # The largest logit is looked for before they are scaled. NaN is not positive either.
+    if not all(x > 0 for x in (*steps, scale)):
         raise ValueError(f"scales must be positive, got {steps} and {scale}")
     q_step, k_step, v_step, out_step = steps
     is_int8 = out_scale is not None
@@ -136,7 +137,7 @@ def split_qkv(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _head_dim(qkv: Tensor, num_heads: int) -> int:
-    if qkv.ndim != 3 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads):
+    if qkv.ndim != 3 or num_heads < 1 or not qkv.shape[2] or qkv.shape[2] % (3 * num_heads):
         raise ValueError(
             f"qkv must be (B, N, 3 * num_heads * head_dim) with {num_heads} heads, "
             f"got {tuple(qkv.shape)}"
@@ -227,7 +228,8 @@ def _fused_attention_qkv_backward(
 ) -> Tensor:
     q, k, v = split_qkv(qkv.contiguous(), num_heads)
     if not _uses_kernel(q):
-        grad, out = (x.reshape(*x.shape[:2], num_heads, -1).transpose(1, 2) for x in (grad, out))
+        by_head = (*grad.shape[:2], num_heads, _head_dim(qkv, num_heads))
+        grad, out = (x.reshape(by_head).transpose(1, 2) for x in (grad, out))
         parts = _plain_grads(grad, q, k, v, out, lse, scale)
         return torch.cat([_join_heads(part) for part in parts], dim=2).to(qkv.dtype)
     grads = qkv.new_empty(qkv.shape)

@@ -115,7 +115,10 @@ def whole_key_tiles(num_tokens: int, head_dim: int, *, capability: int) -> Tiles
     is_small = -(-num_tokens // 32) * 32 <= MAX_WHOLE_KEYS and head_dim <= 64
     if capability != 90 or not is_small:
         return None
-    return _cut(num_tokens, head_dim, rows=64, tile=128, itemsize=1, num_warps=4)
+    # Of two, Triton waits for the next head's loads before this one's products. Three of 257 tokens
+    # would leave shared memory for one program a multiprocessor.
+    stages = 3 if num_tokens <= 224 else 2
+    return _cut(num_tokens, head_dim, rows=64, tile=128, itemsize=1, num_warps=4, num_stages=stages)
 
 
 def backward_tiles(num_tokens: int, head_dim: int, *, itemsize: int) -> Tiles:

@@ -54,7 +54,7 @@ def test_ptx_is_what_jetpack_6_reads_and_takes_three_arguments(orin):
         assert kinds == ["u64", "u32", "u64"]  # qkv, B * H, out
 
 
-def test_loads_of_the_next_tile_or_head_overlap(orin):
+def test_loads_go_to_shared_memory_by_themselves(orin):
     """Triton pipelines a plain loop only: cp.async shows that it did."""
     folder, records = orin
     for record in records:

@@ -214,8 +214,18 @@ def test_wrong_inputs_are_refused(change, message):
         (lambda: fused_attention_qkv_int8(
             torch.ones(2, 5, 48, dtype=torch.int8), 2, qkv_scales=(1, 1, 1), scale=-0.5),
          "scales must be positive, .* and -0.5"),
+        (lambda: fused_attention_qkv_int8(
+            torch.ones(2, 5, 48, dtype=torch.int8), 2, qkv_scales=(1, float("nan"), 1)),
+         "scales must be positive"),
+        (lambda: fused_attention_qkv(torch.randn(2, 5, 0), 2), "qkv must be"),
     ],
 )  # fmt: skip
 def test_wrong_packed_inputs_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_an_empty_batch_goes_back_as_it_came():
+    qkv = torch.zeros(0, 17, 96, requires_grad=True)
+    fused_attention_qkv(qkv, 2).sum().backward()
+    assert qkv.grad.shape == qkv.shape

@@ -70,7 +70,9 @@ def test_every_subject_gives_the_same_answer(scripts):
 def test_checks_pass_on_what_is_right_and_fail_on_what_is_not(scripts, monkeypatch):
     gpu = scripts[1]
     shapes = [gpu.Shape("n17", 3, 17, 2, 32)]
-    found = gpu.check(shapes, "cpu")
+    kept = []
+    found = gpu.check(shapes, "cpu", keep=kept.append)
+    assert kept == [found]
     assert found.keys() == {"n17_b3_float32", "n17_b3_float16", "n17_b3_bfloat16", "n17_b3_int8"}
     assert all(max(errors.values()) <= 1 for errors in found.values())
     right, right_int8 = gpu.fused_attention_qkv, gpu.fused_attention_qkv_int8

@@ -88,6 +88,8 @@ def test_int8_of_hopper_has_every_key_in_one_of_three_tiles(head_dim):
         assert num_tokens <= tiles.rows * tiles.blocks
         assert head_dim <= tiles.dims[0]
         assert not tiles.dims[1]
+    stages = [whole_key_tiles(n, head_dim, capability=90).num_stages for n in (50, 197, 257)]
+    assert stages == [3, 3, 2]
     assert whole_key_tiles(MAX_WHOLE_KEYS + 1, head_dim, capability=90) is None
     assert whole_key_tiles(50, 96, capability=90) is None
     for others in (87, 100, 110):
