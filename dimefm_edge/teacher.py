@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import logging
 import math
-import pickle
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dimefm_edge.checkpoints import create_open_clip, first_line
 from dimefm_edge.data.sources import missing_path
 from dimefm_edge.encoders import JoinedTowers, TextTower, module_encoder
 from dimefm_edge.errors import (
@@ -297,32 +295,9 @@ def _from_open_clip(
     device: torch.device,
     load_tokenize: Callable[[], Tokenize] | None = None,
 ) -> Teacher:
-    import open_clip
-    from safetensors import SafetensorError
-
     if device.type == "cpu":
         torch.set_flush_denormal(True)
-    try:
-        with redirect_stdout(io.StringIO()):
-            model: Any = open_clip.create_model(model_name, pretrained=pretrained, precision="fp32")
-    except (SafetensorError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        raise CheckpointError(
-            f"teacher {name}: the weights cannot be read: {_first_line(error)}",
-            hint="the file is truncated or not a checkpoint; copy or download it again",
-        ) from error
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"teacher {name}: the weights do not fit the architecture or the file is damaged: "
-            f"{_first_line(error)}",
-            hint="name the architecture that the checkpoint was trained with",
-        ) from error
-    except FileNotFoundError as error:
-        raise CheckpointError(f"teacher {name}: {_first_line(error)}") from error
-    except (OSError, ValueError) as error:
-        raise DimeFMError(
-            f"teacher {name} cannot be loaded: {_first_line(error)}",
-            hint="check the name and the network, or give a local checkpoint: ARCHITECTURE:FILE",
-        ) from error
+    model = create_open_clip(model_name, pretrained, name=name)
     tower = _frozen(model, device)
     preprocess = _preprocess_spec(model.visual.preprocess_cfg)
     teacher = Teacher(
@@ -354,12 +329,12 @@ def _open_clip_tokenizer(model_name: str, name: str) -> Tokenize:
     except ImportError as error:
         raise MissingExtraError(
             f"the tokenizer of teacher {name} needs a package that is not installed: "
-            f"{_first_line(error)}",
+            f"{first_line(error)}",
             hint="pip install transformers sentencepiece",
         ) from error
     except (OSError, ValueError) as error:
         raise DimeFMError(
-            f"the tokenizer of teacher {name} cannot be loaded: {_first_line(error)}",
+            f"the tokenizer of teacher {name} cannot be loaded: {first_line(error)}",
             hint="check the network: open_clip downloads this one from the Hugging Face Hub",
         ) from error
     return tokenize
@@ -393,7 +368,3 @@ def _hash_weights(module: nn.Module, *, salt: str = "") -> str:
 def _normalised(embeds: Tensor) -> npt.NDArray[np.float32]:
     array: npt.NDArray[np.float32] = F.normalize(embeds.float(), dim=-1).cpu().numpy()
     return array
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

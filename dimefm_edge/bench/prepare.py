@@ -86,9 +86,12 @@ def prepare(spec: SubjectSpec, folder: Path, *, seed: int = 0) -> Prepared:
 
 def _prepare_bundle(spec: SubjectSpec, folder: Path, runtime: str, option: str) -> Prepared:
     from dimefm_edge.runtime import load_bundle
+    from dimefm_edge.runtime.engines import warn_of_quantization
 
     path = Path(spec.name).expanduser()
     bundle = load_bundle(path)
+    if runtime == "onnxruntime":
+        warn_of_quantization(bundle)  # here: what a worker logs is not shown
     known: dict[str, Any] = {
         "image_size": bundle.preprocess.image_size,
         "preprocess": bundle.preprocess.to_dict(),

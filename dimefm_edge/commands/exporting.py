@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from dimefm_edge.data.images import ImagePool
     from dimefm_edge.export import GraphSpec
     from dimefm_edge.export.text import TextSource
     from dimefm_edge.export.towers import LoadedTeacher
@@ -43,6 +42,7 @@ _TENSORRT = "tensorrt"
 _NUM_PARITY_IMAGES = 32
 _NUM_CALIBRATION_IMAGES = 256
 _NUM_PARITY_SENTENCES = 64
+_FEW_IMAGES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +61,15 @@ class _Source:
 
 def run_export(options: ExportOptions) -> Outcome:
     """Write a run or a teacher as a bundle; for TensorRT, build its engine here too."""
+    try:
+        return _export(options)
+    except DimeFMError as error:
+        if error.hint:  # steps below know the command, but not of what
+            error.hint = error.hint.replace("export RUN", f"export {_subject(options)}")
+        raise
+
+
+def _export(options: ExportOptions) -> Outcome:
     from dimefm_edge.export import EXPORTERS, export_student
     from dimefm_edge.export.graph_spec import QUANTIZED
     from dimefm_edge.runtime import load_bundle
@@ -157,6 +166,11 @@ def _default_out(options: ExportOptions) -> Path:
     if options.teacher:
         return Path(f"{file_name_of(options.teacher)}-bundle")
     return run_folder(options.run) / f"bundle-{options.precision}"
+
+
+def _subject(options: ExportOptions) -> str:
+    of = ["--teacher", options.teacher] if options.teacher else [options.run or "RUN"]
+    return shlex.join([*of, *(["--target", options.target] if options.target else [])])
 
 
 def _command(options: ExportOptions) -> str:
@@ -319,17 +333,17 @@ def _of_run(options: ExportOptions) -> _Source:
         images, column = saved.data.images, saved.data.image_column
     name = loaded.metadata.get(TEXT_TEACHER_KEY)
     sources = options.labels or (saved.data.eval_sets if saved else ())
-    has_banks = not options.labels and (run_dir / "bundle" / "manifest.json").is_file()
+    banks = None if options.labels else _banks_of(run_dir / "bundle")
     own_text = has_text_student(run_dir) and not options.teacher_text and not options.image_only
     teacher_text = (options.text or options.teacher_text) and not own_text
-    needs_teacher = teacher_text or options.labels or (sources and not has_banks and name)
+    needs_teacher = teacher_text or options.labels or (sources and banks is None and name)
     if needs_teacher and name is None:
         raise CheckpointError(f"the checkpoint of {options.run} names no teacher")
     teacher = load_teacher(name) if needs_teacher and name else None
     return _Source(
         loaded,
         options.out or _default_out(options),
-        _banks_of(run_dir / "bundle") if has_banks else _label_banks(sources, teacher),
+        _label_banks(sources, teacher) if banks is None else banks,
         (images, column),
         run_logit_scale(loaded.metadata, options.run),
         {"target": options.target or loaded.metadata.get("target"), "teacher": name},
@@ -337,10 +351,17 @@ def _of_run(options: ExportOptions) -> _Source:
     )
 
 
-def _banks_of(bundle_dir: Path) -> Sequence[LabelBank]:
+def _banks_of(bundle_dir: Path) -> Sequence[LabelBank] | None:
+    """The label sets of a run's own bundle; None where there is none, or it is damaged."""
     from dimefm_edge.runtime import load_bundle
 
-    return list(load_bundle(bundle_dir).label_banks.values())
+    if not (bundle_dir / "manifest.json").is_file():
+        return None
+    try:
+        return list(load_bundle(bundle_dir).label_banks.values())
+    except CheckpointError as error:
+        logger.warning("%s; label sets are made again", error.args[0])
+        return None
 
 
 # ------------------------------------------------------------------------------- both
@@ -358,27 +379,17 @@ def _label_banks(sources: Sequence[str], teacher: Teacher | None) -> Sequence[La
 def _parity_images(
     sources: Sequence[str], column: str, preprocess: PreprocessSpec, *, count: int
 ) -> npt.NDArray[np.float32]:
-    from dimefm_edge.data.images import open_images
+    from dimefm_edge.data.images import open_images, some_images
     from dimefm_edge.preprocess import preprocess_images
 
-    images = _some_images(open_images(sources, column=column), count)
+    images, bad = some_images(open_images(sources, column=column), count)
     if not images:
         raise DataError("none of the images can be read", hint="--images with real images")
+    if bad:
+        logger.warning("%d images cannot be read and are left out; the first: %s", len(bad), bad[0])
+    if len(images) < _FEW_IMAGES <= count:
+        logger.warning("%d images are few: --images with %d and more says more", len(images), count)
     return preprocess_images(images, preprocess)
-
-
-def _some_images(pool: ImagePool, count: int) -> list[Any]:
-    from dimefm_edge.data.images import BadImageError, sample_rows
-
-    images: list[Any] = []
-    for row in sample_rows(len(pool), 10 * count):
-        try:
-            images.append(pool.load(int(row)))
-        except BadImageError:
-            continue
-        if len(images) == count:
-            break
-    return images
 
 
 def _parity_sentences(options: ExportOptions) -> list[str]:

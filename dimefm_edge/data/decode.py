@@ -93,6 +93,20 @@ def sample_rows(num_rows: int, count: int) -> Rows:
     return np.random.default_rng(0).choice(num_rows, min(count, num_rows), replace=False)
 
 
+def some_images(pool: ImagePool, count: int) -> tuple[list[Image.Image], list[str]]:
+    """Up to `count` images of a pool, as `sample_rows` chooses, and why others cannot be read."""
+    images: list[Image.Image] = []
+    bad: list[str] = []
+    for row in sample_rows(len(pool), 10 * count):
+        try:
+            images.append(pool.load(int(row)))
+        except BadImageError as error:
+            bad.append(error.args[0])
+        if len(images) == count:
+            break
+    return images, bad
+
+
 def row_batches(ranges: Iterable[range], batch_size: int) -> Iterator[Rows]:
     """Cut ranges of rows into (B,) int64 pieces for `decode_batches`; none spans two ranges."""
     for rows in ranges:

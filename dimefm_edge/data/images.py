@@ -9,6 +9,7 @@ from dimefm_edge.data.decode import (
     decode_image,
     row_batches,
     sample_rows,
+    some_images,
 )
 from dimefm_edge.data.image_pools import open_images
 from dimefm_edge.data.labelled import LabelledSet, open_labelled
@@ -27,4 +28,5 @@ __all__ = [
     "open_labelled",
     "row_batches",
     "sample_rows",
+    "some_images",
 ]

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dimefm_edge.errors import DataError, MissingExtraError
@@ -81,7 +81,7 @@ def expand_source(source: str) -> list[Path]:
     for pattern in _expand_braces(str(path)):
         if not glob.has_magic(pattern):
             if not Path(pattern).exists():
-                raise missing_path(Path(pattern))
+                raise missing_path(Path(pattern), names=SCENE_SETS)
             found.append(Path(pattern))
             continue
         matches = sorted(glob.glob(pattern, recursive=True), key=natural_key)
@@ -114,18 +114,26 @@ def absolute_source(source: str) -> str:
     return str(Path.cwd() / path) if is_there else source
 
 
-def missing_path(path: Path) -> DataError:
-    """An error for a path that is not there, with the nearest one that is, or some that are."""
+def missing_path(path: Path, *, names: Sequence[str] = ()) -> DataError:
+    """An error for a path that is not there, with the nearest one that is, or some that are.
+
+    Args:
+        path: It.
+        names: What could have been meant instead, where it is a single word.
+    """
+    meant = difflib.get_close_matches(str(path), names, n=1)
+    if meant:
+        return DataError(f"{path} does not exist. Did you mean '{meant[0]}'?", hint=meant[0])
     if path.is_symlink():
         return DataError(f"{path} is a link to nothing", hint=f"ls -l {path}")
     parent = _existing_parent(path)
     missing = path.relative_to(parent).parts[0] if path != parent else path.name
     try:
-        names = sorted(e.name for e in os.scandir(parent) if not e.name.startswith("."))
+        there = sorted(e.name for e in os.scandir(parent) if not e.name.startswith("."))
     except OSError:
-        names = []
-    near = difflib.get_close_matches(missing, names, n=1)
-    known = f"has {', '.join(names[:_SHOWN_NAMES])}" if names else "is empty"
+        there = []
+    near = difflib.get_close_matches(missing, there, n=1)
+    known = f"has {', '.join(there[:_SHOWN_NAMES])}" if there else "is empty"
     told = f"the nearest in {parent} is '{near[0]}'" if near else f"{parent} {known}"
     return DataError(f"{path} does not exist; {told}", hint=f"ls {parent}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import glob
 import json
 import os
@@ -275,9 +276,12 @@ def _clear_leftovers(out: Path) -> None:
 
 def _cannot_write(out: Path, error: OSError) -> ExportError:
     reason = os.strerror(error.errno) if error.errno else str(error)
-    return ExportError(
-        f"cannot write {out}: {reason}", hint="free some space or choose another --out"
-    )
+    file = next((str(parent) for parent in out.parents if parent.is_file()), None)
+    if file is not None:
+        reason = f"{file} is a file, not a folder"
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    hint = "free some space or choose another --out" if is_full else "choose another --out"
+    return ExportError(f"cannot write {out}: {reason}", hint=hint)
 
 
 def _versions() -> dict[str, str]:

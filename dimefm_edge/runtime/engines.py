@@ -36,7 +36,7 @@ class Engine(Protocol):
 
 
 def _load_onnxruntime(bundle: Bundle, threads: int, provider: str) -> Engine:
-    _check_quantization(bundle)
+    warn_of_quantization(bundle)
     graph = bundle.manifest.get("graph", {})
     return OnnxRuntimeEngine(
         bundle.model_path,
@@ -51,7 +51,7 @@ def _load_onnxruntime(bundle: Bundle, threads: int, provider: str) -> Engine:
     )
 
 
-def _check_quantization(bundle: Bundle) -> None:
+def warn_of_quantization(bundle: Bundle) -> None:
     """Say so when 8 bits were made for another place: right answers, but not this CPU's speed."""
     made_for = (bundle.manifest.get("quantization") or {}).get("rules")
     if made_for is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -66,6 +67,19 @@ def test_a_bundle(tiny_bundle_dir, tmp_path):
     for runtime in ("openvino", "dynamic-int8"):
         other = prepared(f"{tiny_bundle_dir}@{runtime}", tmp_path / runtime)
         assert other.preprocess == made.preprocess
+
+
+def test_a_bundle_in_8_bits_for_another_cpu_is_told(tiny_bundle_dir, tmp_path, monkeypatch, caplog):
+    from dimefm_edge.runtime import engines
+
+    engines._tell_once.cache_clear()
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle_dir, bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["quantization"] = {"rules": "tensorrt"}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    prepared(str(bundle), tmp_path / "b")
+    assert "is made for tensorrt and this CPU wants " in caplog.text
 
 
 def test_a_graph_that_cannot_be_quantised(tmp_path):

@@ -14,6 +14,7 @@ import open_clip
 import pytest
 
 from dimefm_edge import cli
+from dimefm_edge.errors import ParityError
 from dimefm_edge.runtime import ZeroShotClassifier, load_bundle, load_text_encoder
 from dimefm_edge.teacher import load_teacher
 
@@ -54,6 +55,43 @@ def test_export_names_what_is_wrong(tiny_run_dir, tmp_path, capsys):
     assert "no checkpoint at" in capsys.readouterr().err
     assert cli.main(["export", str(tiny_run_dir), "--format", "onxx"]) == 2
     assert "unknown export format 'onxx'. Did you mean 'onnx'?" in capsys.readouterr().err
+
+
+def test_images_that_cannot_be_read_are_told(tiny_run_dir, labelled_dir, tmp_path, caplog, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(labelled_dir, images)
+    good = sorted(images.rglob("*.png"))
+    for path in good[3:]:
+        path.write_bytes(b"no picture")
+    words = ["export", tiny_run_dir, "--images", images, "--out", tmp_path / "b"]
+    code, values = _json(capsys, *words)
+    assert (code, values["parity"]["num_images"]) == (0, 3)
+    assert f"{len(good) - 3} images cannot be read and are left out; the first: " in caplog.text
+    assert "3 images are few" in caplog.text
+
+
+def test_a_run_whose_own_bundle_is_damaged(tiny_run_dir, tmp_path, caplog, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run_dir, run)
+    code, before = _json(capsys, "export", run, "--out", run / "bundle")
+    (run / "bundle" / "manifest.json").write_text("{")
+    code, values = _json(capsys, "export", run, "--out", tmp_path / "again")
+    assert (code, values["label_sets"]) == (0, before["label_sets"])
+    assert "label sets are made again" in caplog.text
+
+
+def test_hints_name_the_run(tiny_run_dir, tmp_path, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise ParityError("no", hint="dimefm-edge export RUN --precision fp32")
+
+    monkeypatch.setattr("dimefm_edge.export.onnx.check_parity", fail)
+    words = ("export", tiny_run_dir, "--target", "jetson-orin", "--out", tmp_path / "b")
+    code, said = _json(capsys, *words)
+    assert code == 3
+    assert said["hint"] == (
+        f"dimefm-edge export {tiny_run_dir} --target jetson-orin --precision fp32"
+    )
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_run_with_its_teachers_text_side(tiny_run_dir, tiny_teacher_dir, tmp_path, capsys):

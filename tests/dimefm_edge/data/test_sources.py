@@ -132,3 +132,8 @@ def test_a_source_by_its_whole_path_names_the_same_files(tmp_path, monkeypatch):
     assert absolute_source("*.tar") == "*.tar"
     assert expand_source(absolute_source("2.tar")) == [odd / "2.tar"]
     assert absolute_source("~/x") == str(Path.home() / "x")
+
+
+def test_a_set_that_is_built_in_is_offered() -> None:
+    with pytest.raises(DataError, match=r"scens does not exist. Did you mean 'scenes'\?"):
+        expand_source("scens")
