@@ -15,6 +15,8 @@ _KINDS = {
     b"version https://git-lfs": ("is a git-lfs pointer, not the weights", "git lfs pull"),
     b"<": ("is a web page, not the weights", "download the checkpoint itself"),
 }
+_NO_WEIGHTS = (pickle.UnpicklingError, EOFError, LookupError, AttributeError, TypeError)
+"""What torch and open_clip raise, by what a file holds instead."""
 _MAX_DETAIL = 300
 
 
@@ -36,17 +38,15 @@ def create_open_clip(architecture: str, pretrained: str | None, *, name: str) ->
     try:
         with redirect_stdout(io.StringIO()):
             return open_clip.create_model(architecture, pretrained=pretrained, precision="fp32")
-    except (SafetensorError, EOFError, pickle.UnpicklingError, LookupError, AttributeError,
-            TypeError) as error:  # fmt: skip
+    except SafetensorError as error:
+        raise _unreadable(name, error) from error
+    except _NO_WEIGHTS as error:
         why, hint = _why_no_checkpoint(pretrained)
         raise CheckpointError(f"teacher {name}: {why}", hint=hint) from error
     except (RuntimeError, AssertionError) as error:  # open_clip asserts that widths are equal
         said = str(error)
         if isinstance(error, RuntimeError) and "state_dict" not in said:
-            raise CheckpointError(
-                f"teacher {name}: the weights cannot be read: {first_line(error)}",
-                hint=_COPY_AGAIN,
-            ) from error
+            raise _unreadable(name, error) from error
         detail = " ".join(said.split())[:_MAX_DETAIL]
         raise CheckpointError(
             f"teacher {name}: the weights do not fit the architecture: {detail}",
@@ -59,6 +59,12 @@ def create_open_clip(architecture: str, pretrained: str | None, *, name: str) ->
             f"teacher {name} cannot be loaded: {first_line(error)}",
             hint="check the name and the network, or give a local checkpoint: ARCHITECTURE:FILE",
         ) from error
+
+
+def _unreadable(name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"teacher {name}: the weights cannot be read: {first_line(error)}", hint=_COPY_AGAIN
+    )
 
 
 def first_line(error: BaseException) -> str:
