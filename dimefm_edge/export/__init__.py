@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from dimefm_edge.errors import ExportError, lookup
 from dimefm_edge.export.aot_inductor import export_onnx_and_pt2
 from dimefm_edge.export.bundle import building, record_accuracy, write_bundle
 from dimefm_edge.export.graph_spec import GraphSpec, graph_spec
+from dimefm_edge.export.learned import FakeQuantised
 from dimefm_edge.export.onnx import FusionReport, OnnxGraph, export_onnx
 from dimefm_edge.export.parity import ParityReport, check_parity
 from dimefm_edge.export.plugin import write_kernels
@@ -98,6 +100,8 @@ def export_student(
             f"student in {spec.embed_dim}: it was taught by another"
         )
     graph = graph or GraphSpec()
+    if graph.attention == "packed" and isinstance(loaded.student, FakeQuantised):
+        graph = replace(graph, attention="decomposed")  # ranges were learned of each projection
     banks = {bank.name: bank for bank in label_banks}
     head_bank = None if head is None else lookup(banks, head, kind="label set for the head")
     others = dict(extra or {})

@@ -12,18 +12,22 @@ import torch
 from torch import nn
 
 from dimefm_edge.errors import ExportError, UnknownNameError
-from dimefm_edge.export import GraphSpec, export_onnx
+from dimefm_edge.export import GraphSpec, export_onnx, export_student, graph_spec
 from dimefm_edge.export.integer_kernels import count_integer_kernels
 from dimefm_edge.export.parity import module_embeds
 from dimefm_edge.export.quant_rules import QUANT_RULES
+from dimefm_edge.preprocess import PreprocessSpec
 from dimefm_edge.quantize.fake_quant import ActivationFakeQuant, BiasFakeQuant
 from dimefm_edge.quantize.qat import FakeQuantStudent, qat_prepare
-from dimefm_edge.students import build_student, vit_spec
+from dimefm_edge.runtime import load_bundle
+from dimefm_edge.students import LoadedStudent, build_student, vit_spec
+from dimefm_edge.targets import load_target
 from dimefm_edge.targets.cpu import cpu_quant_rules
 from tests.dimefm_edge.quantize.int8_students import (
     ARM,
     AVX2,
     SIDE,
+    SPECS,
     TENSORRT,
     cosines,
     images,
@@ -97,6 +101,21 @@ def test_the_graph_answers_as_the_student_was_trained(family, rules_name, tmp_pa
         kernels = count_integer_kernels(path, images(1).numpy())
         assert kernels.fallen_back == ()
         assert kernels.num_integer == len(made.product_names)
+
+
+def test_what_was_trained_for_tensorrt_becomes_a_bundle(tmp_path):
+    torch.manual_seed(0)
+    made = prepared("vit", TENSORRT)
+    train_a_little(made)
+    path = export_student(
+        LoadedStudent(made, SPECS["vit"], PreprocessSpec(SIDE), {}), tmp_path / "bundle",
+        graph=graph_spec(load_target("jetson-orin"), precision="int8"),
+        parity_images=images(32).numpy(), logit_scale=100.0,
+    )  # fmt: skip
+    graph = load_bundle(path).manifest["graph"]
+    assert graph["attention"] == "decomposed"  # three projections, each with ranges of its own
+    assert len(graph["quantized"]["quantized"]) == len(made.product_names)
+    assert [entry["has_qdq_around_bmm2"] for entry in graph["attentions"]] == [True, True]
 
 
 def test_ranges_follow_until_half_of_the_training_then_stay():
