@@ -302,8 +302,8 @@ def main() -> None:
     def keeper(name: str) -> Keep:
         """Writes what is known so far: the machine may be gone before the end."""
 
-        def keep(part: dict[str, Any]) -> None:
-            values[name] = part
+        def keep(found: dict[str, Any]) -> None:
+            values[name] = found
             args.out.write_text(json.dumps(values, indent=1) + "\n")
 
         return keep

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dimefm_edge.checkpoints import create_open_clip, first_line
 from dimefm_edge.data.sources import missing_path
 from dimefm_edge.encoders import JoinedTowers, TextTower, module_encoder
 from dimefm_edge.errors import (
@@ -32,6 +31,7 @@ from dimefm_edge.errors import (
     UnknownNameError,
     lookup,
 )
+from dimefm_edge.open_clip_model import build_open_clip, first_line
 from dimefm_edge.preprocess import PreprocessSpec
 from dimefm_edge.tokenizer import load_tokenizer
 
@@ -297,7 +297,7 @@ def _from_open_clip(
 ) -> Teacher:
     if device.type == "cpu":
         torch.set_flush_denormal(True)
-    model = create_open_clip(model_name, pretrained, name=name)
+    model = build_open_clip(model_name, pretrained, name=name)
     tower = _frozen(model, device)
     preprocess = _preprocess_spec(model.visual.preprocess_cfg)
     teacher = Teacher(

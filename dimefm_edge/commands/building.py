@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dimefm_edge.commands.judging import evaluate_subject
 from dimefm_edge.commands.outcome import Outcome
-from dimefm_edge.errors import ConfigError, InputError, ParityError
+from dimefm_edge.errors import ConfigError, DimeFMError, InputError, ParityError
 from dimefm_edge.tables import format_table
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def run_build(options: BuildOptions) -> Outcome:
     )
     bundle = load_bundle(Path(options.bundle).expanduser())
     if options.dry_run:
-        return _dry_run(bundle, asked)
+        return _dry_run(options, bundle, asked)
     built = build_engine(
         bundle,
         asked,
@@ -64,31 +65,82 @@ def run_build(options: BuildOptions) -> Outcome:
         engine.close()
 
 
+def try_build(bundle: Bundle, asked: EngineOptions | None = None) -> DryBuild:
+    """A dry build of a bundle as its engine will be on the device.
+
+    TensorRT 10 lowers an fp32 graph to the precision of the target's budget there; TensorRT for
+    RTX runs the types that a graph says. So the graph is lowered first, where that can be done.
+
+    Raises:
+        DimeFMError: As `dry_build`.
+    """
+    from dimefm_edge.runtime.tensorrt_build import EngineOptions
+    from dimefm_edge.runtime.tensorrt_rtx import dry_build
+    from dimefm_edge.targets import LOCAL, load_target
+
+    asked = asked or EngineOptions()
+    name = bundle.manifest.get("target") or LOCAL
+    wanted = asked.precision or load_target(name).precision
+    if (bundle.precision, wanted) != ("fp32", "fp16"):
+        return dry_build(bundle, asked)
+    try:
+        import onnx
+
+        from dimefm_edge.export.fp16 import convert_to_fp16
+        from dimefm_edge.export.trace import silence
+    except ImportError:  # on a machine that exports nothing
+        return dry_build(bundle, asked)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        with silence():
+            onnx.save(convert_to_fp16(onnx.load(bundle.model_path)), path)
+        manifest = bundle.manifest | {"precision": wanted}
+        return dry_build(replace(bundle, model_path=path, manifest=manifest), asked)
+
+
 def dry_build_values(built: DryBuild) -> dict[str, Any]:
     """A dry build as JSON has it."""
     from dimefm_edge.runtime.tensorrt_inspect import describe_layers, kernels_by_kind
 
-    return {
-        "compiler": built.compiler,
-        "compiled_for": built.compiled_for,
-        "stands_for": built.stands_for,
-        "kernels": built.num_kernels,
+    return asdict(built) | {
+        "num_kernels": built.num_kernels,
         "kernels_by_kind": kernels_by_kind(built.layers),
-        "attention": asdict(built.attention),
         "layers": describe_layers(built.layers),
-        "size_mib": built.size_mib,
-        "seconds": built.seconds,
     }
 
 
-def _dry_run(bundle: Bundle, asked: EngineOptions) -> Outcome:
-    from dimefm_edge.runtime.tensorrt_rtx import dry_build
+def with_dry_build(outcome: Outcome, bundle: Bundle) -> Outcome:
+    """For TensorRT: what NVIDIA's own compiler makes of an export, where it is installed."""
+    from dimefm_edge.runtime.tensorrt_rtx import can_dry_build
 
-    built = dry_build(bundle, asked)
-    values = {"bundle": str(bundle.path), "precision": bundle.precision, **dry_build_values(built)}
+    if not can_dry_build(bundle):
+        return outcome
+    try:
+        built = try_build(bundle)
+    except Exception as error:  # the bundle is whole, and the target's own TensorRT is another
+        reason = str(error.args[0] if isinstance(error, DimeFMError) else repr(error))
+        values, text = {"error": reason}, f"warning: {reason}"
+    else:
+        values, text = dry_build_values(built), built.describe()
+    return Outcome(
+        {**outcome.values, "dry_build": values}, f"{outcome.text}\n{text}", outcome.exit_code
+    )
+
+
+def _dry_run(options: BuildOptions, bundle: Bundle, asked: EngineOptions) -> Outcome:
+    on_device = ("out", "timing_cache", "data", "profile", "rebuild", "refit",
+                 "version_compatible", "hardware_compatible")  # fmt: skip
+    if given := [name for name in on_device if getattr(options, name)]:
+        raise InputError(
+            f"--dry-run keeps and runs nothing: --{given[0].replace('_', '-')} is for a build on "
+            "the device",
+            hint=f"drop --{given[0].replace('_', '-')}",
+        )
+    built = try_build(bundle, asked)
+    values = {"bundle": str(bundle.path)} | dry_build_values(built)
     lines = [
-        f"{bundle.path}: {bundle.precision}; {built.describe()}",
-        f"{built.size_mib:.1f} MiB, {built.seconds:.1f} s; nothing was run or kept. On the device: "
+        f"{bundle.path}: {built.describe()}",
+        f"{built.size_mib:.1f} MiB, {built.build_s:.1f} s; nothing was run or kept. On the device: "
         f"dimefm-edge build {bundle.path}",
         "",
         format_table(("kind", "kernels"), list(values["kernels_by_kind"].items())),

@@ -43,6 +43,7 @@ _NUM_PARITY_IMAGES = 32
 _NUM_CALIBRATION_IMAGES = 256
 _NUM_PARITY_SENTENCES = 64
 _FEW_IMAGES = 8
+_RUN = "dimefm-edge export RUN"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +65,13 @@ def run_export(options: ExportOptions) -> Outcome:
     try:
         return _export(options)
     except DimeFMError as error:
-        if error.hint:  # steps below know the command, but not of what
-            error.hint = error.hint.replace("export RUN", f"export {_subject(options)}")
+        if error.hint and _RUN in error.hint:  # steps below know the flag, but not of what
+            error.hint = error.hint.replace(_RUN, _command_without(options, error.hint))
         raise
 
 
 def _export(options: ExportOptions) -> Outcome:
+    from dimefm_edge.commands.building import with_dry_build
     from dimefm_edge.export import EXPORTERS, export_student
     from dimefm_edge.export.graph_spec import QUANTIZED
     from dimefm_edge.runtime import load_bundle
@@ -101,7 +103,7 @@ def _export(options: ExportOptions) -> Outcome:
         text_precision=None if options.text_precision == "auto" else options.text_precision,
     )
     bundle = load_bundle(source.out)
-    outcome = _with_dry_build(_outcome(bundle, source.out), bundle)
+    outcome = with_dry_build(_outcome(bundle, source.out), bundle)
     return _with_engine(outcome, source.out) if options.format == _TENSORRT else outcome
 
 
@@ -168,9 +170,14 @@ def _default_out(options: ExportOptions) -> Path:
     return run_folder(options.run) / f"bundle-{options.precision}"
 
 
-def _subject(options: ExportOptions) -> str:
-    of = ["--teacher", options.teacher] if options.teacher else [options.run or "RUN"]
-    return shlex.join([*of, *(["--target", options.target] if options.target else [])])
+def _command_without(options: ExportOptions, hint: str) -> str:
+    """The user's own command, but for the flags that a hint gives another value."""
+    changed: dict[str, Any] = {
+        field.name: field.default
+        for field in dataclasses.fields(options)
+        if f"--{field.name.replace('_', '-')} " in f"{hint} "
+    }
+    return _command(dataclasses.replace(options, json=False, **changed))
 
 
 def _command(options: ExportOptions) -> str:
@@ -184,26 +191,6 @@ def _command(options: ExportOptions) -> str:
         if not isinstance(value, bool):
             words += map(str, value if isinstance(value, tuple) else [value])
     return shlex.join(words)
-
-
-def _with_dry_build(outcome: Outcome, bundle: Bundle) -> Outcome:
-    """For TensorRT: what NVIDIA's own compiler makes of it, where TensorRT for RTX is installed."""
-    from dimefm_edge.commands.building import dry_build_values
-    from dimefm_edge.manifest import kernels_of
-    from dimefm_edge.runtime.tensorrt_rtx import can_dry_build, dry_build
-
-    graph = bundle.manifest["graph"]
-    if graph["runtime"] != _TENSORRT or kernels_of(bundle.manifest) or not can_dry_build():
-        return outcome
-    try:
-        built = dry_build(bundle)
-    except DimeFMError as error:  # the bundle is whole, and the target's own TensorRT is another
-        values, text = {"error": error.args[0]}, f"warning: {error.args[0]}"
-    else:
-        values, text = dry_build_values(built), built.describe()
-    return Outcome(
-        {**outcome.values, "dry_build": values}, f"{outcome.text}\n{text}", outcome.exit_code
-    )
 
 
 def _with_engine(outcome: Outcome, out: Path) -> Outcome:
@@ -387,7 +374,7 @@ def _parity_images(
         raise DataError("none of the images can be read", hint="--images with real images")
     if bad:
         logger.warning("%d images cannot be read and are left out; the first: %s", len(bad), bad[0])
-    if len(images) < _FEW_IMAGES <= count:
+    if len(images) < _FEW_IMAGES:
         logger.warning("%d images are few: --images with %d and more says more", len(images), count)
     return preprocess_images(images, preprocess)
 

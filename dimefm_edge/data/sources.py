@@ -121,9 +121,6 @@ def missing_path(path: Path, *, names: Sequence[str] = ()) -> DataError:
         path: It.
         names: What could have been meant instead, where it is a single word.
     """
-    meant = difflib.get_close_matches(str(path), names, n=1)
-    if meant:
-        return DataError(f"{path} does not exist. Did you mean '{meant[0]}'?", hint=meant[0])
     if path.is_symlink():
         return DataError(f"{path} is a link to nothing", hint=f"ls -l {path}")
     parent = _existing_parent(path)
@@ -133,6 +130,9 @@ def missing_path(path: Path, *, names: Sequence[str] = ()) -> DataError:
     except OSError:
         there = []
     near = difflib.get_close_matches(missing, there, n=1)
+    meant = difflib.get_close_matches(str(path), names, n=1, cutoff=0.8)
+    if meant and not near:
+        return DataError(f"{path} does not exist. Did you mean '{meant[0]}'?", hint=f"ls {parent}")
     known = f"has {', '.join(there[:_SHOWN_NAMES])}" if there else "is empty"
     told = f"the nearest in {parent} is '{near[0]}'" if near else f"{parent} {known}"
     return DataError(f"{path} does not exist; {told}", hint=f"ls {parent}")

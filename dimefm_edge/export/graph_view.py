@@ -70,8 +70,9 @@ class GraphView:
 
 
 def drop_unread_weights(graph: onnx.GraphProto) -> None:
-    """Drop the initializers that no node reads."""
+    """Drop the initializers that no node reads and that are no answer."""
     read = {name for node in graph.node for name in node.input}
+    read |= {value.name for value in graph.output}
     kept = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
     graph.initializer.extend(kept)

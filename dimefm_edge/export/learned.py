@@ -75,7 +75,7 @@ def match_products(
         raise ExportError(
             f"the graph lacks {len(lost)} of {len(learned)} products that were trained in int8: "
             f"{', '.join(lost[:3])}",
-            hint="dimefm-edge export RUN --precision int8  (by calibration)",
+            hint="dimefm-edge export RUN --precision int8 --calibration minmax",
         )
     return found
 

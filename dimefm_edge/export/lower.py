@@ -171,7 +171,7 @@ def _packed(
 ) -> None:
     batch, heads, tokens, dim = _dims(q)
     shape = (batch, tokens, 3 * heads * dim)
-    is_self = _side(k, 2) == tokens
+    is_self = _dims(q)[1:] == _dims(k)[1:] == _dims(v)[1:]
     rows = [_as_rows(edit, x) for x in (q, k, v)] if is_self else []
     projected = _packed_projection(edit, rows, shape) if is_self else None
     if projected is None:
@@ -225,7 +225,7 @@ def _attention(
 def _plugin(
     edit: _Edit, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, scale: float
 ) -> None:
-    if mask is not None or _side(q, 2) != _side(k, 2):
+    if mask is not None or not _dims(q)[1:] == _dims(k)[1:] == _dims(v)[1:]:
         _decompose(edit, q, k, v, mask, scale)
         return
     batch, heads, tokens, dim = _dims(q)
@@ -259,7 +259,8 @@ def _packed_projection(
         weights.append(weight.const_value.numpy())
         biases.append(bias.const_value.numpy())
         tokens.add(matmul.inputs[0])
-    if len(tokens) != 1:
+    shapes = [(weight.shape[1:], bias.shape) for weight, bias in zip(weights, biases, strict=True)]
+    if len(tokens) != 1 or any(len(columns) != 1 or columns != bias for columns, bias in shapes):
         return None
     weight, bias = (edit.constant(np.concatenate(parts, axis=-1)) for parts in (weights, biases))
     product = edit.add("MatMul", [tokens.pop(), weight], shape=shape)

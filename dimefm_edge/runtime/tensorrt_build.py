@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -177,14 +178,12 @@ class EngineBuild:
         machine: Machine,
         *,
         log: Log | None = None,
+        configure: Callable[[Any], object] | None = None,
     ) -> None:
-        """Check that a build can be what is asked, and begin it.
-
-        Raises:
-            ConfigError: If it cannot.
-        """
+        """Begin a build, or ConfigError; `configure` gets the IBuilderConfig when all is set."""
         self.trt, self.bundle, self.options, self.machine = trt, bundle, options, machine
         self.log = log or Log(trt)
+        self._finish = configure
         image_shape(bundle)  # before anything is built
         self.precision = options.precision or bundle.precision
         _check_precision(self.precision, machine)
@@ -281,6 +280,8 @@ class EngineBuild:
             flags.append("GPU_FALLBACK")
         for name in flags:
             config.set_flag(getattr(trt.BuilderFlag, name))
+        if self._finish is not None:
+            self._finish(config)
         return config
 
     def _add_profile(self, config: Any, network: Any) -> None:

@@ -26,7 +26,7 @@ _FUSED_KERNEL = re.compile(r"mha|flash_?att|attention", re.IGNORECASE)
 # bear its name but are no plugins.
 _OWN_KIND, _OWN_NAME = "Plugin", "fused_attention_qkv"
 _OPAQUE = "ForeignNode["
-_LOGGED = re.compile(r"^Name: (?P<name>[^,]+), LayerType: (?P<kind>[^,]+)", re.MULTILINE)
+_LOGGED = re.compile(r"^Name: (?P<name>[^,]+), LayerType: (?P<kind>[^,]+)")
 _TACTIC = re.compile(r"TacticName: ([^,]+)")
 _OUTPUT_TYPE = re.compile(r"Outputs: \[ \{.*?Datatype: (\w+)")
 _NO_KERNELS = {"shape_call", "signal", "wait"}  # arithmetic on shapes, and streams that meet

@@ -14,8 +14,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dimefm_edge.errors import ConfigError, MissingExtraError
-from dimefm_edge.manifest import attention_nodes, kernels_of
+from dimefm_edge.errors import CheckpointError, ConfigError, DimeFMError, MissingExtraError
+from dimefm_edge.manifest import EXPORT_AGAIN, attention_nodes, kernels_of
 from dimefm_edge.runtime.bundle import Bundle
 from dimefm_edge.runtime.cuda import Gpu
 from dimefm_edge.runtime.tensorrt_build import EngineBuild, EngineOptions
@@ -29,6 +29,7 @@ from dimefm_edge.runtime.tensorrt_inspect import (
 from dimefm_edge.runtime.tensorrt_machine import Log, Machine
 
 _DEFAULT_SM = "sm_87"  # of a bundle that names no GPU
+_SM = re.compile(r"sm_(\d+)")
 _MEMBER = re.compile(r"SM(\d+)(\d)")
 
 
@@ -38,13 +39,15 @@ class DryBuild:
 
     compiler: str
     """Name and version."""
+    precision: str
+    """Of the graph that was compiled."""
     compiled_for: str
     """The architecture that it was compiled for, such as sm_86."""
     stands_for: str
     """The target's own, such as sm_87."""
     layers: tuple[EngineLayer, ...]
     attention: AttentionFusion
-    seconds: float
+    build_s: float
     size_mib: float
 
     @property
@@ -57,18 +60,18 @@ class DryBuild:
         is_other = self.compiled_for != self.stands_for
         instead = f", which stands for {self.stands_for}" if is_other else ""
         return (
-            f"{self.compiler} compiles it for {self.compiled_for}{instead}: {self.num_kernels} "
-            f"kernels; {self.attention.describe()}"
+            f"{self.compiler} compiles it in {self.precision} for {self.compiled_for}{instead}: "
+            f"{self.num_kernels} kernels; {self.attention.describe()}"
         )
 
 
-def can_dry_build() -> bool:
-    """Whether TensorRT for RTX is installed and loads."""
+def can_dry_build(bundle: Bundle) -> bool:
+    """Whether TensorRT for RTX is here and has a GPU that stands for the bundle's target."""
     try:
-        _import_rtx()
-    except MissingExtraError:
+        _architecture(_import_rtx(), _target_sm(bundle))
+    except DimeFMError:
         return False
-    return True
+    return bundle.manifest["graph"]["runtime"] == "tensorrt" and not kernels_of(bundle.manifest)
 
 
 def dry_build(bundle: Bundle, options: EngineOptions | None = None) -> DryBuild:
@@ -76,52 +79,58 @@ def dry_build(bundle: Bundle, options: EngineOptions | None = None) -> DryBuild:
 
     Args:
         bundle: A checked bundle.
-        options: What would be asked of an engine; the defaults when None.
+        options: What would be asked of an engine. Default: the batches that the graph takes.
 
     Raises:
+        CheckpointError: If the bundle names no GPU that can be.
         ConfigError: If it cannot compile for the bundle's target, or not what is asked.
         ExportError: If the parser refuses the graph or the compiler fails.
         MissingExtraError: If TensorRT for RTX is not installed.
     """
     trt = _import_rtx()
-    options = options or EngineOptions()
     if kernels_of(bundle.manifest):
         raise ConfigError(
             f"{bundle.path} brings kernels of its own, which TensorRT for RTX has no way to take",
             hint="dimefm-edge build on the device; or export it without --attention plugin",
         )
-    options = replace(options, precision=options.precision or bundle.precision)
-    target = str((bundle.manifest.get("graph") or {}).get("sm") or _DEFAULT_SM)
+    options = _for_graph(options or EngineOptions(), bundle)
+    target = _target_sm(bundle)
     name, capability = _architecture(trt, target)
     compiler = f"for RTX {trt.__version__}"
     machine = Machine(Gpu(f"an sm_{capability[0]}{capability[1]} GPU", capability, ""), compiler)
+
+    def name_gpu(config: Any) -> None:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+
     messages: list[str] = []
-    build = _RtxBuild(trt, bundle, options, machine, log=Log(trt, listener=messages.append))
-    build.capability = getattr(trt.ComputeCapability, name)
+    log = Log(trt, listener=messages.append)
     begun = time.perf_counter()
-    engine = build.run(None)
+    engine = EngineBuild(trt, bundle, options, machine, log=log, configure=name_gpu).run(None)
     layers = parse_layer_log("\n".join(messages))
     return DryBuild(
         compiler=f"TensorRT {compiler}",
+        precision=bundle.precision,
         compiled_for=machine.gpu.sm,
         stands_for=target,
         layers=tuple(layers),
         attention=attention_fusion(layers, attention_nodes(bundle.manifest)),
-        seconds=time.perf_counter() - begun,
+        build_s=time.perf_counter() - begun,
         size_mib=len(engine) / 2**20,
     )
 
 
-class _RtxBuild(EngineBuild):
-    """A build for a named architecture."""
+def _for_graph(options: EngineOptions, bundle: Bundle) -> EngineOptions:
+    """Options with the graph's own precision, and its own batch if that is fixed."""
+    fixed = (bundle.manifest.get("graph") or {}).get("batch_size")
+    if fixed and options.batch == EngineOptions().batch:
+        options = replace(options, batch=(fixed, fixed, fixed))
+    return replace(options, precision=options.precision or bundle.precision)
 
-    capability: Any = None
 
-    def _configure(self) -> Any:
-        config = super()._configure()
-        config.num_compute_capabilities = 1
-        config.set_compute_capability(self.capability, 0)
-        return config
+def _target_sm(bundle: Bundle) -> str:
+    """The architecture of the GPU that a bundle is for."""
+    return str((bundle.manifest.get("graph") or {}).get("sm") or _DEFAULT_SM)
 
 
 def _import_rtx() -> Any:
@@ -142,7 +151,10 @@ def _import_rtx() -> Any:
 
 def _architecture(trt: Any, target: str) -> tuple[str, tuple[int, int]]:
     """Name and number of the newest architecture it compiles for that is not newer than one."""
-    wanted = int(target.removeprefix("sm_"))
+    number = _SM.fullmatch(target)
+    if number is None:
+        raise CheckpointError(f"bad manifest: a GPU cannot be {target}", hint=EXPORT_AGAIN)
+    wanted = int(number[1])
     known = {}
     for name in trt.ComputeCapability.__members__:
         match = _MEMBER.fullmatch(name)

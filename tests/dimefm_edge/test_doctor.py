@@ -112,4 +112,4 @@ def test_tensorrt_and_its_gpu_are_looked_at(fake_tensorrt, monkeypatch):
     assert found["TensorRT"].status == found["GPU for TensorRT"].status == "note"
     assert "pip install 'dimefm_edge[tensorrt]'" in found["TensorRT"].mend
     assert "no NVIDIA driver here" in found["GPU for TensorRT"].detail
-    assert found["tensorrt_rtx_cu13_libs"].status in ("ok", "note")
+    assert "tensorrt_rtx_cu13_libs" in found

@@ -162,13 +162,18 @@ def test_a_dry_run_needs_no_gpu(
     assert code == 0
     assert said["compiler"].startswith("TensorRT for RTX 1.")
     assert (said["compiled_for"], said["stands_for"]) == ("sm_86", "sm_87")
-    assert said["kernels"] == sum(said["kernels_by_kind"].values()) > 5
+    assert said["num_kernels"] == sum(said["kernels_by_kind"].values()) > 5
     assert said["attention"]["expected"] == 1
     assert main(["build", str(tiny_bundle_dir), "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert f"{said['kernels']} kernels; attention: " in text
+    assert "compiles it in fp32 for sm_86" in text  # the bundle has no target that says more
+    assert f"{said['num_kernels']} kernels; attention: " in text
     assert "nothing was run or kept" in text
     assert sorted(path.name for path in tiny_bundle_dir.rglob("*")) == before
+    code, lowered = run(capsys, "build", tiny_bundle_dir, "--dry-run", "--precision", "fp16")
+    assert (code, lowered["precision"], lowered["attention"]["fused"]) == (0, "fp16", 1)
+    code, refused = run(capsys, "build", tiny_bundle_dir, "--dry-run", "--rebuild")
+    assert (code, refused["hint"]) == (2, "drop --rebuild")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     code, said = run(capsys, "build", tiny_bundle_dir, "--dry-run")
     assert (code, said["hint"].split("  ")[0]) == (1, "pip install 'dimefm_edge[rtx]'")

@@ -86,11 +86,11 @@ def test_hints_name_the_run(tiny_run_dir, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("dimefm_edge.export.onnx.check_parity", fail)
     words = ("export", tiny_run_dir, "--target", "jetson-orin", "--out", tmp_path / "b")
-    code, said = _json(capsys, *words)
-    assert code == 3
-    assert said["hint"] == (
-        f"dimefm-edge export {tiny_run_dir} --target jetson-orin --precision fp32"
-    )
+    code, said = _json(capsys, *words, "--precision", "fp16", "--batch-size", "2")
+    assert (code, said["hint"]) == (
+        3, f"dimefm-edge export {tiny_run_dir} --out {tmp_path / 'b'} --target jetson-orin "
+        "--batch-size 2 --precision fp32",
+    )  # fmt: skip
     assert not (tmp_path / "b").exists()
 
 
@@ -174,13 +174,17 @@ def test_for_tensorrt_its_compiler_is_asked_where_it_is_installed(
     _, said = _json(capsys, *words, tmp_path / "a")
     said = said["dry_build"]
     assert said["attention"] == {"expected": 1, "fused": 1, "unfused": []}
-    assert said["kernels"] > 5
-    monkeypatch.setattr(
-        "dimefm_edge.runtime.tensorrt_rtx._architecture", lambda trt, _: ("SM89", (5, 0))
-    )
+    assert said["num_kernels"] > 5
+    words[5] = "fp32"  # which the device lowers
+    _, said = _json(capsys, *words, tmp_path / "fp32")
+    assert (said["precision"], said["dry_build"]["precision"]) == ("fp32", "fp16")
+
+    def fail(*_):
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr("dimefm_edge.runtime.tensorrt_rtx.dry_build", fail)
     code, said = _json(capsys, *words, tmp_path / "b")
-    assert code == 0
-    assert "an sm_50 GPU (sm_50) has no fp16" in said["dry_build"]["error"]
+    assert (code, said["dry_build"]) == (0, {"error": "RuntimeError('odd')"})
     assert (tmp_path / "b" / "manifest.json").is_file()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     assert "dry_build" not in _json(capsys, *words, tmp_path / "c")[1]

@@ -134,6 +134,10 @@ def test_a_source_by_its_whole_path_names_the_same_files(tmp_path, monkeypatch):
     assert absolute_source("~/x") == str(Path.home() / "x")
 
 
-def test_a_set_that_is_built_in_is_offered() -> None:
+def test_a_set_that_is_built_in_is_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"scens does not exist. Did you mean 'scenes'\?"):
+        expand_source("scens")
+    (tmp_path / "scenes2").mkdir()
+    with pytest.raises(DataError, match=r"scens does not exist; the nearest in \S+ is 'scenes2'"):
         expand_source("scens")

@@ -118,6 +118,34 @@ def test_packed_is_one_projection_where_all_three_read_the_same(
         np.testing.assert_allclose(found, module(x).detach().numpy(), atol=2e-6)
 
 
+@pytest.mark.parametrize("odd", ["scalar bias", "no bias", "wider values"])
+def test_packed_leaves_projections_that_are_unlike(odd: str) -> None:
+    torch.manual_seed(0)
+
+    class Unlike(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            width = 64 if odd == "wider values" else 32
+            self.q, self.k = nn.Linear(32, 32), nn.Linear(32, 32, bias=odd != "no bias")
+            self.v = nn.Linear(32, width)
+            self.shift = nn.Parameter(torch.randn(1 if odd == "scalar bias" else 32))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = F.linear(x, self.q.weight) + self.shift
+            q, k, v = (y.unflatten(2, (2, -1)).transpose(1, 2) for y in (q, self.k(x), self.v(x)))
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    module = Unlike().eval()
+    model = traced(module, "packed", 20)
+    assert "Split" not in {node.op_type for node in model.graph.node}
+    x = torch.randn(3, 9, 32)
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (found,) = session.run(None, {"x": x.numpy()})
+    np.testing.assert_allclose(found, module(x).detach().numpy(), atol=2e-6)
+
+
 def test_a_fixed_batch_has_no_open_dimension() -> None:
     model = traced(Attend("plain").eval(), "decomposed", 20, has_dynamic_batch=False)
     sides = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
 from dimefm_edge.data.scenes import scene_image
-from dimefm_edge.errors import ConfigError, ExportError, MissingExtraError
-from dimefm_edge.export import export_student, graph_spec
+from dimefm_edge.errors import CheckpointError, ConfigError, ExportError, MissingExtraError
+from dimefm_edge.export import GraphSpec, export_student, graph_spec
 from dimefm_edge.preprocess import PreprocessSpec, preprocess_images
 from dimefm_edge.runtime.bundle import Bundle, load_bundle
 from dimefm_edge.runtime.tensorrt_build import EngineOptions
@@ -42,8 +43,10 @@ def test_its_compiler_fuses_the_attention(fp16: Bundle) -> None:
     assert any("mha" in layer.name for layer in built.layers)
     assert 5 < built.num_kernels < len(fp16.manifest["graph"]["attentions"]) * 30
     assert built.size_mib > 0
-    said = f"TensorRT for RTX {rtx.__version__} compiles it for sm_86, which stands for sm_87: "
-    assert built.describe() == f"{said}{built.num_kernels} kernels; attention: 1 of 1 fused"
+    assert built.describe() == (
+        f"TensorRT for RTX {rtx.__version__} compiles it in fp16 for sm_86, which stands for "
+        f"sm_87: {built.num_kernels} kernels; attention: 1 of 1 fused"
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,8 +105,31 @@ def test_the_nearest_older_architecture_stands_in(sm: str, stand_in: str, fp16: 
 
 
 def test_older_gpus_have_none(fp16: Bundle) -> None:
+    assert can_dry_build(fp16)
+    assert not can_dry_build(for_gpu(fp16, "sm_72"))
     with pytest.raises(ConfigError, match="compiles for sm_75 and newer, not for sm_72"):
         dry_build(for_gpu(fp16, "sm_72"))
+    with pytest.raises(CheckpointError, match="bad manifest: a GPU cannot be ampere"):
+        dry_build(for_gpu(fp16, "ampere"))
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 3}, {"image_input": "uint8"}])
+def test_graphs_of_other_inputs(changes: dict[str, Any], tmp_path: Path) -> None:
+    import torch
+
+    torch.manual_seed(0)
+    spec = student_spec("vit-p16-w64-d1", image_size=32, embed_dim=16)
+    images = preprocess_images([scene_image(i) for i in range(4)], PreprocessSpec(32))
+    path = export_student(
+        LoadedStudent(build_student(spec).eval(), spec, PreprocessSpec(32), {}),
+        tmp_path / "bundle.zip", graph=GraphSpec(precision="fp16", **changes),
+        parity_images=images, logit_scale=100.0,
+    )  # fmt: skip
+    bundle = load_bundle(path)
+    assert dry_build(bundle).attention.fused == 1
+    if "batch_size" in changes:
+        with pytest.raises(ConfigError, match="was exported for batches of 3 only"):
+            dry_build(bundle, EngineOptions(batch=(1, 2, 2)))
 
 
 def test_what_the_parser_refuses_is_told(fp16: Bundle, tmp_path: Path) -> None:
@@ -128,9 +154,8 @@ def test_kernels_of_our_own_cannot_come_along(fp16: Bundle) -> None:
 
 
 def test_without_it(fp16: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert can_dry_build()
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
-    assert not can_dry_build()
+    assert not can_dry_build(fp16)
     with pytest.raises(MissingExtraError, match="TensorRT for RTX cannot be imported") as caught:
         dry_build(fp16)
     assert "dimefm_edge[rtx]" in str(caught.value.hint)
