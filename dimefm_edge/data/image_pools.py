@@ -154,7 +154,7 @@ class ParquetPool:
         try:
             with parquet.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is truncated or not a Parquet file: {error}") from error
         if column not in schema.names:
             raise no_column(path, column, list(schema.names), flag="--image-column")

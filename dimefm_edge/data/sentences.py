@@ -341,7 +341,7 @@ def _read_parquet(path: Path, stream: BinaryIO, column: str) -> Iterator[_Item]:
                 for cell in cells.cast(pa.large_binary()).to_pylist():
                     number += 1
                     yield _sentence(cell, number)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:  # names of columns, too
         raise DataError(f"{path} is truncated or not a Parquet file: {error}") from error
 
 

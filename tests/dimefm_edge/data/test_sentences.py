@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dimefm_edge.data.sentences import SentenceStats, open_sentences
@@ -82,6 +82,7 @@ def test_any_bytes_raise_data_errors_only(junk, kind):
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 255))
+@example(4177, 128)  # a column's name
 def test_damaged_parquet_raises_data_errors_only(place, value):
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder, "s.parquet"), [f"sentence {i}" for i in range(50)])
