@@ -47,7 +47,9 @@ def test_an_elastic_student_costs_what_the_others_cost_together(script, which):
     ("which", "names"),
     [
         ("vits", ("vit-p8-w32-d2", "vit-p8-w64-d2")),
-        ("convnets", ("convnet-w4-d1.1.1.1", "convnet-w8-d1.1.1.1")),
+        pytest.param(
+            "convnets", ("convnet-w4-d1.1.1.1", "convnet-w8-d1.1.1.1"), marks=pytest.mark.slow
+        ),
         ("heirs", ("vit-p8-w192-d2", "vit-p8-w192-d3")),
     ],
 )

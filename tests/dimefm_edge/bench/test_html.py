@@ -90,7 +90,6 @@ def test_in_a_browser_without_network(width, scheme, browser, full_page, tmp_pat
         assert plot.locator("path").count() > 5
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.get_by_role("heading", name="Which is faster").is_visible()
-    page.screenshot(path=tmp_path / "report.png", full_page=True)
     context.close()
     assert asked == [path.as_uri()]
     assert errors == []
