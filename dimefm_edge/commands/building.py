@@ -74,13 +74,11 @@ def try_build(bundle: Bundle, asked: EngineOptions | None = None) -> DryBuild:
     Raises:
         DimeFMError: As `dry_build`.
     """
-    from dimefm_edge.runtime.tensorrt_build import EngineOptions
+    from dimefm_edge.runtime.tensorrt_build import EngineOptions, budget_precision
     from dimefm_edge.runtime.tensorrt_rtx import dry_build
-    from dimefm_edge.targets import LOCAL, load_target
 
     asked = asked or EngineOptions()
-    name = bundle.manifest.get("target") or LOCAL
-    wanted = asked.precision or load_target(name).precision
+    wanted = asked.precision or budget_precision(bundle)
     if (bundle.precision, wanted) != ("fp32", "fp16"):
         return dry_build(bundle, asked)
     try:

@@ -171,9 +171,8 @@ def _packed(
 ) -> None:
     batch, heads, tokens, dim = _dims(q)
     shape = (batch, tokens, 3 * heads * dim)
-    is_self = _dims(q)[1:] == _dims(k)[1:] == _dims(v)[1:]
-    rows = [_as_rows(edit, x) for x in (q, k, v)] if is_self else []
-    projected = _packed_projection(edit, rows, shape) if is_self else None
+    rows = [_as_rows(edit, x) for x in (q, k, v)] if _are_alike(q, k, v) else []
+    projected = _packed_projection(edit, rows, shape) if rows else None
     if projected is None:
         _decompose(edit, q, k, v, mask, scale)
         return
@@ -225,7 +224,7 @@ def _attention(
 def _plugin(
     edit: _Edit, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None, scale: float
 ) -> None:
-    if mask is not None or not _dims(q)[1:] == _dims(k)[1:] == _dims(v)[1:]:
+    if mask is not None or not _are_alike(q, k, v):
         _decompose(edit, q, k, v, mask, scale)
         return
     batch, heads, tokens, dim = _dims(q)
@@ -327,6 +326,11 @@ def _dims(x: ir.Value) -> tuple[Any, int, int, int]:
     """Batch, heads, tokens and the size of a head."""
     batch = None if x.shape is None or len(x.shape) != 4 else x.shape[0]
     return batch, _side(x, 1), _side(x, 2), _side(x, 3)
+
+
+def _are_alike(q: ir.Value, k: ir.Value, v: ir.Value) -> bool:
+    """Whether queries, keys and values are of one shape, as those of one projection are."""
+    return _dims(q)[1:] == _dims(k)[1:] == _dims(v)[1:]
 
 
 def _side(x: ir.Value, axis: int) -> int:

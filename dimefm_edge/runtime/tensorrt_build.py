@@ -329,13 +329,18 @@ class EngineBuild:
         return before
 
 
-def _default_precision(trt: Any, bundle: Bundle, machine: Machine) -> str:
-    """What the budget of a bundle's target is of, where it can be had; else the graph's own."""
+def budget_precision(bundle: Bundle) -> str:
+    """The precision of a bundle's target's budget; the graph's own where none is known."""
     name = bundle.manifest.get("target")
     try:
-        wanted = bundle.precision if name in (None, LOCAL) else load_target(name).precision
+        return bundle.precision if name in (None, LOCAL) else load_target(name).precision
     except UnknownNameError:  # another version's target
-        wanted = bundle.precision
+        return bundle.precision
+
+
+def _default_precision(trt: Any, bundle: Bundle, machine: Machine) -> str:
+    """What the budget of a bundle's target is of, where it can be had; else the graph's own."""
+    name, wanted = bundle.manifest.get("target"), budget_precision(bundle)
     is_lower = bundle.precision == "fp32" and wanted in ("fp16", "bf16")
     if not is_lower or machine.gpu.compute_capability < PRECISIONS[wanted]:
         return bundle.precision

@@ -123,7 +123,7 @@ def test_a_pickle_with_code_is_not_run(tiny_architecture: str, tmp_path: Path) -
             return (Path.touch, (tmp_path / "exploded",))
 
     torch.save({"state_dict": Bomb()}, tmp_path / "clip.pt")
-    with pytest.raises(CheckpointError, match="could run code"):
+    with pytest.raises(CheckpointError, match="cannot be read"):
         load_teacher(f"{tiny_architecture}:{tmp_path / 'clip.pt'}")
     assert not (tmp_path / "exploded").exists()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from dimefm_edge.bench.prepare import prepare
 from dimefm_edge.bench.runnable import Load, load_runnable, make_feed
 from dimefm_edge.bench.specs import parse_subjects
 from dimefm_edge.cli import main
-from dimefm_edge.commands.building import parse_batch
+from dimefm_edge.commands.building import parse_batch, try_build
 from dimefm_edge.errors import ConfigError
+from dimefm_edge.runtime import load_bundle
 
 Fake = Callable[[str], Any]
 
@@ -177,6 +179,19 @@ def test_a_dry_run_needs_no_gpu(
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     code, said = run(capsys, "build", tiny_bundle_dir, "--dry-run")
     assert (code, said["hint"].split("  ")[0]) == (1, "pip install 'dimefm_edge[rtx]'")
+
+
+@pytest.mark.parametrize(
+    ("target", "precision"),
+    [("jetson-agx-orin", "fp16"), ("local", "fp32"), ("no-such-board", "fp32"), (None, "fp32")],
+)
+def test_a_dry_run_is_in_the_precision_of_the_budget(
+    target: str | None, precision: str, tiny_bundle_dir: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings", reason="pip install '.[rtx]'")
+    bundle = load_bundle(tiny_bundle_dir)
+    built = try_build(replace(bundle, manifest=bundle.manifest | {"target": target}))
+    assert built.precision == precision
 
 
 def test_eval_before_build_names_the_command(
